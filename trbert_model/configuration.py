@@ -1,0 +1,62 @@
+"""TRBertConfig: BERT's configuration plus where and how tokens are dropped."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+from .errors import ConfigurationError
+
+
+@strict
+class TRBertConfig(BertConfig):
+    r"""
+    Configuration of a TR-BERT (Ye et al., NAACL 2021): a BERT with a token selector in front of some of its layers.
+
+    Args:
+        reduction_layers (`list[int]`, *optional*):
+            Increasing zero-based layer indices. The selector of layer `i` decides, on the input of layer `i`, which
+            tokens go on; 0 selects on the embeddings. Default: the paper's `[1, num_hidden_layers // 2]`. An empty
+            list is a plain BERT.
+        selector_size (`int`): width of the selectors' hidden layer.
+        selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
+            probability is at least the threshold. Default: 0.5 everywhere, as in the original.
+        pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
+
+    Raises:
+        ConfigurationError: layers out of range or out of order, thresholds that do not match them, a decoder, a
+            feed-forward in chunks (it does not work on batches without padding).
+    """
+
+    model_type = "trbert"
+
+    reduction_layers: list[int] | None = None
+    selector_size: int = 32
+    selector_thresholds: list[float] | None = None
+    pooler_activation: str = "tanh"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        depth = self.num_hidden_layers
+        if self.reduction_layers is None:
+            self.reduction_layers = sorted({1, depth // 2} & set(range(depth)))
+        layers = self.reduction_layers
+        if any(not 0 <= layer < depth for layer in layers) or any(a >= b for a, b in zip(layers, layers[1:])):
+            raise ConfigurationError(
+                f"reduction_layers {layers} must be increasing indices from 0 to {depth - 1} "
+                f"(the model has {depth} layers)"
+            )
+        if self.selector_thresholds is None:
+            self.selector_thresholds = [0.5] * len(layers)
+        if len(self.selector_thresholds) != len(layers):
+            raise ConfigurationError(
+                f"selector_thresholds {self.selector_thresholds} must hold one threshold for each of the "
+                f"{len(layers)} reduction layers {layers}"
+            )
+        if self.pooler_activation not in ("tanh", "relu"):
+            raise ConfigurationError(f"pooler_activation {self.pooler_activation!r} is neither 'tanh' nor 'relu'")
+        if self.is_decoder or self.add_cross_attention:
+            raise ConfigurationError("TR-BERT is an encoder: is_decoder and add_cross_attention must be false")
+        if self.chunk_size_feed_forward != 0:
+            raise ConfigurationError("chunk_size_feed_forward must be 0: batches are not padded to its multiple")
+
+
+__all__ = ["TRBertConfig"]

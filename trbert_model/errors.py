@@ -1,0 +1,17 @@
+"""The exceptions this package raises for input, options or checkpoints it cannot accept."""
+
+
+class TRBertError(Exception):
+    """Base class: the message names the offending thing and what to do about it."""
+
+
+class ConfigurationError(TRBertError, ValueError):
+    """A model or engine option that cannot be honoured."""
+
+
+class CheckpointError(TRBertError, ValueError):
+    """A checkpoint that is not a BERT, DistilBERT or TR-BERT this package can read."""
+
+
+class InputError(TRBertError, ValueError):
+    """A batch the model cannot compute on."""

@@ -1,0 +1,408 @@
+"""TR-BERT in reading order: token selector, reduction loop, model, task models.
+
+The layers are transformers' own `BertEmbeddings` and `BertLayer`, run on one (1, total tokens, hidden) tensor; what
+is here is what drops tokens between them (Ye et al., NAACL 2021, section 3; thunlp/TR-BERT's AUTOBert classes).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration import TRBertConfig
+from .errors import ConfigurationError, InputError
+from .varlen import ATTENTION_NAME, VarlenBatch
+
+# Called at each reduction with its index, the keep probabilities (tokens entering,) and their cu_seqlens; returns
+# the tokens that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
+SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Selection:
+    """What one reduction saw and did.
+
+    logits: fp32 (tokens entering,); keep: bool, the same shape; token_index: int64, the same shape, the tokens'
+    places in the varlen batch; cu_seqlens: int32 (sequences + 1,) of the tokens entering.
+    """
+
+    logits: Tensor
+    keep: Tensor
+    token_index: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass
+class TRBertModelOutput(ModelOutput):
+    """last_hidden_state: (total tokens, hidden), or (batch, length, hidden) with zeros at masked positions for padded
+    input; None if `token_states=False`. A skipped token's is the state it had when it left.
+    cls_hidden_state: (sequences, hidden). pooler_output: (sequences, hidden).
+    kept_tokens: one int64 (sequences,) a reduction layer, tokens alive after it.
+    hidden_states: the input of every layer, (tokens alive, hidden) each, on request.
+    selections: one `Selection` a reduction layer, on request.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cls_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    selections: tuple[Selection, ...] | None = None
+
+
+@dataclass
+class TRBertSequenceClassifierOutput(ModelOutput):
+    """loss: (); logits: (sequences, labels); the others as in `TRBertModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    selections: tuple[Selection, ...] | None = None
+
+
+@dataclass
+class TRBertQuestionAnsweringOutput(ModelOutput):
+    """loss: (); start_logits and end_logits: (total tokens,), or (batch, length) with the dtype's minimum at masked
+    positions for padded input; the others as in `TRBertModelOutput`."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    selections: tuple[Selection, ...] | None = None
+
+
+class TokenSelector(nn.Module):
+    """The paper's policy network (section 3.2): (tokens, hidden) → keep logits (tokens,), always in fp32, so that the
+    choice of tokens does not hang on the precision the layers run in."""
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.hidden_size, config.selector_size)
+        self.linear_2 = nn.Linear(config.selector_size, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear_2(F.gelu(self.linear_1(hidden.float()))).squeeze(-1)
+
+
+class TRBertEncoder(nn.Module):
+    """BERT's layers with a selector in front of each reduction layer."""
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList([BertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
+        self.selectors = nn.ModuleList([TokenSelector(config) for _ in config.reduction_layers])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        reduce: bool = True,
+        selection_policy: SelectionPolicy | None = None,
+        token_states: bool = True,
+        output_hidden_states: bool = False,
+        output_selections: bool = False,
+    ) -> TRBertModelOutput:
+        """hidden: (total tokens, hidden) with its cu_seqlens; the options are `TRBertModel.forward`'s."""
+        reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if reduce else {}
+        policy = selection_policy or self._threshold_policy
+        total = hidden.shape[0]
+        alive = torch.arange(total, device=hidden.device)
+        skipped: list[tuple[Tensor, Tensor]] = []
+        kept_tokens: list[Tensor] = []
+        hidden_states: list[Tensor] = []
+        selections: list[Selection] = []
+
+        for index, layer in enumerate(self.layer):
+            if index in reductions:
+                reduction = reductions[index]
+                logits = self.selectors[reduction](hidden)
+                keep = policy(reduction, torch.sigmoid(logits), cu_seqlens).clone()
+                keep[cu_seqlens[:-1].long()] = True  # [CLS] always stays, so a sequence never dies out
+                if output_selections:
+                    selections.append(Selection(logits, keep, alive, cu_seqlens))
+                kept_before = F.pad(keep.cumsum(0), (1, 0))
+                cu_seqlens = kept_before[cu_seqlens.long()].to(torch.int32)
+                # The one device-to-host copy of a reduction; nonzero would add another.
+                bounds = cu_seqlens.tolist()
+                max_seqlen = max(end - start for start, end in zip(bounds, bounds[1:]))
+                if bounds[-1] < hidden.shape[0]:
+                    goes_on = torch.nonzero_static(keep, size=bounds[-1]).squeeze(1)
+                    if token_states:
+                        leaves = torch.nonzero_static(~keep, size=hidden.shape[0] - bounds[-1]).squeeze(1)
+                        skipped.append((alive[leaves], hidden[leaves]))
+                    hidden, alive = hidden[goes_on], alive[goes_on]
+                kept_tokens.append(cu_seqlens.diff().long())
+            if output_hidden_states:
+                hidden_states.append(hidden)
+            hidden = layer(hidden.unsqueeze(0), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
+        if output_hidden_states:
+            hidden_states.append(hidden)
+
+        last = None
+        if token_states:
+            order = torch.cat([index for index, _ in skipped] + [alive])
+            last = torch.cat([state for _, state in skipped] + [hidden])[order.argsort()] if skipped else hidden
+        return TRBertModelOutput(
+            last_hidden_state=last,
+            cls_hidden_state=hidden[cu_seqlens[:-1].long()],
+            kept_tokens=tuple(kept_tokens),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            selections=tuple(selections) if output_selections else None,
+        )
+
+    def _threshold_policy(self, reduction: int, probabilities: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return probabilities >= self.config.selector_thresholds[reduction]
+
+
+class TRBertPooler(nn.Module):
+    """BERT's pooler, or DistilBERT's `pre_classifier`: the same layer under another activation."""
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = {"tanh": torch.tanh, "relu": torch.relu}[config.pooler_activation]
+
+    def forward(self, cls_hidden_state: Tensor) -> Tensor:
+        return self.activation(self.dense(cls_hidden_state))
+
+
+class TRBertPreTrainedModel(BertPreTrainedModel):
+    config: TRBertConfig
+    config_class = TRBertConfig
+    base_model_prefix = "bert"
+    _keep_in_fp32_modules_strict = ["selectors"]
+    _supports_flash_attn = False
+    _supports_sdpa = False
+    _supports_flex_attn = False
+    # A plain BERT checkpoint has no selectors, and position_ids was a stored buffer once.
+    _keys_to_ignore_on_load_unexpected = [r"position_ids", r"cls\.", r"embeddings\.token_type_ids"]
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # from_pretrained would choose sdpa, which ignores cu_seqlens without a word and attends across sequences.
+        if requested_attention not in (None, ATTENTION_NAME):
+            raise ConfigurationError(
+                f"attn_implementation={requested_attention!r}: TR-BERT computes on batches without padding and "
+                f"supports only {ATTENTION_NAME!r}, which is the default; leave the argument out"
+            )
+        return ATTENTION_NAME
+
+
+class TRBertModel(TRBertPreTrainedModel):
+    """BERT with dynamic token reduction, without a task head."""
+
+    def __init__(self, config: TRBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = TRBertEncoder(config)
+        self.pooler = TRBertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        reduce: bool = True,
+        selection_policy: SelectionPolicy | None = None,
+        token_states: bool = True,
+        output_hidden_states: bool = False,
+        output_selections: bool = False,
+    ) -> TRBertModelOutput:
+        """Compute on a padded batch, or on a varlen batch when `cu_seqlens` is given.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (batch, length), as for any transformers model; or, with
+                `cu_seqlens` of shape (sequences + 1,), input_ids and token_type_ids of shape (total tokens,).
+            position_ids: (total tokens,), with `cu_seqlens` only. Default: from 0 in each sequence.
+            max_seqlen: tokens of the longest sequence, with `cu_seqlens` only. Default: computed from it.
+            reduce: False runs the dense model.
+            selection_policy: chooses the tokens that go on instead of the thresholds.
+            token_states: False leaves `last_hidden_state` out, and with it the cost of collecting skipped tokens.
+            output_hidden_states, output_selections: fill these fields of the output.
+
+        Raises:
+            InputError: an empty batch or sequence, or one longer than the model's positions.
+        """
+        padded_indices = None
+        if cu_seqlens is None:
+            batch, padded_indices = VarlenBatch.from_padded(input_ids, attention_mask, token_type_ids)
+        else:
+            batch = self._varlen_batch(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        longest = input_ids.shape[1] if padded_indices is not None else batch.max_seqlen
+        if longest > self.config.max_position_embeddings:
+            raise InputError(
+                f"a sequence of {longest} tokens is longer than the model's {self.config.max_position_embeddings} "
+                "positions: cut it into windows (trbert_model.engine does) or truncate it"
+            )
+        hidden = self.embeddings(
+            input_ids=batch.input_ids.unsqueeze(0),
+            token_type_ids=batch.token_type_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+        ).squeeze(0)
+        output = self.encoder(
+            hidden,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            reduce=reduce,
+            selection_policy=selection_policy,
+            token_states=token_states,
+            output_hidden_states=output_hidden_states,
+            output_selections=output_selections,
+        )
+        if self.pooler is not None:
+            output.pooler_output = self.pooler(output.cls_hidden_state)
+        if padded_indices is not None and output.last_hidden_state is not None:
+            output.last_hidden_state = _unpack(output.last_hidden_state, padded_indices, input_ids.shape, 0.0)
+        return output
+
+    @staticmethod
+    def _varlen_batch(
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+    ) -> VarlenBatch:
+        if input_ids.dim() != 1 or len(cu_seqlens) < 2:
+            raise InputError(
+                f"a varlen batch needs input_ids of shape (total tokens,) and at least one sequence; got input_ids "
+                f"{tuple(input_ids.shape)} and cu_seqlens {tuple(cu_seqlens.shape)}"
+            )
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        if position_ids is None:
+            starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+            position_ids = torch.arange(len(input_ids), device=input_ids.device) - starts
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        return VarlenBatch(input_ids, token_type_ids, position_ids, cu_seqlens.to(torch.int32), max_seqlen)
+
+
+def _unpack(values: Tensor, indices: Tensor, shape: torch.Size, fill: float) -> Tensor:
+    """(total tokens, ...) back to (batch, length, ...), `fill` where nothing was."""
+    padded = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
+    return padded.index_copy(0, indices, values).unflatten(0, (shape[0], shape[1]))
+
+
+class TRBertForSequenceClassification(TRBertPreTrainedModel):
+    """One label a sequence, from [CLS]. Multi-label and regression heads are refused.
+
+    `forward` takes `labels`, int64 (sequences,), and `TRBertModel.forward`'s arguments.
+    """
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__(config)
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ConfigurationError(
+                f"problem_type {config.problem_type!r} is not supported: TR-BERT's classification head gives each "
+                "document exactly one label"
+            )
+        if config.num_labels < 2:
+            raise ConfigurationError(
+                f"num_labels {config.num_labels} makes this a regression head, which is not supported: "
+                "classification needs at least two labels"
+            )
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.bert = TRBertModel(config)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, *args, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
+    ) -> TRBertSequenceClassifierOutput:
+        output = self.bert(input_ids, *args, **{**kwargs, "token_states": False})
+        logits = self.classifier(self.dropout(output.pooler_output))
+        return TRBertSequenceClassifierOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            kept_tokens=output.kept_tokens,
+            hidden_states=output.hidden_states,
+            selections=output.selections,
+        )
+
+
+class TRBertForQuestionAnswering(TRBertPreTrainedModel):
+    """Start and end logits for every token; a skipped token answers from the state it left with.
+
+    `forward` takes `start_positions` and `end_positions`, int64 (sequences,), token indices within the sequence (the
+    column, for padded input), and `TRBertModel.forward`'s arguments.
+    """
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__(config)
+        self.bert = TRBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TRBertQuestionAnsweringOutput:
+        output = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, **{**kwargs, "token_states": True}
+        )
+        logits = self.qa_outputs(output.last_hidden_state)
+        if cu_seqlens is None and attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (
+                _position_loss(start_logits, start_positions, cu_seqlens)
+                + _position_loss(end_logits, end_positions, cu_seqlens)
+            ) / 2
+        return TRBertQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            kept_tokens=output.kept_tokens,
+            hidden_states=output.hidden_states,
+            selections=output.selections,
+        )
+
+
+def _position_loss(logits: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Mean cross-entropy of one position a sequence."""
+    if cu_seqlens is None:
+        return F.cross_entropy(logits, positions)
+    sequences = logits.split(cu_seqlens.diff().tolist())
+    losses = [F.cross_entropy(sequence, position) for sequence, position in zip(sequences, positions)]
+    return torch.stack(losses).mean()
+
+
+AutoConfig.register("trbert", TRBertConfig)
+AutoModel.register(TRBertConfig, TRBertModel)
+AutoModelForSequenceClassification.register(TRBertConfig, TRBertForSequenceClassification)
+AutoModelForQuestionAnswering.register(TRBertConfig, TRBertForQuestionAnswering)

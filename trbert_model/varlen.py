@@ -1,0 +1,144 @@
+"""Varlen batches: many sequences laid end to end without padding, and attention over them.
+
+A varlen batch is described by `cu_seqlens`, an int32 tensor of shape (sequences + 1,) that starts with 0 and ends
+with the total number of tokens (torch's and flash-attention's term): sequence i is rows
+`cu_seqlens[i]:cu_seqlens[i + 1]` of every (total tokens, ...) tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from .errors import InputError
+
+ATTENTION_NAME = "trbert_varlen"
+
+
+@dataclass
+class VarlenBatch:
+    """Sequences end to end.
+
+    input_ids, token_type_ids, position_ids: int64, (total tokens,); cu_seqlens: int32, (sequences + 1,);
+    max_seqlen: tokens of the longest sequence.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence, token_type_ids: Sequence | None = None, device=None) -> "VarlenBatch":
+        """Lay token id sequences (lists, arrays or 1-d tensors) end to end on `device`."""
+        if len(sequences) == 0:
+            raise InputError("an empty batch: there is no sequence to compute on")
+        ids = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+        lengths = torch.tensor([len(sequence) for sequence in ids])
+        if int(lengths.min()) == 0:
+            raise InputError(f"sequence {int(lengths.argmin())} of the batch has no tokens")
+        if token_type_ids is None:
+            types = torch.zeros(int(lengths.sum()), dtype=torch.int64)
+        else:
+            types = torch.cat([torch.as_tensor(sequence, dtype=torch.int64) for sequence in token_type_ids])
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        return cls(
+            input_ids=torch.cat(ids).to(device),
+            token_type_ids=types.to(device),
+            position_ids=positions.to(device),
+            cu_seqlens=cu_seqlens.to(device),
+            max_seqlen=int(lengths.max()),
+        )
+
+    @classmethod
+    def from_padded(
+        cls, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> tuple["VarlenBatch", Tensor]:
+        """Pack (batch, length) tensors; masked positions leave, the others keep their column as position.
+
+        Returns the batch and the indices, (total tokens,), of its tokens in the flattened padded tensor.
+        """
+        if input_ids.numel() == 0:
+            raise InputError(f"an empty batch: input_ids has shape {tuple(input_ids.shape)}")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: "
+                "they must be equal"
+            )
+        mask = mask.bool()
+        lengths = mask.sum(1)
+        if int(lengths.min()) == 0:
+            raise InputError(f"sequence {int(lengths.argmin())} of the batch has no tokens: its mask is all 0")
+        indices = mask.flatten().nonzero().squeeze(1)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        batch = cls(
+            input_ids=input_ids.flatten()[indices],
+            token_type_ids=types.flatten()[indices],
+            position_ids=indices % input_ids.shape[1],
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            max_seqlen=int(lengths.max()),
+        )
+        return batch, indices
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention within each sequence of a varlen batch, as a transformers attention function.
+
+    query, key, value: (1, heads, total tokens, head size). Returns (1, total tokens, heads, head size) and None.
+    Half precision on CUDA without dropout runs torch's varlen kernel; everything else torch's SDPA, a sequence at a
+    time, so that no sequence is ever padded or sees another.
+    """
+    if attention_mask is not None or query.shape[0] != 1:
+        raise InputError("varlen attention takes one unpadded batch without a mask; padded tensors must be packed first")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        return _flash_varlen(query, key, value, cu_seqlens, max_seqlen, scaling), None
+    output = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3])) if not query.requires_grad else None
+    bounds = cu_seqlens.tolist()
+    pieces = []
+    for start, end in zip(bounds, bounds[1:]):
+        piece = F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            scale=scaling,
+        ).transpose(1, 2)
+        if output is None:
+            pieces.append(piece)
+        else:
+            output[:, start:end] = piece
+    return (torch.cat(pieces, dim=1) if output is None else output), None
+
+
+def _flash_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
+) -> Tensor:
+    """torch's flash-attention varlen kernel; same shapes as `varlen_attention`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # num_splits=1: split-KV chooses by the longest sequence of the batch, and a document's result would then depend
+    # on its neighbours (torch documents bitwise batch invariance for 1).
+    output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, num_splits=1)
+    return output.unsqueeze(0)
+
+
+AttentionInterface.register(ATTENTION_NAME, varlen_attention)
