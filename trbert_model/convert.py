@@ -40,6 +40,10 @@ _HEADS = {
     "question-answering": TRBertForQuestionAnswering,
     "none": TRBertModel,
 }
+# What an adapter holds: low-rank updates of the layers' matrices, and the small modules whole.
+LORA_TARGETS = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"
+MODULES_TO_SAVE = ["classifier", "pooler", "linear_1", "linear_2"]
+
 _HEAD_TENSOR = {"classification": "classifier.weight", "question-answering": "qa_outputs.weight"}
 
 
@@ -109,6 +113,29 @@ def convert_checkpoint(
         raise CheckpointError(
             f"{src}: not a complete checkpoint for {task}: missing {missing[:5]}, left over {unexpected[:5]}"
         )
+    return model.eval()
+
+
+def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrainedModel:
+    """A backbone checkpoint and an adapter that `jobs/train.py --adapter-rank` saved → the trained classifier.
+
+    Raises:
+        CheckpointError: the adapter is incomplete or was trained on another backbone's shapes.
+    """
+    from peft import PeftModel
+
+    adapter = Path(adapter)
+    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise CheckpointError(f"{adapter}: no {name} there; an adapter is what jobs/train.py --adapter-rank saves")
+    trained = TRBertConfig.from_pretrained(adapter)
+    labels = [trained.id2label[i] for i in range(trained.num_labels)]
+    model = convert_checkpoint(backbone, labels=labels, reduction_layers=trained.reduction_layers)
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{adapter}: does not fit the backbone {backbone}: {error}") from error
+    model.config.selector_thresholds = trained.selector_thresholds
     return model.eval()
 
 

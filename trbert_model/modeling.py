@@ -16,7 +16,11 @@ from transformers.utils import ModelOutput
 
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
-from .varlen import ATTENTION_NAME, VarlenBatch
+from .varlen import ATTENTION_NAME, VarlenBatch, varlen_attention
+
+# Larger activations than this many tokens' leave the CPU's caches and, over 32 MB, are mapped and unmapped by glibc at
+# every operation: the feed-forward of a 4096-token batch ran 10 to 30% faster in chunks of 1024 than whole.
+FEED_FORWARD_TOKENS = 1024
 
 # Called at each reduction with its index, the keep probabilities (tokens entering,) and their cu_seqlens; returns
 # the tokens that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
@@ -93,13 +97,59 @@ class TokenSelector(nn.Module):
             return self.linear_2(F.gelu(self.linear_1(hidden.float()))).squeeze(-1)
 
 
+class TRBertLayer(BertLayer):
+    """transformers' layer, its feed-forward run on at most `FEED_FORWARD_TOKENS` tokens at a time in inference."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        if self.training or attention_output.is_cuda or attention_output.shape[1] <= FEED_FORWARD_TOKENS:
+            return super().feed_forward_chunk(attention_output)
+        chunks = attention_output.split(FEED_FORWARD_TOKENS, dim=1)
+        return torch.cat([super(TRBertLayer, self).feed_forward_chunk(chunk) for chunk in chunks], dim=1)
+
+
+class FusedSelfAttention(nn.Module):
+    """BERT's self-attention with query, key and value as one matrix product, for inference."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        parts = (attention.query, attention.key, attention.value)
+        self.weight = nn.Buffer(torch.cat([part.weight.detach() for part in parts]))
+        self.bias = nn.Buffer(torch.cat([part.bias.detach() for part in parts]))
+        self.heads, self.scaling = attention.num_attention_heads, attention.scaling
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, None]:
+        qkv = F.linear(hidden_states, self.weight, self.bias).unflatten(-1, (3, self.heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        output, _ = varlen_attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            cu_seqlens=kwargs["cu_seqlens"],
+            max_seqlen=kwargs["max_seqlen"],
+        )
+        return output.flatten(2), None
+
+
+def fuse_for_inference(model: "TRBertPreTrainedModel") -> None:
+    """Fuse the attention projections of every layer, in place. Such a model is for computing, not for saving."""
+    for layer in model.base_model.encoder.layer:
+        if not isinstance(layer.attention.self, FusedSelfAttention):
+            layer.attention.self = FusedSelfAttention(layer.attention.self)
+    model.eval().requires_grad_(False)
+
+
 class TRBertEncoder(nn.Module):
     """BERT's layers with a selector in front of each reduction layer."""
 
     def __init__(self, config: TRBertConfig):
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList([BertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([TRBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
         self.selectors = nn.ModuleList([TokenSelector(config) for _ in config.reduction_layers])
 
     def forward(

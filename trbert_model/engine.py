@@ -1,0 +1,271 @@
+"""Documents in, one result a document out, in order: the one way to run a TR-BERT.
+
+Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens; no padding, no sorting. Memory is
+bounded by that budget, not by the documents' lengths or number.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .configuration import TRBertConfig
+from .errors import CheckpointError, ConfigurationError, TRBertError
+from .flops import dense_flops, reduced_flops
+from .modeling import SelectionPolicy, TRBertForSequenceClassification, fuse_for_inference
+from .tasks.classification import ClassificationTask, Window
+from .varlen import VarlenBatch
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OutOfMemoryError(TRBertError, RuntimeError):
+    """A single window does not fit the device's memory."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model runs.
+
+    max_tokens_per_batch: tokens in one varlen batch; default by device.
+    device: "cpu", "cuda" or "cuda:N"; default: CUDA if there is one.
+    dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
+    overflow, stride: what becomes of documents longer than the positions, see `ClassificationTask`.
+    reduce: False runs the dense model.
+    """
+
+    max_tokens_per_batch: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    overflow: str = "windows"
+    stride: int = 64
+    reduce: bool = True
+
+    def __post_init__(self):
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ConfigurationError(f"max_tokens_per_batch {self.max_tokens_per_batch} must be at least 1")
+
+
+@dataclass
+class DocumentResults:
+    """What the model found, one row a document.
+
+    logits: float32 (documents, labels), the windows' mean weighted by their new tokens;
+    num_tokens: int64 (documents,), tokens the model was given over all windows, special and shared ones included;
+    num_windows: int64 (documents,); kept_tokens: int64 (documents, reductions), tokens alive after each reduction;
+    flops, dense_flops: float64 (documents,), spent, and what the dense model would have spent.
+    """
+
+    logits: np.ndarray
+    num_tokens: np.ndarray
+    num_windows: np.ndarray
+    kept_tokens: np.ndarray
+    flops: np.ndarray
+    dense_flops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+@dataclass
+class EngineStatistics:
+    """Since the engine was made: batches computed, seconds in the model, batches halved for want of memory."""
+
+    batches: int = 0
+    model_seconds: float = 0.0
+    halved_batches: int = 0
+
+
+@dataclass
+class _Pending:
+    """A batch being packed: its windows, and the document each belongs to."""
+
+    windows: list[Window] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+
+class Engine:
+    """Runs a classification model over documents.
+
+    Args:
+        model: a TRBertForSequenceClassification; moved to the device and dtype, set to eval mode and fused in place.
+        tokenizer: its fast tokenizer.
+        options: see `EngineOptions`.
+        selection_policy: chooses tokens instead of the thresholds (benchmarks force kept fractions with it).
+    """
+
+    def __init__(
+        self,
+        model: TRBertForSequenceClassification,
+        tokenizer: PreTrainedTokenizerBase,
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+        selection_policy: SelectionPolicy | None = None,
+    ):
+        self.options = options
+        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = options.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.dtype = dtype
+        self.model = model.to(device=self.device, dtype=DTYPES[dtype]).eval()
+        fuse_for_inference(self.model)
+        for selector in self.model.bert.encoder.selectors:
+            selector.float()
+        self.config: TRBertConfig = model.config
+        self.task = ClassificationTask(
+            tokenizer, self.config.max_position_embeddings, overflow=options.overflow, stride=options.stride
+        )
+        # On CPU, activations of more than 32 MB go through mmap and page faults at every operation
+        # (glibc's largest threshold); 2048 tokens of BERT-base's feed-forward are 25 MB.
+        self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 2048)
+        self.selection_policy = selection_policy
+        self.statistics = EngineStatistics()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, options: EngineOptions = EngineOptions()) -> "Engine":  # noqa: B008
+        """Load a model directory as `jobs/train.py` and `jobs/convert.py` write it.
+
+        Raises:
+            CheckpointError: not a TR-BERT classification model, weights missing, tokens the embeddings do not have.
+        """
+        model, tokenizer = load_model(directory)
+        return cls(model, tokenizer, options)
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names by index."""
+        return [self.config.id2label[i] for i in range(self.config.num_labels)]
+
+    def score_texts(self, texts: Iterable[str]) -> DocumentResults:
+        """Tokenise and score texts."""
+        return self.score(self.task.tokenize(list(texts)))
+
+    def score(self, documents: Iterable[np.ndarray]) -> DocumentResults:
+        """Score documents given as token ids without special tokens, int32 (tokens,) each, any length."""
+        logits: list[np.ndarray] = []
+        totals: list[np.ndarray] = []  # weight, tokens, windows, FLOPs, dense FLOPs, kept tokens...
+        reductions = len(self.config.reduction_layers) if self.options.reduce else 0
+
+        pending = _Pending()
+        for number, tokens in enumerate(documents):
+            logits.append(np.zeros(self.config.num_labels))
+            totals.append(np.zeros(5 + reductions))
+            for window in self.task.windows(tokens):
+                if pending.windows and pending.tokens + len(window.input_ids) > self.max_tokens_per_batch:
+                    self._compute(pending, logits, totals)
+                    pending = _Pending()
+                pending.windows.append(window)
+                pending.documents.append(number)
+                pending.tokens += len(window.input_ids)
+        if pending.windows:
+            self._compute(pending, logits, totals)
+
+        sums = np.array(totals).reshape(len(totals), 5 + reductions)
+        return DocumentResults(
+            logits=(np.array(logits).reshape(len(sums), self.config.num_labels) / sums[:, :1]).astype(np.float32),
+            num_tokens=sums[:, 1].astype(np.int64),
+            num_windows=sums[:, 2].astype(np.int64),
+            flops=sums[:, 3],
+            dense_flops=sums[:, 4],
+            kept_tokens=sums[:, 5:].astype(np.int64),
+        )
+
+    def _compute(self, pending: _Pending, logits: list[np.ndarray], totals: list[np.ndarray]) -> None:
+        """Run one batch and add its windows' outputs to their documents'."""
+        started = time.perf_counter()
+        window_logits, kept = self._forward(pending.windows)
+        self.statistics.model_seconds += time.perf_counter() - started
+        lengths = np.array([len(window.input_ids) for window in pending.windows])
+        spent = reduced_flops(self.config, lengths, kept) if self.options.reduce else dense_flops(self.config, lengths)
+        dense = dense_flops(self.config, lengths)
+        for i, (document, window) in enumerate(zip(pending.documents, pending.windows)):
+            logits[document] += window.new_tokens * window_logits[i]
+            totals[document][:5] += (window.new_tokens, lengths[i], 1, spent[i], dense[i])
+            totals[document][5:] += kept[i]
+
+    def _forward(self, windows: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+        """Windows → logits (windows, labels) and kept tokens (windows, reductions), halving while memory runs out."""
+        try:
+            return self._forward_once(windows)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Out of the except block, so that the failed batch's tensors are no longer held by its traceback.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tokens = sum(len(window.input_ids) for window in windows)
+        if len(windows) == 1:
+            raise OutOfMemoryError(f"a single window of {tokens} tokens does not fit {self.device}: {message}")
+        self.statistics.halved_batches += 1
+        logger.warning("out of memory on %s with %d tokens in a batch; halving it", self.device, tokens)
+        half = len(windows) // 2
+        first, second = self._forward(windows[:half]), self._forward(windows[half:])
+        return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+
+    @torch.inference_mode()
+    def _forward_once(self, windows: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+        self.statistics.batches += 1
+        batch = VarlenBatch.from_sequences([window.input_ids for window in windows], device=self.device)
+        output = self.model(
+            batch.input_ids,
+            token_type_ids=batch.token_type_ids,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            reduce=self.options.reduce,
+            selection_policy=self.selection_policy,
+        )
+        kept = [counts.cpu().numpy() for counts in output.kept_tokens]
+        return output.logits.float().cpu().numpy(), np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # torch's CPU allocator has no exception of its own
+
+
+def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, PreTrainedTokenizerBase]:
+    """A saved TR-BERT classification model and its tokenizer, nothing missing, nothing unpickled.
+
+    Raises:
+        CheckpointError: names the directory and what is wrong with it.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: no config.json there; a model is a directory with config.json and weights")
+    try:
+        config = TRBertConfig.from_pretrained(directory)
+        if "TRBertForSequenceClassification" not in (config.architectures or []):
+            raise CheckpointError(
+                f"{directory}: its architecture is {config.architectures}, not TRBertForSequenceClassification; "
+                "convert it with jobs/convert.py or train it with jobs/train.py"
+            )
+        model, loading = TRBertForSequenceClassification.from_pretrained(
+            directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
+    except TRBertError:
+        raise
+    except Exception as error:  # noqa: BLE001 - transformers and safetensors raise many kinds for a bad directory
+        raise CheckpointError(f"{directory}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+        raise CheckpointError(f"{directory}: weights missing or of another shape: {bad[:5]}")
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: its tokenizer has {len(tokenizer)} tokens, the model's embeddings only {config.vocab_size}"
+        )
+    return model, tokenizer

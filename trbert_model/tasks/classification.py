@@ -1,0 +1,92 @@
+"""Document classification: texts → token ids → windows → window logits → one label a document."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigurationError
+
+# A longer text is tokenised in pieces cut at white space, so that the tokenizer's working memory (some hundred bytes
+# a token) stays bounded. BERT's pre-tokenizer never looks across white space, so the tokens are the same.
+_PIECE_CHARACTERS = 200_000
+_WHITESPACE = re.compile(r"\s")
+
+
+@dataclass
+class Window:
+    """A piece of a document that fits the model's positions.
+
+    input_ids: int32 (tokens,), [CLS] and [SEP] included; new_tokens: how many of its tokens no earlier window had,
+    the weight of its logits in the document's.
+    """
+
+    input_ids: np.ndarray
+    new_tokens: int
+
+
+@dataclass
+class ClassificationTask:
+    """How documents become sequences, and sequences' outputs a document's.
+
+    tokenizer: a fast BERT tokenizer; max_positions: tokens a sequence may have, [CLS] and [SEP] included;
+    overflow: what becomes of longer documents, "windows" or "truncate"; stride: tokens a window shares with the one
+    before it (the transformers tokenizers' meaning of the word).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_positions: int
+    overflow: str = "windows"
+    stride: int = 64
+
+    def __post_init__(self):
+        if self.overflow not in ("windows", "truncate"):
+            raise ConfigurationError(f"overflow {self.overflow!r} is neither 'windows' nor 'truncate'")
+        if not 0 <= self.stride < self.max_positions - 2:
+            raise ConfigurationError(
+                f"stride {self.stride} must be at least 0 and less than a window's {self.max_positions - 2} tokens"
+            )
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""
+        pieces = [list(_pieces(text)) for text in texts]
+        if self.overflow == "truncate":
+            # The first piece has at least as many tokens as a sequence takes, unless it is the whole text.
+            pieces = [of_text[:1] for of_text in pieces]
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        encodings = iter(encode([piece for of_text in pieces for piece in of_text], add_special_tokens=False))
+        documents = []
+        for of_text in pieces:
+            ids = np.concatenate([np.asarray(next(encodings).ids, dtype=np.int32) for _ in of_text])
+            documents.append(ids[: self.max_positions - 2] if self.overflow == "truncate" else ids)
+        return documents
+
+    def windows(self, tokens: np.ndarray) -> Iterator[Window]:
+        """A document's windows, from its token ids."""
+        capacity = self.max_positions - 2
+        cls, sep = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
+        start = 0
+        while True:
+            end = min(start + capacity, len(tokens))
+            new = end - start - (self.stride if start else 0)
+            # An empty document still is one window, of weight 1, so that every document has a result.
+            yield Window(np.concatenate([cls, tokens[start:end], sep]).astype(np.int32), max(new, 1))
+            if end == len(tokens) or self.overflow == "truncate":
+                return
+            start = end - self.stride
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while cut := _WHITESPACE.search(text, start + _PIECE_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """(documents, labels) → probabilities, float32, computed in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
