@@ -35,6 +35,7 @@ from .engine import Engine, EngineOptions
 from .errors import ConfigurationError, InputError
 from .flops import dense_flops, reduced_flops
 from .modeling import Selection, TRBertForSequenceClassification
+from .options import option
 from .tasks.classification import ClassificationTask
 from .varlen import VarlenBatch
 
@@ -43,37 +44,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything a training run depends on.
+    """Everything a training run depends on."""
 
-    train, evaluation: Parquet files or URIs with `text_column` and `label_column`. backbone: a BERT or DistilBERT
-    checkpoint directory. output: directory for the trained model; `output/stages` holds what a killed run resumes from.
-    speedup: FLOPs speed-up over the dense model that the selectors are taught.
-    adapter_rank: train a low-rank adapter (peft's LoRA) instead of all weights; it is also saved apart, a few MB.
-    attention_dropout: 0 by default: torch's CPU flash attention has none, and the other path is slower.
-    """
-
-    train: str
-    backbone: str
-    output: str
-    evaluation: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    speedup: float = 2.5
-    reduction_layers: list[int] | None = None
-    adapter_rank: int | None = None
-    batch_size: int = 16
-    fine_tune_epochs: float = 3.0
-    imitation_epochs: float = 1.0
-    joint_epochs: float = 1.0
-    learning_rate: float = 1e-4
-    joint_learning_rate: float = 5e-5
-    selector_learning_rate: float = 1e-3
-    warmup: float = 0.1
-    attention_dropout: float = 0.0
-    seed: int = 0
-    dtype: str = "float32"
+    train: str = option("", "Parquet file or URI with the training documents")
+    backbone: str = option("", "directory of a BERT or DistilBERT checkpoint")
+    output: str = option("", "directory for the trained model; a killed run resumes from its stages/")
+    evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
+    text_column: str = option("text", "column with the documents")
+    label_column: str = option("label", "column with the labels")
+    speedup: float = option(2.5, "FLOPs speed-up over the dense model that the selectors are taught")
+    reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
+    adapter_rank: int | None = option(None, "train a low-rank adapter of this rank, saved apart too, and no full weights")
+    batch_size: int = option(16, "documents in a step")
+    fine_tune_epochs: float = option(3.0, "epochs of the dense fine-tune")
+    imitation_epochs: float = option(1.0, "epochs of the selectors alone")
+    joint_epochs: float = option(1.0, "epochs of everything, with the selectors choosing")
+    learning_rate: float = option(1e-4, "of the dense fine-tune")
+    joint_learning_rate: float = option(5e-5, "of the joint stage")
+    selector_learning_rate: float = option(1e-3, "of the selectors")
+    warmup: float = option(0.1, "share of a stage's steps in which the learning rate rises")
+    attention_dropout: float = option(0.0, "torch's CPU flash attention knows none; more than 0 trains slower")
+    seed: int = option(0, "of everything random")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast")
 
     def __post_init__(self):
+        for name in ("train", "backbone", "output"):
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} is required")
         if self.speedup <= 1:
             raise ConfigurationError(f"speedup {self.speedup} must be more than 1")
         if self.dtype not in ("float32", "bfloat16"):
@@ -100,7 +97,8 @@ def train(config: TrainingConfig) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(config.backbone)
     texts, labels = read_labelled(config.train, config.text_column, config.label_column)
     names = sorted(set(labels))
-    model = convert_checkpoint(config.backbone, labels=names, reduction_layers=config.reduction_layers)
+    layers = None if config.reduction_layers is None else list(config.reduction_layers)
+    model = convert_checkpoint(config.backbone, labels=names, reduction_layers=layers)
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = config.attention_dropout

@@ -49,6 +49,10 @@ class ClassificationTask:
                 f"stride {self.stride} must be at least 0 and less than a window's {self.max_positions - 2} tokens"
             )
 
+        # Tokenizers bring the truncation and padding they were saved with (sentence encoders cut at 128 tokens).
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""
         pieces = [list(_pieces(text)) for text in texts]

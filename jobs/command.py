@@ -1,0 +1,24 @@
+"""What all commands share: one readable line for an expected error, and its exit code."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from pipeline.errors import PipelineError
+from trbert_model.errors import TRBertError
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run a command's main; turn the project's own errors into one line on stderr. Tracebacks are for bugs."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        return main()
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except TRBertError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

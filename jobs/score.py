@@ -1,0 +1,29 @@
+"""Score a corpus of Parquet shards with a TR-BERT model.
+
+    python jobs/score.py --input s3://bucket/corpus --output s3://bucket/scores --model s3://bucket/model \\
+        --text-column text --id-column id
+
+Exit codes: 0 the output is complete; 1 the run failed, run it again to finish; 2 an option, the input, the model or
+the output does not fit, nothing was started; 3 complete, but with unreadable shards or more bad rows than
+--max-bad-rows.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from jobs.command import run_command
+from pipeline.config import ScoreConfig
+from pipeline.report import summary
+from pipeline.score import score
+from trbert_model.options import parse_options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    report = score(parse_options(ScoreConfig, arguments, __doc__ or ""))
+    print(json.dumps(report, indent=1) if report.get("dry_run") else summary(report))
+    return report["exit_code"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,89 @@
+"""ScoreConfig: every option of a scoring run, written once; command line, YAML file and library call fill it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from trbert_model.engine import EngineOptions
+from trbert_model.errors import ConfigurationError
+from trbert_model.options import option
+
+from .errors import UsageError
+
+# Columns every result row has; a column kept from the input must not be called like one of them.
+RESULT_COLUMNS = (
+    "shard",
+    "row",
+    "label",
+    "score",
+    "probabilities",
+    "num_tokens",
+    "num_windows",
+    "kept_tokens",
+)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The options of a scoring run. `None` means: found by itself."""
+
+    input: str = option("", "the corpus: a Parquet file, a prefix or a glob; local or any fsspec URI (s3://…)")
+    output: str = option("", "prefix that the results go to")
+    model: str = option("", "directory of a TR-BERT model (jobs/train.py, jobs/convert.py); local or URI")
+    text_column: str = option("text", "column with the documents", identity=True)
+    id_column: str | None = option(None, "column that names the documents; passed through as it is", identity=True)
+    keep_columns: tuple[str, ...] = option((), "further columns to pass through", identity=True)
+    probabilities: bool = option(False, "write every label's probability, in the order of the labels", identity=True)
+    overflow: str = option("windows", "documents longer than the model's positions: windows or truncate", identity=True)
+    stride: int = option(64, "tokens a window shares with the one before it", identity=True)
+    reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model", identity=True)
+    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32", identity=True)
+    split_bytes: int = option(8 << 20, "text bytes in one unit of work and of commit", identity=True)
+    max_tokens_per_batch: int | None = option(None, "tokens in one batch of an actor")
+    num_actors: int | None = option(None, "model actors")
+    gpus_per_actor: float | None = option(None, "GPUs an actor takes; 0 runs on the CPU")
+    threads_per_actor: int | None = option(None, "torch threads of an actor")
+    wait_for_resources: float = option(0.0, "seconds to wait for an autoscaling cluster to make room for the actors")
+    max_bad_rows: int | None = option(None, "exit with 3 if a run puts more rows than this into quarantine")
+    progress_interval: float = option(10.0, "seconds between progress lines")
+    overwrite: bool = option(False, "replace an output made with another model or other options")
+    dry_run: bool = option(False, "show what would be read and what is done; start nothing")
+
+    def __post_init__(self):
+        for name in ("input", "output", "model"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is required")
+        for name, least in (("split_bytes", 1), ("num_actors", 1), ("threads_per_actor", 1), ("progress_interval", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} {value} must be at least {least}")
+        for name in ("gpus_per_actor", "wait_for_resources", "max_bad_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} {value} must not be negative")
+        passed = [*([self.id_column] if self.id_column else []), *self.keep_columns]
+        if twice := sorted({name for name in passed if passed.count(name) > 1}):
+            raise UsageError(f"columns {twice} are named more than once in id_column and keep_columns")
+        if taken := sorted(set(passed) & set(RESULT_COLUMNS)):
+            raise UsageError(f"columns {taken} of the input are named like columns of the results; rename them first")
+        try:
+            self.engine_options()
+        except ConfigurationError as error:
+            raise UsageError(str(error)) from error
+
+    def engine_options(self, device: str | None = None) -> EngineOptions:
+        """The model's options on a device."""
+        return EngineOptions(
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            device=device,
+            dtype=self.dtype,
+            overflow=self.overflow,
+            stride=self.stride,
+            reduce=self.reduce,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide the results."""
+        fields = dataclasses.fields(self)
+        values = {field.name: getattr(self, field.name) for field in fields if field.metadata.get("identity")}
+        return values | {"keep_columns": list(self.keep_columns)}  # as JSON gives it back

@@ -1,0 +1,115 @@
+"""What is to be done: the corpus's shards with their versions, and what an output already holds of them."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+
+from .errors import UsageError
+from .storage import Storage, StoredFile
+
+MARKERS = "_shards"
+QUARANTINE = "_quarantine"
+RUNS = "_runs"
+IDENTITY = "_output.json"
+
+# Names are a slug for people plus a hash of the whole path, so that no shard's name can leave the output prefix,
+# collide with another's, or hold a character that some reader of the output treats specially.
+_OBJECT = re.compile(r"(?P<key>.+-[0-9a-f]{16})-(?P<version>[0-9a-f]{12})(-(?P<index>\d{6}))?\.(parquet|json)$")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of the corpus: its path below the input, version and bytes."""
+
+    path: str
+    version: str
+    size: int
+
+    @property
+    def key(self) -> str:
+        """What its objects in the output are called, without version and index."""
+        name = self.path.rsplit("/", 1)[-1].removesuffix(".parquet")
+        slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")[:60] or "shard"
+        return f"{slug}-{hashlib.sha256(self.path.encode(errors='surrogateescape')).hexdigest()[:16]}"
+
+    @property
+    def marker(self) -> str:
+        """Where its completeness is recorded."""
+        return f"{MARKERS}/{self.key}-{self.version}.json"
+
+    def object(self, index: int) -> str:
+        """Where the results of one of its splits go; its quarantined rows go to the same name below _quarantine."""
+        return f"{self.key}-{self.version}-{index:06d}.parquet"
+
+
+@dataclass
+class Plan:
+    """What a run has to do: shards to score, with the split indices that are there already; shards complete; files
+    of the output that belong to other versions of its shards; markers of shards that are no longer in the corpus."""
+
+    pending: list[tuple[Shard, frozenset[int]]] = field(default_factory=list)
+    complete: list[Shard] = field(default_factory=list)
+    superseded: dict[str, list[str]] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+
+
+def list_shards(input_uri: str) -> list[Shard]:
+    """The Parquet files of a corpus: a file, everything below a prefix, or what a glob matches.
+
+    Names that begin with '_' or '.', in any directory, are other programs' markers and temporary files: not shards.
+
+    Raises:
+        UsageError: there is none.
+        StorageError: the input cannot be listed.
+    """
+    storage = Storage(input_uri)
+    files = storage.glob() if "*" in input_uri else storage.files()
+    shards = [Shard(file.path, file.version, file.size) for file in files if _is_shard(file)]
+    if not shards:
+        raise UsageError(f"{input_uri}: no Parquet files there ({len(files)} other files)")
+    return shards
+
+
+def input_root(input_uri: str) -> str:
+    """What shard paths are relative to: the prefix, a single file's directory, a glob's fixed part."""
+    storage = Storage(input_uri)
+    if "*" in input_uri:
+        return storage.uri.split("*", 1)[0].rsplit("/", 1)[0]
+    if storage.uri.endswith(".parquet") and not storage.fs.isdir(storage.root):
+        return storage.uri.rsplit("/", 1)[0] if "/" in storage.uri else "."
+    return storage.uri
+
+
+def _is_shard(file: StoredFile) -> bool:
+    return file.path.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in file.path.split("/"))
+
+
+def make_plan(shards: list[Shard], output: Storage) -> Plan:
+    """Subtract what the output holds from the shards, by its listing alone: nothing is opened."""
+    markers: dict[str, set[str]] = {}
+    splits: dict[tuple[str, str], set[int]] = {}
+    names: dict[str, list[tuple[str, str]]] = {}  # shard key → (version, path)
+    for file in output.files():
+        folder, _, name = file.path.rpartition("/")
+        match = _OBJECT.match(name)
+        if match is None or folder not in ("", MARKERS, QUARANTINE):
+            continue
+        names.setdefault(match["key"], []).append((match["version"], file.path))
+        if folder == MARKERS:
+            markers.setdefault(match["key"], set()).add(match["version"])
+        elif folder == "" and match["index"]:
+            splits.setdefault((match["key"], match["version"]), set()).add(int(match["index"]))
+
+    plan = Plan()
+    for shard in shards:
+        if shard.version in markers.get(shard.key, ()):
+            plan.complete.append(shard)
+        else:
+            plan.pending.append((shard, frozenset(splits.get((shard.key, shard.version), ()))))
+        # Markers first: whoever reads by markers must never be led to an object that is gone.
+        old = [path for version, path in names.get(shard.key, ()) if version != shard.version]
+        if old:
+            plan.superseded[shard.key] = sorted(old, key=lambda path: not path.startswith(MARKERS))
+    present = {shard.key for shard in shards}
+    plan.removed = sorted(set(markers) - present)
+    return plan

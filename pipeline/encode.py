@@ -1,0 +1,315 @@
+"""Shards → encoded splits: read each row group once, cut splits by text bytes, put bad rows aside, tokenise.
+
+One row of the Ray Data pipeline carries one split, as plain columns plus Arrow IPC bytes, in one fixed schema
+(`SPLIT_SCHEMA`) from here to the end; a stage that fails fills `error` and passes the row on, so no split vanishes.
+"""
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from transformers import AutoConfig, AutoTokenizer
+
+from trbert_model.engine import EngineOptions
+from trbert_model.tasks.classification import ClassificationTask
+
+from .corpus import Shard
+from .errors import ShardError, StorageError
+from .report import SplitStats
+from .storage import Storage, fetch_model
+
+logger = logging.getLogger(__name__)
+
+SPLIT_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("version", pa.string()),
+        ("size", pa.int64()),
+        ("shard_rows", pa.int64()),
+        ("index", pa.int32()),  # -1: no split, the row only says how many the shard has
+        ("num_splits", pa.int32()),  # on the shard's last row; null before it
+        ("rows", pa.int64()),
+        ("payload", pa.large_binary()),
+        ("rejected", pa.large_binary()),
+        ("stats", pa.string()),
+        ("actor", pa.string()),  # who predicted it and when, `predict.ActorSplit` as JSON
+        ("committed", pa.string()),  # what was published, `commit.Committed` as JSON
+        ("error", pa.string()),
+    ]
+)
+REJECTED_SCHEMA = pa.schema(
+    [("shard", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What the readers need to know of a run; pickles without credentials."""
+
+    input: Storage
+    model: str
+    text_column: str
+    id_column: str | None
+    keep_columns: tuple[str, ...]
+    split_bytes: int
+    engine: EngineOptions
+
+    @property
+    def passed_columns(self) -> list[str]:
+        """Columns that go from the input to the results as they are."""
+        return [*([self.id_column] if self.id_column else []), *self.keep_columns]
+
+
+@dataclass
+class RawSplit:
+    """Consecutive rows of a shard: the good ones' texts and passed columns, and the rejected ones."""
+
+    index: int
+    rows: int = 0
+    text_bytes: int = 0
+    row_numbers: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    passed: list[pa.RecordBatch] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_shards(batch: pa.Table, options: EncodeOptions) -> Iterator[pa.Table]:
+    """Ray Data stage: one row a shard (`shard_row`) → one row a split, the shard's done splits left out."""
+    for row in batch.to_pylist():
+        shard = Shard(row["shard"], row["version"], row["size"])
+        try:
+            yield from encode_shard(shard, frozenset(json.loads(row["done"])), options)
+        except Exception as error:
+            # A stage that raises would end the run for one shard's sake, and one that yields nothing would lose it.
+            logger.exception("shard %s cannot be encoded", shard.path)
+            yield error_table(_base_row(shard, 0, -1), error)
+
+
+def shard_row(shard: Shard, done: frozenset[int]) -> dict[str, Any]:
+    """A shard to score and the indices of its splits that are there already, as a row for `read_shards`."""
+    return {"shard": shard.path, "version": shard.version, "size": shard.size, "done": json.dumps(sorted(done))}
+
+
+def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions) -> Iterator[pa.Table]:
+    """A shard's splits, encoded; if it cannot be read (further), a last row with `error`.
+
+    The last split that has work is held back until the shard is read to its end, so that it can say how many there
+    are; a shard without one yields a row of index -1 instead.
+    """
+    task = _load_task(options.model, options.engine)
+    held: dict[str, Any] | None = None
+    shard_rows, count = 0, 0
+    started = time.perf_counter()
+    try:
+        with options.input.errors("read", shard.path):
+            for split, shard_rows in cut_splits(shard, options):
+                count = split.index + 1
+                if split.index not in done:
+                    if held is not None:
+                        yield split_table(held)
+                    read_seconds = time.perf_counter() - started
+                    held = _encode(split, shard, shard_rows, task, options, read_seconds)
+                started = time.perf_counter()
+    except (ShardError, StorageError, pa.ArrowException) as error:
+        if held is not None:
+            yield split_table(held)
+        yield error_table(_base_row(shard, shard_rows, -1), error)
+        return
+    last = held or _base_row(shard, shard_rows, -1) | {"stats": SplitStats().to_json()}
+    yield split_table(last | {"num_splits": count})
+
+
+def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit, int]]:
+    """A shard's rows in splits of at least `split_bytes` text bytes (the last one less), with the shard's row count.
+
+    Where splits are cut depends on nothing but the shard and `split_bytes`: a rerun cuts the same ones.
+
+    Raises:
+        ShardError: not Parquet, a column missing, or changed since it was listed.
+    """
+    with options.input.open(shard.path) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ShardError(f"not a readable Parquet file: {error}") from error
+        if options.input.version(shard.path) != shard.version:
+            raise ShardError("it changed after it was listed; the next run will score the new version")
+        columns = [options.text_column, *options.passed_columns]
+        names = parquet.schema_arrow.names
+        if missing := [column for column in dict.fromkeys(columns) if column not in names]:
+            raise ShardError(f"no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, names))}")
+        rows = parquet.metadata.num_rows
+        split, row = RawSplit(0), 0
+        for batch in parquet.iter_batches(batch_size=_batch_rows(parquet, options), columns=columns):
+            texts = _as_binary(batch.column(options.text_column))
+            passed = batch.select(options.passed_columns)
+            start = 0
+            for i, value in enumerate(texts if texts is not None else batch.column(options.text_column)):
+                raw = value.as_py() if texts is not None else None
+                size = len(raw) if raw is not None else 0
+                text, reason, detail = _validate(raw, value, is_text=texts is not None)
+                if text is None:
+                    identifier = passed.column(0)[i] if options.id_column else None
+                    split.rejected.append(_rejected_row(shard, row, identifier, reason, detail))
+                    split.passed.append(passed.slice(start, i - start))
+                    start = i + 1
+                else:
+                    split.row_numbers.append(row)
+                    split.texts.append(text)
+                row, split.rows, split.text_bytes = row + 1, split.rows + 1, split.text_bytes + size
+                if split.text_bytes >= options.split_bytes:
+                    split.passed.append(passed.slice(start, i + 1 - start))
+                    start = i + 1
+                    yield split, rows
+                    split = RawSplit(split.index + 1)
+            split.passed.append(passed.slice(start))
+        if split.rows:
+            yield split, rows
+
+
+def _batch_rows(parquet: pq.ParquetFile, options: EncodeOptions) -> int:
+    """Rows to decode at a time, so that a batch of long documents is about a split and not a row group."""
+    metadata = parquet.metadata
+    total = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    mean = total / max(metadata.num_rows, 1)
+    return max(1, min(4096, int(options.split_bytes / max(mean, 1))))
+
+
+def _as_binary(column: pa.Array) -> pa.Array | None:
+    """A text-like column as large_binary, unvalidated; None for other types."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+        return column.cast(pa.large_binary())
+    if pa.types.is_large_binary(kind):
+        return column
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return pc.cast(pc.cast(column, pa.binary_view()), pa.large_binary())
+    return None
+
+
+def _validate(raw: bytes | None, value: pa.Scalar, *, is_text: bool) -> tuple[str | None, str, str]:
+    """A document's text, or None with the reason and its detail."""
+    if not is_text:
+        if not value.is_valid:
+            return None, "null", "the text is null"
+        return None, "wrong_type", f"the text is of type {value.type}"
+    if raw is None:
+        return None, "null", "the text is null"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return None, "undecodable", f"byte {error.start} of the text is not UTF-8: {error.reason}"
+    if not text.strip():
+        return None, "empty", "the text is empty or white space"
+    return text, "", ""
+
+
+def _rejected_row(shard: Shard, row: int, identifier: pa.Scalar | None, reason: str, detail: str) -> dict[str, Any]:
+    name = None
+    if identifier is not None and identifier.is_valid:
+        try:
+            name = str(identifier.as_py())
+        except UnicodeDecodeError:
+            name = repr(identifier.cast(pa.large_binary()).as_py())
+    return {"shard": shard.path, "row": row, "id": name, "reason": reason, "detail": detail}
+
+
+@functools.lru_cache(maxsize=2)
+def _load_task(model: str, engine: EngineOptions) -> ClassificationTask:
+    """The model's tokenizer and windows, once a worker process."""
+    directory = fetch_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
+    positions = AutoConfig.from_pretrained(directory).max_position_embeddings
+    return ClassificationTask(tokenizer, positions, overflow=engine.overflow, stride=engine.stride)
+
+
+def _encode(
+    split: RawSplit, shard: Shard, shard_rows: int, task: ClassificationTask, options: EncodeOptions, seconds: float
+) -> dict[str, Any]:
+    """Tokenise a split. A text that the tokenizer finds nothing in is rejected too."""
+    started = time.perf_counter()
+    tokens = task.tokenize(split.texts)
+    # Without passed columns a record batch holds no rows, so the table is built from the row numbers up.
+    documents = pa.table({"row": pa.array(split.row_numbers, pa.int64())})
+    if options.passed_columns:
+        passed = pa.Table.from_batches(split.passed)
+        for name in dict.fromkeys(options.passed_columns):
+            documents = documents.append_column(name, _plain(passed[name]))
+    lengths = [len(ids) for ids in tokens]
+    ids = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    documents = documents.append_column("tokens", pa.ListArray.from_arrays(offsets, ids))
+    found = pa.array([length > 0 for length in lengths], pa.bool_())
+    for position in pc.indices_nonzero(pc.invert(found)).to_pylist():
+        identifier = documents[options.id_column][position] if options.id_column else None
+        row, detail = split.row_numbers[position], "the tokenizer finds no token in the text"
+        split.rejected.append(_rejected_row(shard, row, identifier, "no_tokens", detail))
+    documents = documents.filter(found)
+    rejected = pa.Table.from_pylist(sorted(split.rejected, key=lambda row: row["row"]), schema=REJECTED_SCHEMA)
+    stats = SplitStats(text_bytes=split.text_bytes, read_seconds=seconds)
+    for row in split.rejected:
+        stats.bad_rows[row["reason"]] = stats.bad_rows.get(row["reason"], 0) + 1
+    stats.tokenize_seconds = time.perf_counter() - started
+    return _base_row(shard, shard_rows, split.index) | {
+        "rows": split.rows,
+        "payload": to_ipc(documents),
+        "rejected": to_ipc(rejected),
+        "stats": stats.to_json(),
+    }
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Dictionaries decoded and string views and large strings as strings, so that all shards' results have one
+    schema whichever way a shard stores the same values."""
+    if pa.types.is_dictionary(column.type):
+        column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+    if pa.types.is_string_view(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.string())
+    return column
+
+
+def _base_row(shard: Shard, shard_rows: int, index: int) -> dict[str, Any]:
+    return {
+        "shard": shard.path,
+        "version": shard.version,
+        "size": shard.size,
+        "shard_rows": shard_rows,
+        "index": index,
+        "rows": 0,
+        "stats": SplitStats().to_json(),
+    }
+
+
+def split_table(row: dict[str, Any]) -> pa.Table:
+    """One row in the pipeline's schema."""
+    return pa.Table.from_pylist([row], schema=SPLIT_SCHEMA)
+
+
+def error_table(row: dict[str, Any], error: Exception) -> pa.Table:
+    """A row whose stage failed, without its payload."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return split_table({**row, "payload": None, "rejected": None, "error": reason})
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """A table as Arrow IPC stream bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(data: Any) -> pa.Table:
+    """Arrow IPC stream bytes (or a binary scalar) as a table, without a copy."""
+    buffer = data.as_buffer() if isinstance(data, pa.Scalar) else pa.py_buffer(data)
+    return pa.ipc.open_stream(buffer).read_all()

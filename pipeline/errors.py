@@ -1,0 +1,21 @@
+"""The exceptions the pipeline raises; the commands print them as one line and exit with their code."""
+
+
+class PipelineError(Exception):
+    """Base class; the run failed."""
+
+    exit_code = 1
+
+
+class UsageError(PipelineError, ValueError):
+    """An option, a configuration file or an output that does not fit; found before any work started."""
+
+    exit_code = 2
+
+
+class StorageError(PipelineError, OSError):
+    """A place that cannot be listed, read or written; names it."""
+
+
+class ShardError(PipelineError, ValueError):
+    """A shard that cannot be read; names it."""

@@ -1,0 +1,185 @@
+"""Encoded splits → scored splits, in actors that hold a model; and the same model for ordinary `map_batches`."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import ray
+import torch
+
+from trbert_model.engine import DocumentResults, Engine, EngineOptions
+from trbert_model.tasks.classification import softmax
+
+from .encode import error_table, from_ipc, split_table, to_ipc
+from .errors import UsageError
+from .report import SplitStats
+from .storage import fetch_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ActorSplit:
+    """Which actor computed a split, when (seconds since the epoch), and how long its model took to load."""
+
+    actor: str
+    loaded_seconds: float
+    start: float
+    end: float
+
+
+def result_columns(results: DocumentResults, labels: Sequence[str], *, probabilities: bool) -> dict[str, pa.Array]:
+    """The model's results as the result columns, in their order.
+
+    label: string; score: float32, the label's probability; probabilities: list<float32> in the labels' order;
+    num_tokens: int64; num_windows: int32; kept_tokens: list<int32>, one a reduction.
+    """
+    shares = softmax(results.logits)
+    best = shares.argmax(axis=1) if len(shares) else np.zeros(0, np.int64)
+    columns = {
+        "label": pa.array([labels[i] for i in best], pa.string()),
+        "score": pa.array(shares[np.arange(len(best)), best], pa.float32()),
+    }
+    if probabilities:
+        columns["probabilities"] = pa.array(list(shares), pa.list_(pa.float32()))
+    columns["num_tokens"] = pa.array(results.num_tokens, pa.int64())
+    columns["num_windows"] = pa.array(results.num_windows.astype(np.int32), pa.int32())
+    columns["kept_tokens"] = pa.array(results.kept_tokens.astype(np.int32).tolist(), pa.list_(pa.int32()))
+    return columns
+
+
+class TRBertPredictor:
+    """A class for `Dataset.map_batches`: adds the result columns to batches with a text column.
+
+        ray.data.read_parquet(…).map_batches(
+            TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
+
+    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row comes back: where the text is null
+    or empty, label and score are null and `error` says why; elsewhere `error` is null.
+
+    Args:
+        model: directory or URI of a TR-BERT classification model.
+        text_column: the column with the documents.
+        probabilities: add every label's probability.
+        threads: torch threads; default: torch's own.
+        options: the further arguments of `trbert_model.engine.EngineOptions`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        text_column: str = "text",
+        probabilities: bool = False,
+        threads: int | None = None,
+        **options: Any,
+    ):
+        started = time.perf_counter()
+        if threads:
+            torch.set_num_threads(threads)
+        self.engine = Engine.from_pretrained(fetch_model(model), EngineOptions(**options))
+        self.text_column, self.probabilities = text_column, probabilities
+        self.loaded_seconds = time.perf_counter() - started
+
+    def __call__(self, batch: Any) -> Any:
+        if isinstance(batch, pa.Table):
+            self._require_text(batch.column_names)
+            columns = self._score(batch[self.text_column].to_pylist())
+            table = batch.drop_columns([name for name in columns if name in batch.column_names])
+            for name, column in columns.items():
+                table = table.append_column(name, column)
+            return table
+        if isinstance(batch, pd.DataFrame):
+            self._require_text(list(batch.columns))
+            texts = [None if text is None or text is pd.NA or text != text else text for text in batch[self.text_column]]
+            columns = self._score(texts)
+            return batch.assign(**{name: column.to_pandas().to_numpy() for name, column in columns.items()})
+        self._require_text(list(batch))
+        columns = self._score(list(batch[self.text_column]))
+        return {**batch, **{name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}}
+
+    def _require_text(self, names: list[str]) -> None:
+        if self.text_column not in names:
+            raise UsageError(f"no column {self.text_column!r} in the batch; its columns are {names}")
+
+    def _score(self, texts: list[Any]) -> dict[str, pa.Array]:
+        """Result columns for texts of which some may be no text, with `error`."""
+        errors = [_why_not(text) for text in texts]
+        good = [position for position, error in enumerate(errors) if error is None]
+        results = self.engine.score_texts([str(texts[position]) for position in good])
+        columns = result_columns(results, self.engine.labels, probabilities=self.probabilities)
+        places = np.full(len(texts), -1)
+        places[good] = np.arange(len(good))
+        indices = pa.array(places, mask=places < 0)
+        spread = {name: column.take(indices) for name, column in columns.items()}
+        return {**spread, "error": pa.array(errors, pa.string())}
+
+
+def _why_not(text: Any) -> str | None:
+    if text is None:
+        return "null"
+    if not isinstance(text, str):
+        return "wrong_type"
+    return None if text.strip() else "empty"
+
+
+class SplitPredictor(TRBertPredictor):
+    """Ray Data stage: an encoded split → its scored split. A split that fails comes back with `error`."""
+
+    def __init__(self, passed_columns: list[str], id_column: str | None, **options: Any):
+        super().__init__(**options)
+        self.passed_columns, self.id_column = passed_columns, id_column
+        self.actor = ray.get_runtime_context().get_actor_id() or "local"
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.concat_tables(self._predict(batch.slice(i, 1)) for i in range(batch.num_rows))
+
+    def _predict(self, split: pa.Table) -> pa.Table:
+        row = split.drop_columns(["payload"]).to_pylist()[0]
+        if row["error"] is not None or row["index"] < 0:
+            return split
+        start, clock = time.time(), time.perf_counter()
+        try:
+            results, stats = self._results(row["shard"], from_ipc(split["payload"][0]))
+        except Exception as error:
+            # Raising would make Ray compute the split again and in the end fail the run: name it and go on.
+            logger.exception("split %d of shard %s cannot be scored", row["index"], row["shard"])
+            return error_table(row, error)
+        stats.predict_seconds = time.perf_counter() - clock
+        span = ActorSplit(self.actor, self.loaded_seconds, start, start + stats.predict_seconds)
+        total = SplitStats.from_json(row["stats"]) + stats
+        return split_table(
+            row
+            | {"payload": to_ipc(results), "stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))}
+        )
+
+    def _results(self, shard: str, documents: pa.Table) -> tuple[pa.Table, SplitStats]:
+        before = dataclasses.replace(self.engine.statistics)
+        scored = self.engine.score(tokens.values.to_numpy() for tokens in documents["tokens"])
+        columns: dict[str, Any] = {}
+        if self.id_column:
+            columns[self.id_column] = documents[self.id_column]
+        columns["shard"] = pa.array([shard] * documents.num_rows, pa.string())
+        columns["row"] = documents["row"]
+        columns |= result_columns(scored, self.engine.labels, probabilities=self.probabilities)
+        columns |= {name: documents[name] for name in self.passed_columns if name != self.id_column}
+        after = self.engine.statistics
+        counts = pa.compute.value_counts(columns["label"]).to_pylist()
+        stats = SplitStats(
+            documents=len(scored),
+            labels={count["values"]: count["counts"] for count in counts},
+            tokens=int(scored.num_tokens.sum()),
+            windows=int(scored.num_windows.sum()),
+            kept_tokens=[int(kept) for kept in scored.kept_tokens.sum(axis=0)],
+            flops=float(scored.flops.sum()),
+            dense_flops=float(scored.dense_flops.sum()),
+            model_seconds=after.model_seconds - before.model_seconds,
+            halved_batches=after.halved_batches - before.halved_batches,
+        )
+        return pa.table(columns), stats

@@ -1,0 +1,228 @@
+"""Statistics: small records that add up, from one split to the run's report."""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from .corpus import Plan, Shard
+
+
+@dataclass
+class SplitStats:
+    """What one split, or any sum of splits, took and gave. Seconds are busy seconds of the stage that spent them."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    result_bytes: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)  # reason → rows
+    labels: dict[str, int] = field(default_factory=dict)  # label → documents
+    tokens: int = 0
+    windows: int = 0
+    kept_tokens: list[int] = field(default_factory=list)  # one a reduction
+    flops: float = 0.0
+    dense_flops: float = 0.0
+    read_seconds: float = 0.0
+    tokenize_seconds: float = 0.0
+    predict_seconds: float = 0.0
+    model_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    halved_batches: int = 0
+
+    def __add__(self, other: "SplitStats") -> "SplitStats":
+        summed: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            mine, its = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(mine, dict):
+                summed[item.name] = dict(Counter(mine) + Counter(its))
+            elif isinstance(mine, list):
+                longer, shorter = (mine, its) if len(mine) >= len(its) else (its, mine)
+                summed[item.name] = [a + b for a, b in zip(longer, shorter + [0] * (len(longer) - len(shorter)))]
+            else:
+                summed[item.name] = mine + its
+        return SplitStats(**summed)
+
+    @property
+    def bad(self) -> int:
+        return sum(self.bad_rows.values())
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "SplitStats":
+        return cls(**json.loads(text))
+
+
+@dataclass
+class ActorSpan:
+    """When a model actor was there (seconds since the epoch) and how long its model took to load."""
+
+    loaded_seconds: float
+    first_start: float
+    last_end: float
+    busy_seconds: float
+
+
+class RunStatistics:
+    """Collects what the driver sees while a run goes on."""
+
+    def __init__(self, run_id: str, plan: Plan):
+        self.run_id, self.plan = run_id, plan
+        self.started = time.time()
+        self.finished: float | None = None
+        self.total = SplitStats()
+        self.splits = 0
+        self.actors: dict[str, ActorSpan] = {}
+        self.unreadable: dict[str, str] = {}
+        self.failed_splits: dict[str, str] = {}
+        self.shards_completed = 0
+        self._bytes_total = sum(shard.size for shard, _ in plan.pending) or 1
+        self._bytes_done = 0.0
+
+    def add_split(
+        self, stats: SplitStats, shard: Shard, rows: int, shard_rows: int, actor_split: dict[str, Any]
+    ) -> None:
+        """A split is committed: its share of the shard's rows moves the progress, its actor was busy with it."""
+        self.total = self.total + stats
+        self.splits += 1
+        self._bytes_done += shard.size * rows / max(shard_rows, 1)
+        start, end = actor_split["start"], actor_split["end"]
+        fresh = ActorSpan(actor_split["loaded_seconds"], start, end, 0.0)
+        span = self.actors.setdefault(actor_split["actor"], fresh)
+        span.first_start, span.last_end = min(span.first_start, start), max(span.last_end, end)
+        span.busy_seconds += end - start
+
+    def steady_seconds(self) -> float:
+        """From the first split's arrival at an actor to the last one's departure."""
+        spans = list(self.actors.values())  # a copy: the progress line comes from another thread
+        if not spans:
+            return 0.0
+        return max(span.last_end for span in spans) - min(span.first_start for span in spans)
+
+    def progress_line(self) -> str:
+        """One line: documents, speed, kept tokens, and the time to the end at the present speed."""
+        elapsed = max(time.time() - self.started, 1e-9)
+        steady = max(self.steady_seconds(), 1e-9)
+        done = min(self._bytes_done / self._bytes_total, 1.0)
+        total = self.total
+        if not self.splits:
+            return f"{_clock(elapsed)} starting: no split is done yet"
+        kept = " / ".join(f"{100 * k / max(total.tokens, 1):.0f}%" for k in total.kept_tokens) or "all"
+        eta = _clock(steady * (1 - done) / done) if done else "unknown"
+        return (
+            f"{_clock(elapsed)} {100 * done:.0f}% · {total.documents:,} documents · {total.tokens / steady:,.0f} tokens/s"
+            f" · kept {kept} · {total.bad} bad rows · ETA {eta}"
+        )
+
+    def report(self, *, status: str, exit_code: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """The run report, as `_runs/<run id>.json` holds it."""
+        self.finished = self.finished or time.time()
+        total, steady, wall = self.total, self.steady_seconds(), self.finished - self.started
+        computed = sum(span.busy_seconds for span in self.actors.values())
+        presence = sum(span.last_end - span.first_start for span in self.actors.values())
+        first = min((span.first_start for span in self.actors.values()), default=self.finished)
+        per_second = {
+            name: round(value / steady, 3) if steady else None
+            for name, value in (
+                ("documents", total.documents),
+                ("tokens", total.tokens),
+                ("text_bytes", total.text_bytes),
+            )
+        }
+        return {
+            "run": self.run_id,
+            "status": status,
+            "exit_code": exit_code,
+            "started": _timestamp(self.started),
+            "finished": _timestamp(self.finished),
+            "shards": {
+                "in_corpus": len(self.plan.pending) + len(self.plan.complete),
+                "complete_before": len(self.plan.complete),
+                "completed": self.shards_completed,
+                "unreadable": self.unreadable,
+                "no_longer_in_corpus": len(self.plan.removed),
+            },
+            "splits": {
+                "committed": self.splits,
+                "found_committed": sum(len(done) for _, done in self.plan.pending),
+                "failed": self.failed_splits,
+            },
+            "documents": total.documents,
+            "bad_rows": total.bad_rows,
+            "labels": total.labels,
+            "tokens": total.tokens,
+            "windows": total.windows,
+            "text_bytes": total.text_bytes,
+            "result_bytes": total.result_bytes,
+            "kept_fractions": [kept / total.tokens for kept in total.kept_tokens] if total.tokens else [],
+            "flops": {
+                "spent": total.flops,
+                "dense": total.dense_flops,
+                "saved": total.dense_flops - total.flops,
+                "speedup": total.dense_flops / total.flops if total.flops else None,
+            },
+            "seconds": {
+                "wall": round(wall, 3),
+                "startup": round(first - self.started, 3),
+                "steady_state": round(steady, 3),
+                "finish": round(max(wall - (first - self.started) - steady, 0.0), 3),
+            },
+            "per_second_steady_state": per_second,
+            "busy_seconds": {
+                "read": round(total.read_seconds, 3),
+                "tokenize": round(total.tokenize_seconds, 3),
+                "predict": round(total.predict_seconds, 3),
+                "model": round(total.model_seconds, 3),
+                "commit": round(total.commit_seconds, 3),
+            },
+            "actors": {
+                "count": len(self.actors),
+                "load_seconds": [round(span.loaded_seconds, 3) for span in self.actors.values()],
+                "computing_share": round(computed / presence, 4) if presence else None,
+                "halved_batches": total.halved_batches,
+            },
+            **settings,
+        }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The run report for a terminal."""
+    shards, seconds, speed = report["shards"], report["seconds"], report["per_second_steady_state"]
+    lines = [
+        f"{report['status']}  (run {report['run']}, exit code {report['exit_code']})",
+        f"  shards      {shards['completed']} completed, {shards['complete_before']} complete before, "
+        f"{len(shards['unreadable'])} unreadable, of {shards['in_corpus']}",
+        f"  documents   {report['documents']:,} scored, {sum(report['bad_rows'].values()):,} quarantined"
+        + "".join(f" ({reason}: {count})" for reason, count in sorted(report["bad_rows"].items())),
+    ]
+    if report["documents"]:
+        flops, kept = report["flops"], report["kept_fractions"]
+        labels = sorted(report["labels"].items(), key=lambda item: -item[1])
+        lines += [
+            "  labels      " + ", ".join(f"{label} {count:,}" for label, count in labels[:10]),
+            f"  tokens      {report['tokens']:,} in {report['windows']:,} windows; kept "
+            + (", then ".join(f"{100 * fraction:.1f}%" for fraction in kept) or "all"),
+            f"  FLOPs       {flops['spent'] / 1e12:,.3f} T spent, {flops['saved'] / 1e12:,.3f} T saved: "
+            f"{flops['speedup']:.2f}x fewer than dense",
+            f"  speed       {speed['documents']:,.1f} documents/s, {speed['tokens']:,.0f} tokens/s, "
+            f"{speed['text_bytes'] / 1e6:,.3f} MB text/s in steady state",
+            f"  time        {seconds['wall']:.1f} s: start-up {seconds['startup']:.1f}, steady state "
+            f"{seconds['steady_state']:.1f}, finish {seconds['finish']:.1f}; {report['actors']['count']} actors, "
+            f"computing {100 * report['actors']['computing_share']:.0f}% of steady state",
+            "  busy        " + ", ".join(f"{stage} {busy:.1f} s" for stage, busy in report["busy_seconds"].items()),
+        ]
+    lines += [f"  unreadable  {path}: {reason}" for path, reason in sorted(shards["unreadable"].items())]
+    lines += [f"  failed      {split}: {reason}" for split, reason in sorted(report["splits"]["failed"].items())]
+    return "\n".join(lines)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,328 @@
+"""A scoring run from end to end. Read this file first: it wires the stages that the others hold."""
+
+import functools
+import json
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from trbert_model.engine import load_model
+from trbert_model.errors import TRBertError
+
+from .commit import Committed, bind_output, inspect_object, output_differences, publish_splits, write_marker
+from .config import ScoreConfig
+from .corpus import RUNS, Plan, Shard, input_root, list_shards, make_plan
+from .encode import EncodeOptions, read_shards, shard_row
+from .errors import PipelineError, UsageError
+from .placement import Placement, place
+from .predict import SplitPredictor
+from .report import RunStatistics, SplitStats
+from .storage import Storage, fetch_model, model_digest
+
+logger = logging.getLogger(__name__)
+
+EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_BAD_INPUT = 0, 1, 2, 3
+
+# Ray Data fuses neighbouring stages that ask for the same resources, and reading would then run inside the actors
+# (340 ms of idle GPU between splits); so every stage asks for something else. Actors take 1 CPU or more.
+READER_CPUS = 0.5
+COMMIT_CPUS = 0.25
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Score a corpus: everything that the output does not hold yet.
+
+    Returns the run report (also in the output as `_runs/<run id>.json`); its `exit_code` is 0 for a complete output,
+    3 for a complete one with unreadable shards or more bad rows than `max_bad_rows`, 1 if splits could not be scored.
+    With `dry_run`, returns what `plan_of` does.
+
+    Raises:
+        UsageError: nothing was started, because of the option, input, model or output that it names.
+        PipelineError: the run broke off; what was committed stays, and running again finishes it.
+    """
+    output, shards, digest = _check(config)
+    if config.dry_run:
+        return plan_of(config, output, shards, digest)
+    started_ray = _start_ray()
+    try:
+        placement = place(config, spare_cpus=READER_CPUS + COMMIT_CPUS)
+        dtype = placement.dtype if config.dtype == "auto" else config.dtype
+        config = replace(config, dtype=dtype)
+        output.check_writable()
+        bind_output(output, _identity(config, digest), overwrite=config.overwrite)
+        run = _Run(config, output, make_plan(shards, output), placement, digest)
+        return run.execute()
+    finally:
+        if started_ray:
+            ray.shutdown()
+
+
+def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
+    """Everything that can be known before Ray starts."""
+    output = Storage(config.output)
+    root = Storage(input_root(config.input))
+    inside, around = (f"{place.protocol}:{place.root}/" for place in (output, root))
+    if inside.startswith(around) or around.startswith(inside):
+        raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
+    directory = fetch_model(config.model)
+    try:
+        load_model(directory)
+    except TRBertError as error:
+        raise UsageError(str(error)) from error
+    return output, list_shards(config.input), model_digest(directory)
+
+
+def _identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
+    """What an output is bound to."""
+    return {"format": 1, "input": config.input, "model_digest": digest, **config.identity()}
+
+
+def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], digest: str) -> dict[str, Any]:
+    """What a run would do: shards and bytes to read, what is done, and whether the output would be refused."""
+    identity = _identity(config, digest)
+    differences = output_differences(output, identity)
+    if config.dtype == "auto":  # resolved on the cluster, which a dry run does not start
+        differences = [difference for difference in differences if not difference.startswith("dtype ")]
+    plan = Plan(pending=[(shard, frozenset()) for shard in shards]) if differences else make_plan(shards, output)
+    return {
+        "dry_run": True,
+        "exit_code": EXIT_COMPLETE if config.overwrite or not differences else EXIT_USAGE,
+        "differences": differences,
+        "shards_to_score": [
+            {"shard": shard.path, "bytes": shard.size, "splits_done": len(done)} for shard, done in plan.pending
+        ],
+        "bytes_to_read": sum(shard.size for shard, _ in plan.pending),
+        "shards_complete": len(plan.complete),
+        "shards_no_longer_in_corpus": len(plan.removed),
+    }
+
+
+def _start_ray() -> bool:
+    """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here; whether it did."""
+    if ray.is_initialized():
+        return False
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        # With a single core, reader and actor would not fit beside each other.
+        cpus = max(os.cpu_count() or 1, 2)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    return True
+
+
+@dataclass
+class _ShardProgress:
+    """A shard's splits as they come in: those committed, by index, and how many there are once that is known."""
+
+    shard: Shard
+    splits: dict[int, Committed | None] = field(default_factory=dict)
+    num_splits: int | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_splits is not None and len(self.splits) == self.num_splits
+
+
+class _Run:
+    """One run: the Ray Data pipeline and what the driver does with the rows that come out of it."""
+
+    def __init__(self, config: ScoreConfig, output: Storage, plan: Plan, placement: Placement, digest: str):
+        self.config, self.output, self.plan, self.placement, self.digest = config, output, plan, placement, digest
+        self.run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3)
+        self.statistics = RunStatistics(self.run_id, plan)
+        self.progress = {
+            shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending
+        }
+        self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
+        self.markers: list[Future] = []
+
+    def execute(self) -> dict[str, Any]:
+        """Run the pipeline, write the report, whatever happens in between."""
+        if self.plan.complete:
+            _say(f"{len(self.plan.complete)} of {len(self.plan.complete) + len(self.plan.pending)} shards are complete")
+        status, code = "broken off", EXIT_FAILED
+        try:
+            if self.plan.pending:
+                self._stream()
+            status, code = self._verdict()
+        except ray.exceptions.RayError as error:
+            raise PipelineError(f"Ray ended the run: {_first_line(error)}; run again to finish it") from error
+        finally:
+            self.marker_writers.shutdown(wait=True)
+            report = self.statistics.report(status=status, exit_code=code, settings=self._settings())
+            self.output.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
+        return report
+
+    def _stream(self) -> None:
+        """Feed the shards in and take the committed splits as they come."""
+        done = threading.Event()
+        reporter = threading.Thread(target=self._report_progress, args=(done,), daemon=True)
+        reporter.start()
+        try:
+            with _data_context():
+                for table in self._dataset().iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+                    for row in table.to_pylist():
+                        self._take(row)
+        finally:
+            done.set()
+            reporter.join()
+        for marker in self.markers:
+            marker.result()
+
+    def _dataset(self) -> ray.data.Dataset:
+        config, placement = self.config, self.placement
+        options = EncodeOptions(
+            input=Storage(input_root(config.input)),
+            model=config.model,
+            text_column=config.text_column,
+            id_column=config.id_column,
+            keep_columns=config.keep_columns,
+            split_bytes=config.split_bytes,
+            engine=config.engine_options(),
+        )
+        predictor = {
+            "passed_columns": options.passed_columns,
+            "id_column": config.id_column,
+            "model": config.model,
+            "probabilities": config.probabilities,
+            "threads": placement.threads,
+            "device": placement.device,
+            "max_tokens_per_batch": config.max_tokens_per_batch,
+            "dtype": config.dtype,
+            "overflow": config.overflow,
+            "stride": config.stride,
+            "reduce": config.reduce,
+        }
+        # Large shards first, so that the run does not end on one actor.
+        pending = sorted(self.plan.pending, key=lambda item: -item[0].size)
+        return (
+            ray.data.from_items([shard_row(shard, done) for shard, done in pending], override_num_blocks=len(pending))
+            .map_batches(
+                read_shards,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=READER_CPUS,
+                fn_kwargs={"options": options},
+            )
+            .map_batches(
+                SplitPredictor,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=placement.cpus_per_actor,
+                num_gpus=placement.gpus_per_actor or None,
+                # With one task in flight an actor idled 500 ms between splits, with two 10 ms.
+                compute=ray.data.ActorPoolStrategy(size=placement.num_actors, max_tasks_in_flight_per_actor=2),
+                fn_constructor_kwargs=predictor,
+            )
+            .map_batches(
+                publish_splits,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=COMMIT_CPUS,
+                fn_kwargs={"output": self.output},
+            )
+        )
+
+    def _take(self, row: dict[str, Any]) -> None:
+        """Account for a row that left the pipeline, and mark its shard when that was the last one."""
+        progress = self.progress[row["shard"]]
+        if row["error"] is not None:
+            if row["index"] < 0:
+                self.statistics.unreadable[row["shard"]] = row["error"]
+            else:
+                self.statistics.failed_splits[f"{row['shard']} split {row['index']}"] = row["error"]
+            return
+        if row["num_splits"] is not None:
+            progress.num_splits = row["num_splits"]
+        if row["index"] >= 0:
+            progress.splits[row["index"]] = Committed(**json.loads(row["committed"]))
+            self.statistics.add_split(
+                SplitStats.from_json(row["stats"]),
+                progress.shard,
+                row["rows"],
+                row["shard_rows"],
+                json.loads(row["actor"]),
+            )
+        if progress.is_complete:
+            self.markers.append(self.marker_writers.submit(self._mark, progress))
+
+    def _mark(self, progress: _ShardProgress) -> None:
+        splits = [
+            committed or inspect_object(self.output, progress.shard.object(index))
+            for index, committed in sorted(progress.splits.items())
+        ]
+        superseded = self.plan.superseded.get(progress.shard.key, [])
+        write_marker(self.output, progress.shard, splits, self.run_id, superseded)
+        self.statistics.shards_completed += 1
+
+    def _verdict(self) -> tuple[str, int]:
+        """How the run ended, and its exit code."""
+        statistics, config = self.statistics, self.config
+        failed = {split.rsplit(" split ", 1)[0] for split in statistics.failed_splits}
+        accounted = failed | set(statistics.unreadable)
+        vanished = [path for path, progress in self.progress.items() if not progress.is_complete and path not in accounted]
+        if vanished:
+            raise PipelineError(f"splits of {len(vanished)} shards never came back, of {vanished[0]} first; run again")
+        if failed:
+            return f"incomplete: {len(statistics.failed_splits)} splits failed; run again", EXIT_FAILED
+        if statistics.unreadable:
+            return "complete but for unreadable shards", EXIT_BAD_INPUT
+        if config.max_bad_rows is not None and statistics.total.bad > config.max_bad_rows:
+            return f"complete, with more than {config.max_bad_rows} bad rows", EXIT_BAD_INPUT
+        return ("complete" if self.plan.pending else "complete already: nothing to do"), EXIT_COMPLETE
+
+    def _report_progress(self, done: threading.Event) -> None:
+        while not done.wait(self.config.progress_interval or None):
+            _say(self.statistics.progress_line())
+
+    def _settings(self) -> dict[str, Any]:
+        """What the report says of the run's conditions."""
+        packages = ("ray", "torch", "transformers", "pyarrow", "s3fs")
+        return {
+            "input": self.config.input,
+            "output": self.config.output,
+            "model": {"uri": self.config.model, "digest": self.digest},
+            "options": self.config.identity(),
+            "placement": self.placement.as_dict(),
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        }
+
+
+class _data_context:  # noqa: N801 - used as a function
+    """Ray Data's settings for a run, put back afterwards: the context is the whole process's."""
+
+    SETTINGS = {  # noqa: RUF012
+        # Otherwise several splits are put into one block and one actor's task; nothing is cut by it.
+        "target_max_block_size": 1,
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+    }
+
+    def __enter__(self) -> None:
+        self.context = ray.data.DataContext.get_current()
+        self.before = {name: getattr(self.context, name) for name in self.SETTINGS}
+        for name, value in self.SETTINGS.items():
+            setattr(self.context, name, value)
+
+    def __exit__(self, *exception: object) -> None:
+        for name, value in self.before.items():
+            setattr(self.context, name, value)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

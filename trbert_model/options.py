@@ -1,0 +1,96 @@
+"""Options written once: a frozen dataclass whose fields carry their help texts, filled by a call, YAML or arguments."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import ConfigurationError
+
+Options = TypeVar("Options")
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A dataclass field with a default and the help text for its command-line option."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+def parse_options(cls: type[Options], arguments: Sequence[str] | None, description: str) -> Options:
+    """A command line, and the YAML file its --config names, as an instance of an options class.
+
+    Raises:
+        ConfigurationError: an unreadable file, unknown keys, values of the wrong type. argparse itself exits with 2.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; the command line goes first")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.default not in (None, "", ()) and not isinstance(field.default, bool):
+            text += f" (default: {field.default})"
+        kind = _kind(hints[field.name])
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif kind is tuple:
+            item = typing.get_args(_concrete(hints[field.name]))[0]
+            metavar = f"{field.name.upper()}[,…]"
+            parser.add_argument(flag, type=_comma_separated(item), default=None, metavar=metavar, help=text)
+        else:
+            parser.add_argument(flag, type=kind, default=None, help=text)
+    parsed = vars(parser.parse_args(arguments))
+    file = parsed.pop("config")
+    values = _from_yaml(file, hints) if file else {}
+    return cls(**values | {name: value for name, value in parsed.items() if value is not None})
+
+
+def _from_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: must be a mapping of option names to values")
+    if unknown := sorted(str(key) for key in set(values) - set(hints)):
+        raise ConfigurationError(f"{path}: unknown options {unknown}; known are {sorted(hints)}")
+    return {name: _checked(path, name, value, hints[name]) for name, value in values.items()}
+
+
+def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
+    """A YAML value as the option's type."""
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    kind = _kind(hint)
+    if kind is tuple and isinstance(value, list):
+        item = typing.get_args(_concrete(hint))[0]
+        return tuple(_checked(path, f"{name}[{i}]", each, item) for i, each in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigurationError(f"{path}: {name} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}")
+    return value
+
+
+def _concrete(hint: Any) -> Any:
+    """`int | None` → int; other hints as they are."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def _kind(hint: Any) -> type:
+    """The class behind a hint: `tuple[str, ...] | None` → tuple."""
+    concrete = _concrete(hint)
+    return typing.get_origin(concrete) or concrete
+
+
+def _comma_separated(item: type) -> Any:
+    def parse(text: str) -> tuple:
+        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+
+    parse.__name__ = f"comma-separated {item.__name__}"  # what argparse calls it in its error message
+    return parse
