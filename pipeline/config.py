@@ -35,7 +35,7 @@ class ScoreConfig:
     keep_columns: tuple[str, ...] = option((), "further columns to pass through", identity=True)
     probabilities: bool = option(False, "write every label's probability, in the order of the labels", identity=True)
     overflow: str = option("windows", "documents longer than the model's positions: windows or truncate", identity=True)
-    stride: int = option(64, "tokens a window shares with the one before it", identity=True)
+    stride: int | None = option(None, "tokens a window shares with the one before it", identity=True)
     reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model", identity=True)
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32", identity=True)
     split_bytes: int = option(8 << 20, "text bytes in one unit of work and of commit", identity=True)

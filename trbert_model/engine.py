@@ -46,7 +46,7 @@ class EngineOptions:
     device: str | None = None
     dtype: str = "auto"
     overflow: str = "windows"
-    stride: int = 64
+    stride: int | None = None
     reduce: bool = True
 
     def __post_init__(self):

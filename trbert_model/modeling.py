@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
-from .varlen import ATTENTION_NAME, VarlenBatch, varlen_attention
+from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, varlen_attention
 
 # Larger activations than this many tokens' leave the CPU's caches and, over 32 MB, are mapped and unmapped by glibc at
 # every operation: the feed-forward of a 4096-token batch ran 10 to 30% faster in chunks of 1024 than whole.
@@ -179,7 +179,7 @@ class TRBertEncoder(nn.Module):
                 reduction = reductions[index]
                 logits = self.selectors[reduction](hidden)
                 keep = policy(reduction, torch.sigmoid(logits), cu_seqlens).clone()
-                keep[cu_seqlens[:-1].long()] = True  # [CLS] always stays, so a sequence never dies out
+                keep[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
                 if output_selections:
                     selections.append(Selection(logits, keep, alive, cu_seqlens))
                 kept_before = F.pad(keep.cumsum(0), (1, 0))
@@ -206,7 +206,7 @@ class TRBertEncoder(nn.Module):
             last = torch.cat([state for _, state in skipped] + [hidden])[order.argsort()] if skipped else hidden
         return TRBertModelOutput(
             last_hidden_state=last,
-            cls_hidden_state=hidden[cu_seqlens[:-1].long()],
+            cls_hidden_state=hidden.index_select(0, first_tokens(cu_seqlens)),
             kept_tokens=tuple(kept_tokens),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             selections=tuple(selections) if output_selections else None,
@@ -343,7 +343,7 @@ class TRBertModel(TRBertPreTrainedModel):
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
         if position_ids is None:
-            starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+            starts = first_tokens(cu_seqlens).repeat_interleave(cu_seqlens.diff().long())
             position_ids = torch.arange(len(input_ids), device=input_ids.device) - starts
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)

@@ -37,7 +37,7 @@ from .flops import dense_flops, reduced_flops
 from .modeling import Selection, TRBertForSequenceClassification
 from .options import option
 from .tasks.classification import ClassificationTask
-from .varlen import VarlenBatch
+from .varlen import VarlenBatch, first_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
     """The `counts[i]` highest-scored tokens of each sequence i, the first token always among them: bool, as scores."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     scores = scores.clone()
-    scores[cu_seqlens[:-1].long()] = torch.inf
+    scores[first_tokens(cu_seqlens)] = torch.inf
     bounds = cu_seqlens.tolist()
     for start, end, count in zip(bounds, bounds[1:], counts.tolist()):
         chosen[start + scores[start:end].topk(min(count, end - start)).indices] = True
@@ -314,7 +314,7 @@ def calibrate_thresholds(model: nn.Module, dataset: WindowDataset, fractions: li
 def _without_first(selection: Selection) -> Tensor:
     """A selection's logits without each sequence's first token's."""
     mask = torch.ones_like(selection.keep)
-    mask[selection.cu_seqlens[:-1].long()] = False
+    mask[first_tokens(selection.cu_seqlens)] = False
     return selection.logits[mask]
 
 

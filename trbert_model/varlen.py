@@ -87,6 +87,11 @@ class VarlenBatch:
         return batch, indices
 
 
+def first_tokens(cu_seqlens: Tensor) -> Tensor:
+    """The index of each sequence's first token, int64 (sequences,)."""
+    return cu_seqlens.narrow(0, 0, cu_seqlens.shape[0] - 1).long()
+
+
 def varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -134,7 +139,7 @@ def _flash_varlen(
     """torch's flash-attention varlen kernel; same shapes as `varlen_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     # num_splits=1: split-KV chooses by the longest sequence of the batch, and a document's result would then depend
     # on its neighbours (torch documents bitwise batch invariance for 1).
     output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, num_splits=1)

@@ -33,15 +33,16 @@ class ClassificationTask:
 
     tokenizer: a fast BERT tokenizer; max_positions: tokens a sequence may have, [CLS] and [SEP] included;
     overflow: what becomes of longer documents, "windows" or "truncate"; stride: tokens a window shares with the one
-    before it (the transformers tokenizers' meaning of the word).
+    before it (the transformers tokenizers' meaning of the word), by default an eighth of a window.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_positions: int
     overflow: str = "windows"
-    stride: int = 64
+    stride: int | None = None
 
     def __post_init__(self):
+        self.stride = (self.max_positions - 2) // 8 if self.stride is None else self.stride
         if self.overflow not in ("windows", "truncate"):
             raise ConfigurationError(f"overflow {self.overflow!r} is neither 'windows' nor 'truncate'")
         if not 0 <= self.stride < self.max_positions - 2:

@@ -1,0 +1,55 @@
+"""What many tests share: tiny models with tokenizers, and corpora."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trbert_model import TRBertConfig, TRBertForSequenceClassification
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hub
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+WORDS = ["the", "good", "bad", "fine", "news", "sport", "a", "of", "and", "game", "bank", "##s", "##ing", "é", "中", "."]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TINY = {
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{k}_token": v for k, v in names.items()})
+
+
+def tiny_classifier(seed: int = 0, **config) -> TRBertForSequenceClassification:
+    """A random model whose selectors really choose: their weights are large enough to be on both sides of 0.5."""
+    torch.manual_seed(seed)
+    labels = {0: "bad", 1: "fine", 2: "good"}
+    settings = TINY | {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} | config
+    model = TRBertForSequenceClassification(TRBertConfig(**settings)).eval()
+    for selector in model.bert.encoder.selectors:
+        torch.nn.init.normal_(selector.linear_1.weight, std=1.0)
+        torch.nn.init.normal_(selector.linear_2.weight, std=1.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory) -> Path:
+    """A saved tiny classification model with its tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny_classifier().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
