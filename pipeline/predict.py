@@ -135,7 +135,7 @@ class SplitPredictor(TRBertPredictor):
     def __init__(self, passed_columns: list[str], id_column: str | None, **options: Any):
         super().__init__(**options)
         self.passed_columns, self.id_column = passed_columns, id_column
-        self.actor = ray.get_runtime_context().get_actor_id() or "local"
+        self.actor = (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or "driver"
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.concat_tables(self._predict(batch.slice(i, 1)) for i in range(batch.num_rows))

@@ -19,6 +19,7 @@ import ray.data
 
 from trbert_model.engine import load_model
 from trbert_model.errors import TRBertError
+from trbert_model.tasks.classification import ClassificationTask
 
 from .commit import Committed, bind_output, inspect_object, output_differences, publish_splits, write_marker
 from .config import ScoreConfig
@@ -77,7 +78,8 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
     directory = fetch_model(config.model)
     try:
-        load_model(directory)
+        model, tokenizer = load_model(directory)
+        ClassificationTask(tokenizer, model.config.max_position_embeddings, config.overflow, config.stride)
     except TRBertError as error:
         raise UsageError(str(error)) from error
     return output, list_shards(config.input), model_digest(directory)

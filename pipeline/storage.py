@@ -153,7 +153,9 @@ class Storage:
                         os.link(temporary, self.location(path))
                 else:
                     self.fs.pipe_file(self.location(path), data, mode="create")
-            except FileExistsError:
+            except OSError as error:
+                if not _is_there_already(error):
+                    raise
                 return False
         return True
 
@@ -169,6 +171,14 @@ class Storage:
         probe = f"_runs/.write-check-{os.getpid()}"
         self.write(probe, b"")
         self.delete([probe])
+
+
+def _is_there_already(error: OSError) -> bool:
+    """Whether a conditional write found the object there; s3fs says so only in the error's cause."""
+    if isinstance(error, FileExistsError):
+        return True
+    cause = error.__cause__
+    return isinstance(cause, ClientError) and cause.response["Error"]["Code"] == "PreconditionFailed"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from .configuration import TRBertConfig
 from .errors import CheckpointError, ConfigurationError, TRBertError
 from .flops import dense_flops, reduced_flops
 from .modeling import SelectionPolicy, TRBertForSequenceClassification, fuse_for_inference
-from .tasks.classification import ClassificationTask, Window
+from .tasks.classification import ClassificationTask, Window, check_overflow
 from .varlen import VarlenBatch
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class EngineOptions:
     def __post_init__(self):
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
+        check_overflow(self.overflow, self.stride)
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ConfigurationError(f"max_tokens_per_batch {self.max_tokens_per_batch} must be at least 1")
 

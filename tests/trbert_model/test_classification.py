@@ -66,7 +66,7 @@ def test_a_text_without_white_space_is_one_piece(monkeypatch):
 def test_options_out_of_range_are_refused():
     with pytest.raises(ConfigurationError, match="overflow 'cut'"):
         ClassificationTask(TOKENIZER, max_positions=32, overflow="cut")
-    with pytest.raises(ConfigurationError, match="stride 30 must be"):
+    with pytest.raises(ConfigurationError, match="stride 30 must be less than the 30"):
         ClassificationTask(TOKENIZER, max_positions=32, stride=30)
 
 

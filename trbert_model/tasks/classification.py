@@ -43,11 +43,10 @@ class ClassificationTask:
 
     def __post_init__(self):
         self.stride = (self.max_positions - 2) // 8 if self.stride is None else self.stride
-        if self.overflow not in ("windows", "truncate"):
-            raise ConfigurationError(f"overflow {self.overflow!r} is neither 'windows' nor 'truncate'")
-        if not 0 <= self.stride < self.max_positions - 2:
+        check_overflow(self.overflow, self.stride)
+        if self.stride >= self.max_positions - 2:
             raise ConfigurationError(
-                f"stride {self.stride} must be at least 0 and less than a window's {self.max_positions - 2} tokens"
+                f"stride {self.stride} must be less than the {self.max_positions - 2} tokens of a window"
             )
 
         # Tokenizers bring the truncation and padding they were saved with (sentence encoders cut at 128 tokens).
@@ -81,6 +80,14 @@ class ClassificationTask:
             if end == len(tokens) or self.overflow == "truncate":
                 return
             start = end - self.stride
+
+
+def check_overflow(overflow: str, stride: int | None) -> None:
+    """Refuse what no model could honour."""
+    if overflow not in ("windows", "truncate"):
+        raise ConfigurationError(f"overflow {overflow!r} is neither 'windows' nor 'truncate'")
+    if stride is not None and stride < 0:
+        raise ConfigurationError(f"stride {stride} must not be negative")
 
 
 def _pieces(text: str) -> Iterator[str]:

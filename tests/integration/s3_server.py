@@ -1,0 +1,111 @@
+"""A real S3 server for the tests: SeaweedFS, from PyPI, on loopback with credentials of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
+
+
+class S3Server:
+    """Start on construction, `stop` by pid. `environment` is what its clients need."""
+
+    def __init__(self, directory: Path, seconds: float = 60):
+        self.directory = directory
+        self.log = directory / "weed.log"
+        identity = {
+            "name": "test",
+            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (directory / "data").mkdir()
+        names = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
+        ports = dict(zip((f"{name}.port" if "." not in name else name.replace(".", ".port.") for name in names), _free_ports(8)))
+        self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        command = [
+            str(Path(sys.executable).with_name("weed")),
+            "-logtostderr",
+            "server",
+            f"-dir={directory / 'data'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-s3",
+            f"-s3.config={directory / 's3.json'}",
+            "-s3.iam=false",
+            "-s3.autoCreateBucket=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-master.telemetry=false",
+            "-volume.preStopSeconds=0",
+            "-master.volumeSizeLimitMB=64",
+            "-volume.max=200",
+            *(f"-{name}={port}" for name, port in ports.items()),
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.client = botocore.session.get_session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+            config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=10),
+        )
+        self._wait_until_ready(seconds)
+
+    def _wait_until_ready(self, seconds: float) -> None:
+        """An open port is not readiness; an object that was put and comes back is."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.client.create_bucket(Bucket="ready")
+                self.client.put_object(Bucket="ready", Key="probe", Body=b"probe")
+                assert self.client.get_object(Bucket="ready", Key="probe")["Body"].read() == b"probe"
+                return
+            except (BotoCoreError, ClientError) as error:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
+                    raise RuntimeError(f"SeaweedFS did not start:\n{self.log.read_text()[-3000:]}") from error
+                time.sleep(0.3)
+
+    def bucket(self, name: str) -> str:
+        """Make an empty bucket; its s3:// URI."""
+        self.client.create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    def keys(self, bucket: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        return sorted(item["Key"] for page in pages for item in page.get("Contents", []))
+
+    def stop(self) -> None:
+        """SIGKILL: it answers SIGTERM only after 15 seconds."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

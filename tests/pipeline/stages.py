@@ -1,0 +1,62 @@
+"""The pipeline's stages in this process, without Ray: corpora, options, and a whole run of one shard."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import publish_splits
+from pipeline.corpus import Shard, list_shards
+from pipeline.encode import EncodeOptions, from_ipc, read_shards, shard_row
+from pipeline.storage import Storage
+from trbert_model.engine import EngineOptions
+
+WORDS = "the good bad fine news sport a of and game bank".split()
+
+
+def texts(count: int, words: int = 20, start: int = 0) -> list[str]:
+    """Different documents of the tiny tokenizer's words."""
+    return [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + (i * 13) % words)) for i in range(start, start + count)]
+
+
+def write_shard(path: Path, columns: dict, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def encode_options(directory: Path, model: Path, **changes) -> EncodeOptions:
+    settings = {
+        "input": Storage(str(directory)),
+        "model": str(model),
+        "text_column": "text",
+        "id_column": "id",
+        "keep_columns": (),
+        "split_bytes": 1 << 20,
+        "engine": EngineOptions(device="cpu"),
+    }
+    return EncodeOptions(**settings | changes)
+
+
+def encode(shard: Shard, options: EncodeOptions, done: frozenset[int] = frozenset()) -> list[dict]:
+    """The rows that reading a shard yields, documents and rejected rows as tables."""
+    batch = pa.Table.from_pylist([shard_row(shard, done)])
+    rows = [row for table in read_shards(batch, options) for row in table.to_pylist()]
+    for row in rows:
+        if row["payload"] is not None:
+            row["documents"], row["bad"] = from_ipc(row["payload"]), from_ipc(row["rejected"])
+    return rows
+
+
+def only_shard(directory: Path) -> Shard:
+    (shard,) = list_shards(str(directory))
+    return shard
+
+
+def run_stages(shard: Shard, options: EncodeOptions, predictor, output: Storage, done=frozenset()) -> list[dict]:
+    """Read, predict and publish a shard."""
+    batch = pa.Table.from_pylist([shard_row(shard, done)])
+    rows = []
+    for encoded in read_shards(batch, options):
+        rows += publish_splits(predictor(encoded), output).to_pylist()
+    return rows

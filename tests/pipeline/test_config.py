@@ -1,0 +1,45 @@
+"""ScoreConfig: what is refused, and what an output is bound to."""
+
+import pytest
+
+from pipeline.config import ScoreConfig
+from pipeline.errors import UsageError
+from trbert_model.options import parse_options
+
+PLACES = {"input": "in", "output": "out", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input": ""}, "input is required"),
+        ({"split_bytes": 0}, "split_bytes 0 must be at least 1"),
+        ({"num_actors": 0}, "num_actors 0"),
+        ({"gpus_per_actor": -1.0}, "gpus_per_actor -1.0 must not be negative"),
+        ({"max_bad_rows": -1}, "max_bad_rows"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch 0"),
+        ({"id_column": "row"}, r"columns \['row'\] .* named like columns of the results"),
+        ({"keep_columns": ("label",)}, r"columns \['label'\]"),
+        ({"id_column": "a", "keep_columns": ("a",)}, "named more than once"),
+        ({"overflow": "cut"}, "overflow 'cut'"),
+        ({"stride": -1}, "stride -1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        ScoreConfig(**PLACES | wrong)
+
+
+def test_the_identity_holds_what_decides_results_and_nothing_else():
+    one = ScoreConfig(**PLACES, keep_columns=("a",))
+    other = ScoreConfig(**PLACES, keep_columns=("a",), num_actors=3, max_tokens_per_batch=99, progress_interval=1)
+    assert one.identity() == other.identity()
+    assert ScoreConfig(**PLACES, overflow="truncate").identity() != ScoreConfig(**PLACES).identity()
+    assert "output" not in one.identity()
+
+
+def test_the_command_line_fills_it():
+    arguments = "--input in --output out --model m --keep-columns a,b --no-reduce --gpus-per-actor 0".split()
+    parsed = parse_options(ScoreConfig, arguments, "")
+    assert parsed == ScoreConfig(**PLACES, keep_columns=("a", "b"), reduce=False, gpus_per_actor=0.0)
