@@ -182,7 +182,7 @@ def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
     output = Storage(uri)
     newest: dict[str, dict[str, Any]] = {}
     for file in output.files(MARKERS):
-        marker = json.loads(output.read(f"{MARKERS}/{file.path}"))
+        marker = json.loads(output.read(file.path))
         # Between a new version's marker and the removal of the old one both are there.
         if marker["shard"] not in newest or marker["written"] > newest[marker["shard"]]["written"]:
             newest[marker["shard"]] = marker

@@ -129,7 +129,7 @@ class Engine:
         )
         # On CPU, activations of more than 32 MB go through mmap and page faults at every operation
         # (glibc's largest threshold); 2048 tokens of BERT-base's feed-forward are 25 MB.
-        self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 2048)
+        self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 4096)
         self.selection_policy = selection_policy
         self.statistics = EngineStatistics()
 

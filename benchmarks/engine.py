@@ -1,0 +1,225 @@
+"""The engine against the FLOPs it saves and against transformers' BERT.
+
+    python benchmarks/engine.py --model build/demo/model --corpus build/demo/corpus/held-out
+
+Two models: the demo's MiniLM on its held-out documents, repeated; and a BERT-base-shaped random model with kept
+fractions set by force. Every system computes the same windows. The documents are worked off in blocks, each block by
+every system in turn, so that a drift of the machine's speed touches all alike; the matrix-product peak (the model's
+own two feed-forward products, 2048 tokens) is measured in every block too, and its median taken. Tokenisation is
+outside of all timings. Sorting, where a system sorts, is within a block.
+"""
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.common import held_out_texts, machine, repeated, save
+from trbert_model import TRBertConfig, TRBertForSequenceClassification
+from trbert_model.engine import Engine, EngineOptions, load_model
+from trbert_model.modeling import SelectionPolicy
+
+FORCED = ((0.5, 0.25), (0.3, 0.1), (0.1, 0.05))
+
+
+def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
+    """Keep these fractions of each sequence's first length, evenly spread over the tokens that are left."""
+    previous = (1.0, *fractions)
+
+    def policy(reduction: int, probabilities: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        lengths = cu_seqlens.diff().long()
+        places = torch.arange(len(probabilities)) - cu_seqlens[:-1].long().repeat_interleave(lengths)
+        share = fractions[reduction] / previous[reduction]
+        return torch.floor((places + 1) * share) > torch.floor(places * share)
+
+    return policy
+
+
+def matrix_product_peak(config: TRBertConfig) -> float:
+    """FLOP/s of the two feed-forward products, alone, once each."""
+    hidden, intermediate, tokens = config.hidden_size, config.intermediate_size, 2048
+    narrow, wide = torch.randn(tokens, hidden), torch.randn(tokens, intermediate)
+    up, down = torch.randn(intermediate, hidden), torch.randn(hidden, intermediate)
+    times = []
+    for _ in range(24):
+        started = time.perf_counter()
+        torch.nn.functional.linear(narrow, up)
+        torch.nn.functional.linear(wide, down)
+        times.append(time.perf_counter() - started)
+    return 4 * tokens * hidden * intermediate / float(np.median(times))
+
+
+def transformers_bert(model: TRBertForSequenceClassification) -> BertForSequenceClassification:
+    """The same weights in transformers' own BERT, with its default attention."""
+    config = BertConfig(
+        **{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)}
+        | {"architectures": None, "attn_implementation": "sdpa", "model_type": "bert"}
+    )
+    bert = BertForSequenceClassification(config).eval()
+    bert.load_state_dict({name: value for name, value in model.state_dict().items() if ".selectors." not in name})
+    return bert
+
+
+@torch.inference_mode()
+def run_padded(bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, in_order: bool) -> np.ndarray:
+    """Padded batches, sorted by length or in the order they come → logits (windows, labels) in that order."""
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if in_order else list(range(len(windows)))
+    logits = np.zeros((len(windows), bert.config.num_labels), np.float32)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        longest = max(len(windows[i]) for i in chosen)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        for row, i in enumerate(chosen):
+            ids[row, : len(windows[i])] = torch.from_numpy(windows[i])
+        logits[chosen] = bert(ids, attention_mask=(ids > 0).long()).logits.numpy()
+    return logits
+
+
+def measure(
+    systems: dict[str, Callable[[list[np.ndarray]], Any]], documents: list[np.ndarray], block: int, peak: Callable[[], float]
+) -> tuple[dict[str, float], dict[str, list[Any]], float]:
+    """Seconds and results of every system over all documents, block by block in turn; and the peak's median."""
+    seconds: dict[str, float] = defaultdict(float)
+    results: dict[str, list[Any]] = defaultdict(list)
+    for run in systems.values():
+        run(documents[:4])  # warm-up
+    peaks, names = [], list(systems)
+    for number, start in enumerate(range(0, len(documents), block)):
+        peaks.append(peak())
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            results[name].append(systems[name](documents[start : start + block]))
+            seconds[name] += time.perf_counter() - started
+        print(f"  {start + block} of {len(documents)} documents", file=sys.stderr, flush=True)
+    return dict(seconds), dict(results), float(np.median(peaks))
+
+
+def total(results: list[Any], field: str) -> float:
+    return float(sum(getattr(result, field).sum() for result in results))
+
+
+def compare(
+    model: TRBertForSequenceClassification,
+    tokenizer: Any,
+    documents: list[np.ndarray],
+    block: int,
+    reductions: dict[str, SelectionPolicy | None],
+    *,
+    baselines: bool,
+) -> dict[str, Any]:
+    """Measure one model: dense, each reduction, and transformers' BERT."""
+    import copy
+
+    bert = transformers_bert(model)
+    dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
+
+    def windows_of(docs: list[np.ndarray]) -> list[np.ndarray]:
+        return [window.input_ids for document in docs for window in dense.task.windows(document)]
+
+    systems: dict[str, Callable[[list[np.ndarray]], Any]] = {"dense": dense.score}
+    for name, policy in reductions.items():
+        systems[name] = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu"), policy).score
+    if baselines:
+        systems["padded 16, unsorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, in_order=False)
+        systems["padded 16, sorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, in_order=True)
+        systems["batch 1"] = lambda docs: run_padded(bert, windows_of(docs), 1, in_order=False)
+    seconds, results, peak = measure(systems, documents, block, lambda: matrix_product_peak(model.config))
+
+    dense_flops = total(results["dense"], "flops")
+    rows: dict[str, Any] = {}
+    for name, spent in seconds.items():
+        row: dict[str, Any] = {"seconds": spent, "documents_per_second": len(documents) / spent}
+        row["speedup_over_dense"] = seconds["dense"] / spent
+        if name == "dense" or name in reductions:
+            flops = total(results[name], "flops")
+            row["flops_speedup"] = dense_flops / flops
+            row["share_of_peak"] = flops / spent / peak
+            row["wall_over_flops_speedup"] = row["speedup_over_dense"] / row["flops_speedup"]
+        rows[name] = row
+    reference = results.get("padded 16, sorted", [])
+    logits = [result.logits for result in results["dense"]]
+    singles = [result.num_windows for result in results["dense"]]
+    difference = max(
+        (
+            float(np.abs(ours[count == 1] - theirs[np.repeat(count == 1, count)]).max(initial=0))
+            for ours, theirs, count in zip(logits, reference, singles)
+        ),
+        default=None,
+    )
+    return {
+        "documents": len(documents),
+        "tokens": int(total(results["dense"], "num_tokens")),
+        "windows": int(total(results["dense"], "num_windows")),
+        "peak_gflops_per_second": peak / 1e9,
+        "largest_logit_difference_dense_to_transformers": difference,
+        "systems": rows,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = []
+    for name, measured in result["models"].items():
+        lines += [
+            f"**{name}**, {measured['documents']:,} documents, {measured['tokens']:,} tokens; matrix-product peak "
+            f"{measured['peak_gflops_per_second']:.0f} GFLOP/s",
+            "",
+            "| system | documents/s | wall-clock over dense | FLOPs over dense | ratio | share of peak |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for system, row in measured["systems"].items():
+            ours = "flops_speedup" in row
+            lines.append(
+                f"| {system} | {row['documents_per_second']:.1f} | {row['speedup_over_dense']:.2f}× | "
+                + (f"{row['flops_speedup']:.2f}× | {row['wall_over_flops_speedup']:.2f} | " if ours else "– | – | ")
+                + (f"{row['share_of_peak']:.2f} |" if ours else "– |")
+            )
+        lines.append("")
+    where = result["machine"]
+    lines.append(
+        f"{where['cores']} cores of {where['cpu']} ({', '.join(where['instructions'])}), {result['threads']} torch "
+        f"threads, fp32, torch {where['torch']}, {where['date']}."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the demo's model directory")
+    parser.add_argument("--corpus", type=Path, required=True, help="the demo's held-out shards")
+    parser.add_argument("--documents", type=int, default=2000, help="for MiniLM")
+    parser.add_argument("--base-documents", type=int, default=200, help="for the BERT-base shape")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    model, tokenizer = load_model(arguments.model)
+    task = Engine(model, tokenizer, EngineOptions(device="cpu")).task
+    documents = task.tokenize(held_out_texts(arguments.corpus))
+    model, tokenizer = load_model(arguments.model)  # the engine above fused the first one
+    minilm = compare(
+        model, tokenizer, repeated(documents, arguments.documents), 250, {"reduced, as trained": None}, baselines=True
+    )
+    base = TRBertForSequenceClassification(TRBertConfig(num_labels=5)).eval()
+    forced = {f"reduced {a:g}/{b:g}": forced_policy((a, b)) for a, b in FORCED}
+    base_result = compare(base, tokenizer, repeated(documents, arguments.base_documents), 40, forced, baselines=True)
+    result = {
+        "machine": machine(),
+        "threads": arguments.threads,
+        "models": {"MiniLM-L6, the demo's model": minilm, "BERT-base shape, random weights": base_result},
+    }
+    save("engine", result, markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Whole runs: a real S3 server, a real Ray cluster of three nodes, the tiny model, every row accounted for."""
+
+import json
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipeline import ScoreConfig, UsageError, open_output, score
+from pipeline.storage import Storage
+from tests.pipeline.stages import texts, write_shard
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.tasks.classification import softmax
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ROWS = {"a.parquet": 60, "sub dir/b #1%.parquet": 35, "é.parquet": 1}
+
+
+def shard_table(name: str, rows: int, version: str = "") -> pa.Table:
+    documents = [None if i % 20 == 7 else text + version for i, text in enumerate(texts(rows, start=len(name)))]
+    return pa.table({"id": [f"{name}:{i}" for i in range(rows)], "text": documents, "source": ["test"] * rows})
+
+
+def put_table(uri: str, name: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=16)
+    Storage(uri).write(name, sink.getvalue().to_pybytes())
+
+
+@pytest.fixture
+def corpus(s3, request):
+    """A bucket with a corpus of three shards, and things among them that are no shards."""
+    uri = s3.bucket(f"corpus-{abs(hash(request.node.nodeid)) % 10**8}")
+    for name, rows in ROWS.items():
+        put_table(f"{uri}/in", name, shard_table(name, rows))
+    for name in ("_SUCCESS", ".hidden.parquet", "notes.txt"):
+        Storage(f"{uri}/in").write(name, b"")
+    return uri
+
+
+@pytest.fixture(scope="session")
+def model_uri(s3, model_directory):
+    """The tiny model in a bucket."""
+    uri = s3.bucket("models")
+    for path in model_directory.iterdir():
+        Storage(f"{uri}/tiny").write(path.name, path.read_bytes())
+    return f"{uri}/tiny"
+
+
+def config(corpus, model_uri, **changes):
+    settings = {
+        "input": f"{corpus}/in",
+        "output": f"{corpus}/out",
+        "model": model_uri,
+        "id_column": "id",
+        "keep_columns": ("source",),
+        "probabilities": True,
+        "split_bytes": 600,
+        "num_actors": 2,
+        "threads_per_actor": 1,
+        "progress_interval": 1.0,
+    }
+    return ScoreConfig(**settings | changes)
+
+
+def accounted_rows(output: str) -> dict[str, list[int]]:
+    """Every (shard, row) among results and quarantine, as often as it is there."""
+    rows: dict[str, list[int]] = {}
+    for quarantine in (False, True):
+        for row in open_output(output, quarantine=quarantine).to_table(columns=["shard", "row"]).to_pylist():
+            rows.setdefault(row["shard"], []).append(row["row"])
+    return {shard: sorted(numbers) for shard, numbers in rows.items()}
+
+
+def test_a_corpus_in_s3_is_scored_row_by_row(corpus, model_uri, model_directory, s3):
+    report = score(config(corpus, model_uri))
+    assert (report["status"], report["exit_code"]) == ("complete", 0)
+    assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
+
+    # The results are those of the engine, document by document, and carry what was passed through.
+    results = open_output(f"{corpus}/out").to_table().to_pandas().set_index("id")
+    engine = Engine.from_pretrained(model_directory, EngineOptions(device="cpu"))
+    inputs = pd.concat([shard_table(name, rows).to_pandas() for name, rows in ROWS.items()]).dropna()
+    expected = engine.score_texts(inputs["text"])
+    results = results.loc[inputs["id"]]
+    np.testing.assert_allclose(np.stack(results["probabilities"]), softmax(expected.logits), atol=1e-4)
+    assert results["kept_tokens"].map(list).tolist() == expected.kept_tokens.tolist()
+    assert results["num_tokens"].tolist() == expected.num_tokens.tolist()
+    assert set(results["source"]) == {"test"}
+
+    # The report adds up to what is there.
+    bad = sum(1 for name, rows in ROWS.items() for i in range(rows) if i % 20 == 7)
+    assert report["documents"] == len(results) == sum(ROWS.values()) - bad
+    assert report["bad_rows"] == {"null": bad}
+    assert report["tokens"] == int(expected.num_tokens.sum())
+    assert report["flops"]["spent"] == pytest.approx(expected.flops.sum())
+    assert report["kept_fractions"] == pytest.approx(list(expected.kept_tokens.sum(0) / expected.num_tokens.sum()))
+    assert sum(report["labels"].values()) == report["documents"]
+    assert report["splits"]["committed"] > 5
+    stored = json.loads(Storage(f"{corpus}/out").read(f"_runs/{report['run']}.json"))
+    assert stored == report
+    assert "test-secret-key" not in json.dumps(stored)
+
+
+def test_running_again_computes_nothing(corpus, model_uri, s3, capfd):
+    score(config(corpus, model_uri))
+    bucket = corpus.removeprefix("s3://")
+    before = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
+    report = score(config(corpus, model_uri))
+    assert (report["status"], report["documents"]) == ("complete already: nothing to do", 0)
+    assert "3 of 3 shards are complete" in capfd.readouterr().err
+    after = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
+    assert {key: after[key] for key in before} == before
+    assert [key for key in after if key not in before] == [f"out/_runs/{report['run']}.json"]
+
+
+def test_a_rerun_finishes_what_is_missing(corpus, model_uri):
+    """Some splits' objects without a marker, as a killed run leaves them: only the others are computed."""
+    first = score(config(corpus, model_uri))
+    whole = open_output(f"{corpus}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
+    output = Storage(f"{corpus}/out")
+    markers = output.files("_shards")
+    splits = json.loads(output.read(markers[0].path))["splits"]
+    lost = [split["object"] for split in splits[1:]]
+    output.delete([markers[0].path, *lost])
+    second = score(config(corpus, model_uri))
+    assert second["splits"]["committed"] == len(lost)
+    assert second["splits"]["found_committed"] == 1
+    assert 0 < second["documents"] < first["documents"]
+    again = open_output(f"{corpus}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
+    assert again.drop_columns(["score", "probabilities"]) == whole.drop_columns(["score", "probabilities"])
+
+
+def test_a_marker_that_is_missing_is_written_without_computing(corpus, model_uri):
+    score(config(corpus, model_uri))
+    output = Storage(f"{corpus}/out")
+    lost = output.files("_shards")[0].path
+    before = json.loads(output.read(lost))
+    output.delete([lost])
+    report = score(config(corpus, model_uri))
+    assert (report["documents"], report["shards"]["completed"], report["exit_code"]) == (0, 1, 0)
+    after = json.loads(output.read(lost))
+    assert after["splits"] == before["splits"]
+    assert after["rows"] == before["rows"]
+
+
+def test_a_rewritten_shard_is_scored_again_and_replaces_the_old(corpus, model_uri, s3):
+    score(config(corpus, model_uri))
+    put_table(f"{corpus}/in", "a.parquet", shard_table("a.parquet", 44, version=" good"))
+    report = score(config(corpus, model_uri))
+    assert report["shards"]["complete_before"] == 2
+    assert report["shards"]["completed"] == 1
+    assert accounted_rows(f"{corpus}/out") == {n: list(range(44 if n == "a.parquet" else r)) for n, r in ROWS.items()}
+    # Nothing of the old version is left, also not for readers of the prefix.
+    output = Storage(f"{corpus}/out")
+    objects = [file.path for file in output.files() if "/" not in file.path and file.path.endswith(".parquet")]
+    by_prefix = sum(pq.read_table(output.open(name)).num_rows for name in objects)
+    assert by_prefix == open_output(f"{corpus}/out").count_rows()
+
+
+def test_other_settings_are_refused_and_named(corpus, model_uri):
+    score(config(corpus, model_uri))
+    with pytest.raises(UsageError, match=r"overflow 'windows' where this run has 'truncate'"):
+        score(config(corpus, model_uri, overflow="truncate"))
+    report = score(config(corpus, model_uri, overflow="truncate", overwrite=True))
+    assert report["documents"] > 0
+    assert report["windows"] == report["documents"]
+    assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
+
+
+def test_unreadable_shards_are_named_and_the_others_go_on(corpus, model_uri):
+    Storage(f"{corpus}/in").write("broken.parquet", b"PAR1 no")
+    Storage(f"{corpus}/in").write("empty.parquet", b"")
+    put_table(f"{corpus}/in", "columns.parquet", pa.table({"body": ["x"]}))
+    report = score(config(corpus, model_uri))
+    assert report["exit_code"] == 3
+    assert sorted(report["shards"]["unreadable"]) == ["broken.parquet", "columns.parquet", "empty.parquet"]
+    assert "no column 'text', 'id', 'source'" in report["shards"]["unreadable"]["columns.parquet"]
+    assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
+
+
+def test_more_bad_rows_than_allowed_is_an_exit_code(corpus, model_uri):
+    report = score(config(corpus, model_uri, max_bad_rows=1))
+    assert report["exit_code"] == 3
+    assert "more than 1 bad rows" in report["status"]
+    assert report["shards"]["completed"] == 3
+
+
+def test_a_dry_run_tells_and_writes_nothing(corpus, model_uri, s3):
+    bucket = corpus.removeprefix("s3://")
+    before = s3.keys(bucket)
+    plan = score(config(corpus, model_uri, dry_run=True))
+    assert [shard["shard"] for shard in plan["shards_to_score"]] == sorted(ROWS)
+    assert plan["bytes_to_read"] > 0
+    assert s3.keys(bucket) == before
+    score(config(corpus, model_uri))
+    assert score(config(corpus, model_uri, dry_run=True))["shards_complete"] == 3
+    refused = score(config(corpus, model_uri, dry_run=True, stride=3))
+    assert refused["exit_code"] == 2
+    assert refused["differences"] == ["stride None where this run has 3"]
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(corpus, model_uri, s3):
+    bucket = corpus.removeprefix("s3://")
+    before = s3.keys(bucket)
+    for changes, message in [
+        ({"num_actors": 50}, "no room for 50 actors"),
+        ({"gpus_per_actor": 1.0}, "no room for 1? ?.*GPUs"),
+        ({"input": f"{corpus}/nothing"}, "no Parquet files there"),
+        ({"model": f"{corpus}/in"}, r"no config\.json"),
+        ({"output": f"{corpus}/in/scores"}, "inside each other"),
+        ({"stride": 40}, "stride 40 must be less than the 30 tokens"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            score(config(corpus, model_uri, **changes))
+    assert s3.keys(bucket) == before
+
+
+def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, model_directory):
+    for name, rows in ROWS.items():
+        write_shard(tmp_path / "in" / name, dict(zip(["id", "text", "source"], shard_table(name, rows).columns)))
+    output = str(tmp_path / "out")
+    score(config(str(tmp_path), str(model_directory), input=str(tmp_path / "in"), output=output))
+    expected = open_output(output).count_rows()
+    assert len(pd.read_parquet(output)) == expected
+    assert duckdb.sql(f"select count(*) from read_parquet('{output}/*.parquet')").fetchall() == [(expected,)]
+    assert pq.read_table(output).num_rows == expected
+
+
+def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
+    """Fused, reading would run inside the actors; merged, one task would hold many splits."""
+    from pipeline.corpus import list_shards, make_plan
+    from pipeline.placement import place
+    from pipeline.score import COMMIT_CPUS, READER_CPUS, _data_context, _Run
+
+    run_config = config(corpus, model_uri, dtype="float32")
+    output = Storage(run_config.output)
+    plan = make_plan(list_shards(run_config.input), output)
+    run = _Run(run_config, output, plan, place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS), "digest")
+    with _data_context():
+        dataset = run._dataset()
+        blocks = [table.num_rows for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
+        stages = dataset.stats()
+    assert set(blocks) == {1}
+    assert len(blocks) > 5
+    for stage in ("MapBatches(read_shards)", "MapBatches(SplitPredictor)", "MapBatches(publish_splits)"):
+        assert f" {stage}: " in stages
+    assert ray.data.DataContext.get_current().target_max_block_size != 1

@@ -1,0 +1,64 @@
+"""Actors beside readers, on every shape of cluster."""
+
+import pytest
+
+from pipeline import placement
+from pipeline.config import ScoreConfig
+from pipeline.errors import UsageError
+from pipeline.placement import place
+
+PLACES = {"input": "in", "output": "out", "model": "m"}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    def make(*nodes):
+        alive = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes]
+        monkeypatch.setattr(placement.ray, "nodes", lambda: alive)
+
+    return make
+
+
+def test_one_actor_a_gpu_in_bfloat16(cluster):
+    cluster((8, 1), (8, 4), (4, 0))
+    placed = place(ScoreConfig(**PLACES), spare_cpus=0.75)
+    assert (placed.num_actors, placed.gpus_per_actor, placed.device, placed.dtype) == (5, 1.0, "cuda", "bfloat16")
+
+
+@pytest.mark.parametrize(("cpus", "actors", "threads"), [(2, 1, 2), (4, 1, 4), (8, 2, 4), (16, 4, 4), (64, 16, 4)])
+def test_without_gpus_the_cores_are_shared_out(cluster, cpus, actors, threads):
+    cluster((cpus, 0))
+    placed = place(ScoreConfig(**PLACES), spare_cpus=0.75)
+    assert (placed.num_actors, placed.threads, placed.device, placed.dtype) == (actors, threads, "cpu", "float32")
+
+
+def test_the_cpu_of_a_machine_with_gpus(cluster):
+    cluster((8, 1))
+    assert place(ScoreConfig(**PLACES, gpus_per_actor=0.0), spare_cpus=0.75).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "message"),
+    [
+        ([(8, 0)], {"gpus_per_actor": 1.0}, "no room for 1 actors of 1 CPUs and 1 GPUs: only 0 fit"),
+        ([(8, 1), (8, 1)], {"num_actors": 3, "gpus_per_actor": 1.0}, "only 2 fit"),
+        ([(2, 0)], {"num_actors": 2, "threads_per_actor": 1}, "leave no node 0.75 CPUs for reading"),
+        ([(1, 0)], {}, "leave no node"),
+        ([(4, 1)], {"gpus_per_actor": 2.0}, "no room"),
+        ([], {}, r"nodes \(none\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_hangs(cluster, nodes, options, message):
+    cluster(*nodes)
+    with pytest.raises(UsageError, match=message):
+        place(ScoreConfig(**PLACES, **options), spare_cpus=0.75)
+
+
+def test_an_autoscaling_cluster_is_asked_and_waited_for(cluster, monkeypatch):
+    cluster((4, 0))
+    asked = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(placement.time, "sleep", lambda seconds: cluster((4, 0), (8, 1)))
+    placed = place(ScoreConfig(**PLACES, gpus_per_actor=1.0, wait_for_resources=60.0), spare_cpus=0.75)
+    assert placed.num_actors == 1
+    assert asked == [[{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1}]]
