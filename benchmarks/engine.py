@@ -69,7 +69,9 @@ def transformers_bert(model: TRBertForSequenceClassification) -> BertForSequence
 
 
 @torch.inference_mode()
-def run_padded(bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, in_order: bool) -> np.ndarray:
+def run_padded(
+    bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, in_order: bool
+) -> np.ndarray:
     """Padded batches, sorted by length or in the order they come → logits (windows, labels) in that order."""
     order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if in_order else list(range(len(windows)))
     logits = np.zeros((len(windows), bert.config.num_labels), np.float32)
@@ -84,7 +86,10 @@ def run_padded(bert: BertForSequenceClassification, windows: list[np.ndarray], b
 
 
 def measure(
-    systems: dict[str, Callable[[list[np.ndarray]], Any]], documents: list[np.ndarray], block: int, peak: Callable[[], float]
+    systems: dict[str, Callable[[list[np.ndarray]], Any]],
+    documents: list[np.ndarray],
+    block: int,
+    peak: Callable[[], float],
 ) -> tuple[dict[str, float], dict[str, list[Any]], float]:
     """Seconds and results of every system over all documents, block by block in turn; and the peak's median."""
     seconds: dict[str, float] = defaultdict(float)

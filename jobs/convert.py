@@ -30,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, help="adapter directory to apply to SRC")
     options = parser.parse_args(arguments)
     if options.adapter and (options.task or options.reduction_layers):
-        raise ConfigurationError("an adapter brings its own task and reduction layers: leave --task and "
-                                 "--reduction-layers out with --adapter")
+        raise ConfigurationError(
+            "an adapter brings its own task and reduction layers: leave --task and "
+            "--reduction-layers out with --adapter"
+        )
     if options.adapter:
         model = apply_adapter(options.src, options.adapter)
     else:

@@ -145,7 +145,9 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
         columns = [options.text_column, *options.passed_columns]
         names = parquet.schema_arrow.names
         if missing := [column for column in dict.fromkeys(columns) if column not in names]:
-            raise ShardError(f"no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, names))}")
+            raise ShardError(
+                f"no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, names))}"
+            )
         rows = parquet.metadata.num_rows
         split, row = RawSplit(0), 0
         for batch in parquet.iter_batches(batch_size=_batch_rows(parquet, options), columns=columns):
@@ -153,9 +155,12 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             passed = batch.select(options.passed_columns)
             start = 0
             for i, value in enumerate(texts if texts is not None else batch.column(options.text_column)):
-                raw = value.as_py() if texts is not None else None
-                size = len(raw) if raw is not None else 0
-                text, reason, detail = _validate(raw, value, is_text=texts is not None)
+                if texts is not None or not value.is_valid:
+                    raw = value.as_py()
+                    size = len(raw) if raw is not None else 0
+                    text, reason, detail = check_text(raw)
+                else:
+                    size, text, reason, detail = 0, None, "wrong_type", f"the text is of type {value.type}"
                 if text is None:
                     identifier = passed.column(0)[i] if options.id_column else None
                     split.rejected.append(_rejected_row(shard, row, identifier, reason, detail))
@@ -197,21 +202,20 @@ def _as_binary(column: pa.Array) -> pa.Array | None:
     return None
 
 
-def _validate(raw: bytes | None, value: pa.Scalar, *, is_text: bool) -> tuple[str | None, str, str]:
-    """A document's text, or None with the reason and its detail."""
-    if not is_text:
-        if not value.is_valid:
-            return None, "null", "the text is null"
-        return None, "wrong_type", f"the text is of type {value.type}"
-    if raw is None:
+def check_text(value: Any) -> tuple[str | None, str, str]:
+    """A document's text from a str, bytes or None; or None with the reason it cannot be scored, and the detail."""
+    if value is None:
         return None, "null", "the text is null"
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return None, "undecodable", f"byte {error.start} of the text is not UTF-8: {error.reason}"
-    if not text.strip():
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return None, "undecodable", f"byte {error.start} of the text is not UTF-8: {error.reason}"
+    if not isinstance(value, str):
+        return None, "wrong_type", f"the text is of type {type(value).__name__}"
+    if not value.strip():
         return None, "empty", "the text is empty or white space"
-    return text, "", ""
+    return value, "", ""
 
 
 def _rejected_row(shard: Shard, row: int, identifier: pa.Scalar | None, reason: str, detail: str) -> dict[str, Any]:

@@ -10,6 +10,10 @@ import ray
 from .config import ScoreConfig
 from .errors import UsageError
 
+# A GPU's actor keeps one core busy launching kernels; less than a whole one, so that a machine with as many GPUs as
+# CPUs has room for readers, and not a reader's share, so that Ray Data does not fuse the two stages.
+GPU_ACTOR_CPUS = 0.75
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -47,7 +51,7 @@ def place(config: ScoreConfig, *, spare_cpus: float) -> Placement:
     asked = False
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        placement = _choose(config, nodes)
+        placement = _choose(config, nodes, spare_cpus)
         problem = _misfit(placement, nodes, spare_cpus)
         if problem is None:
             return placement
@@ -62,17 +66,32 @@ def place(config: ScoreConfig, *, spare_cpus: float) -> Placement:
         time.sleep(min(2.0, max(deadline - time.monotonic(), 0.1)))
 
 
-def _choose(config: ScoreConfig, nodes: list[dict[str, float]]) -> Placement:
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+def _choose(config: ScoreConfig, nodes: list[dict[str, float]], spare_cpus: float) -> Placement:
+    """What is configured, and for the rest as many actors as fit, at least one."""
+    cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     gpus_per_actor = (1.0 if gpus else 0.0) if config.gpus_per_actor is None else config.gpus_per_actor
     if gpus_per_actor:
-        num_actors = config.num_actors or max(1, int(gpus / gpus_per_actor))
-        return Placement(num_actors, 1.0, gpus_per_actor, config.threads_per_actor, len(nodes))
-    # On CPUs about four to an actor; its threads use the core that its reader mostly leaves idle too.
-    num_actors = config.num_actors or max(1, int(cpus // 4))
-    threads = config.threads_per_actor or max(1, int(cpus // num_actors))
-    return Placement(num_actors, float(max(1, threads - 1)), 0.0, threads, len(nodes))
+        cpus_per_actor, threads = GPU_ACTOR_CPUS, config.threads_per_actor
+        most = int(gpus / gpus_per_actor)
+    else:
+        threads = config.threads_per_actor or _threads(config.num_actors, [count for count in cpus if count >= 1])
+        # One less than its threads: they use the core that its reader mostly leaves idle too.
+        cpus_per_actor = float(max(1, threads - 1))
+        most = sum(int(count // threads) for count in cpus)
+    for num_actors in range(most, 0, -1) if config.num_actors is None else ():
+        placement = Placement(num_actors, cpus_per_actor, gpus_per_actor, threads, len(nodes))
+        if _misfit(placement, nodes, spare_cpus) is None:
+            return placement
+    return Placement(config.num_actors or 1, cpus_per_actor, gpus_per_actor, threads, len(nodes))
+
+
+def _threads(num_actors: int | None, cpus: list[float]) -> int:
+    """Torch threads of an actor on CPUs: a share of the smallest node, about four."""
+    smallest = int(min(cpus, default=1))
+    if num_actors is not None:
+        return max(1, min(smallest, int(sum(cpus) // num_actors)))
+    return smallest // max(1, smallest // 4)
 
 
 def _misfit(placement: Placement, nodes: list[dict[str, float]], spare_cpus: float) -> str | None:

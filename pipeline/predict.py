@@ -17,7 +17,7 @@ import torch
 from trbert_model.engine import DocumentResults, Engine, EngineOptions
 from trbert_model.tasks.classification import softmax
 
-from .encode import error_table, from_ipc, split_table, to_ipc
+from .encode import check_text, error_table, from_ipc, split_table, to_ipc
 from .errors import UsageError
 from .report import SplitStats
 from .storage import fetch_model
@@ -61,8 +61,8 @@ class TRBertPredictor:
         ray.data.read_parquet(…).map_batches(
             TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
 
-    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row comes back: where the text is null
-    or empty, label and score are null and `error` says why; elsewhere `error` is null.
+    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row comes back: where the text is null,
+    empty or no text, label and score are null and `error` says why; elsewhere `error` is null.
 
     Args:
         model: directory or URI of a TR-BERT classification model.
@@ -97,7 +97,9 @@ class TRBertPredictor:
             return table
         if isinstance(batch, pd.DataFrame):
             self._require_text(list(batch.columns))
-            texts = [None if text is None or text is pd.NA or text != text else text for text in batch[self.text_column]]
+            texts = [
+                None if text is None or text is pd.NA or text != text else text for text in batch[self.text_column]
+            ]
             columns = self._score(texts)
             return batch.assign(**{name: column.to_pandas().to_numpy() for name, column in columns.items()})
         self._require_text(list(batch))
@@ -110,23 +112,15 @@ class TRBertPredictor:
 
     def _score(self, texts: list[Any]) -> dict[str, pa.Array]:
         """Result columns for texts of which some may be no text, with `error`."""
-        errors = [_why_not(text) for text in texts]
-        good = [position for position, error in enumerate(errors) if error is None]
-        results = self.engine.score_texts([str(texts[position]) for position in good])
+        checked = [check_text(text) for text in texts]
+        good = [position for position, (text, _, _) in enumerate(checked) if text is not None]
+        results = self.engine.score_texts([text for text, _, _ in checked if text is not None])
         columns = result_columns(results, self.engine.labels, probabilities=self.probabilities)
         places = np.full(len(texts), -1)
         places[good] = np.arange(len(good))
         indices = pa.array(places, mask=places < 0)
         spread = {name: column.take(indices) for name, column in columns.items()}
-        return {**spread, "error": pa.array(errors, pa.string())}
-
-
-def _why_not(text: Any) -> str | None:
-    if text is None:
-        return "null"
-    if not isinstance(text, str):
-        return "wrong_type"
-    return None if text.strip() else "empty"
+        return {**spread, "error": pa.array([reason or None for _, reason, _ in checked], pa.string())}
 
 
 class SplitPredictor(TRBertPredictor):
@@ -155,8 +149,7 @@ class SplitPredictor(TRBertPredictor):
         span = ActorSplit(self.actor, self.loaded_seconds, start, start + stats.predict_seconds)
         total = SplitStats.from_json(row["stats"]) + stats
         return split_table(
-            row
-            | {"payload": to_ipc(results), "stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))}
+            row | {"payload": to_ipc(results), "stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))}
         )
 
     def _results(self, shard: str, documents: pa.Table) -> tuple[pa.Table, SplitStats]:

@@ -113,8 +113,8 @@ class RunStatistics:
         kept = " / ".join(f"{100 * k / max(total.tokens, 1):.0f}%" for k in total.kept_tokens) or "all"
         eta = _clock(steady * (1 - done) / done) if done else "unknown"
         return (
-            f"{_clock(elapsed)} {100 * done:.0f}% · {total.documents:,} documents · {total.tokens / steady:,.0f} tokens/s"
-            f" · kept {kept} · {total.bad} bad rows · ETA {eta}"
+            f"{_clock(elapsed)} {100 * done:.0f}% · {total.documents:,} documents · "
+            f"{total.tokens / steady:,.0f} tokens/s · kept {kept} · {total.bad} bad rows · ETA {eta}"
         )
 
     def report(self, *, status: str, exit_code: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A scoring run from end to end. Read this file first: it wires the stages that the others hold."""
 
-import functools
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 
@@ -143,9 +141,7 @@ class _Run:
         self.config, self.output, self.plan, self.placement, self.digest = config, output, plan, placement, digest
         self.run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3)
         self.statistics = RunStatistics(self.run_id, plan)
-        self.progress = {
-            shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending
-        }
+        self.progress = {shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending}
         self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
         self.markers: list[Future] = []
 
@@ -273,7 +269,9 @@ class _Run:
         statistics, config = self.statistics, self.config
         failed = {split.rsplit(" split ", 1)[0] for split in statistics.failed_splits}
         accounted = failed | set(statistics.unreadable)
-        vanished = [path for path, progress in self.progress.items() if not progress.is_complete and path not in accounted]
+        vanished = [
+            path for path, progress in self.progress.items() if not progress.is_complete and path not in accounted
+        ]
         if vanished:
             raise PipelineError(f"splits of {len(vanished)} shards never came back, of {vanished[0]} first; run again")
         if failed:
@@ -304,7 +302,7 @@ class _Run:
 class _data_context:  # noqa: N801 - used as a function
     """Ray Data's settings for a run, put back afterwards: the context is the whole process's."""
 
-    SETTINGS = {  # noqa: RUF012
+    SETTINGS = {
         # Otherwise several splits are put into one block and one actor's task; nothing is cut by it.
         "target_max_block_size": 1,
         "enable_progress_bars": False,

@@ -45,7 +45,9 @@ class Storage:
         if protocol == "memory":
             raise UsageError(f"{uri}: memory:// is private to one process and cannot be shared with Ray's workers")
         if "@" in urlsplit(uri).netloc:
-            raise UsageError("credentials do not belong in a URI: put them into the environment or the AWS configuration")
+            raise UsageError(
+                "credentials do not belong in a URI: put them into the environment or the AWS configuration"
+            )
         self.protocol = protocol
         self._fs: fsspec.AbstractFileSystem | None = None
         self._root = ""

@@ -13,7 +13,24 @@ from trbert_model import TRBertConfig, TRBertForSequenceClassification
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
-WORDS = ["the", "good", "bad", "fine", "news", "sport", "a", "of", "and", "game", "bank", "##s", "##ing", "é", "中", "."]
+WORDS = [
+    "the",
+    "good",
+    "bad",
+    "fine",
+    "news",
+    "sport",
+    "a",
+    "of",
+    "and",
+    "game",
+    "bank",
+    "##s",
+    "##ing",
+    "é",
+    "中",
+    ".",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TINY = {
     "vocab_size": len(SPECIAL) + len(WORDS),

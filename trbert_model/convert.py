@@ -157,7 +157,7 @@ def _read(src: Path) -> tuple[dict, dict[str, Tensor]]:
     for file in files:
         try:
             tensors.update(load_file(src / file))
-        except Exception as error:  # noqa: BLE001 - safetensors raises its own, OSError and ValueError alike
+        except Exception as error:
             raise CheckpointError(f"{src / file}: cannot be read as safetensors: {error}") from error
     return config, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 

@@ -4,16 +4,17 @@ Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens;
 bounded by that budget, not by the documents' lengths or number.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from .configuration import TRBertConfig
 from .errors import CheckpointError, ConfigurationError, TRBertError
@@ -110,7 +111,7 @@ class Engine:
         self,
         model: TRBertForSequenceClassification,
         tokenizer: PreTrainedTokenizerBase,
-        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+        options: EngineOptions = EngineOptions(),
         selection_policy: SelectionPolicy | None = None,
     ):
         self.options = options
@@ -134,7 +135,7 @@ class Engine:
         self.statistics = EngineStatistics()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, options: EngineOptions = EngineOptions()) -> "Engine":  # noqa: B008
+    def from_pretrained(cls, directory: str | Path, options: EngineOptions = EngineOptions()) -> "Engine":
         """Load a model directory as `jobs/train.py` and `jobs/convert.py` write it.
 
         Raises:
@@ -254,13 +255,14 @@ def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, 
                 f"{directory}: its architecture is {config.architectures}, not TRBertForSequenceClassification; "
                 "convert it with jobs/convert.py or train it with jobs/train.py"
             )
-        model, loading = TRBertForSequenceClassification.from_pretrained(
-            directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-        )
+        with _without_progress_bars():
+            model, loading = TRBertForSequenceClassification.from_pretrained(
+                directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
     except TRBertError:
         raise
-    except Exception as error:  # noqa: BLE001 - transformers and safetensors raise many kinds for a bad directory
+    except Exception as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {str(error).splitlines()[0]}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -270,3 +272,15 @@ def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, 
             f"{directory}: its tokenizer has {len(tokenizer)} tokens, the model's embeddings only {config.vocab_size}"
         )
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers' bar for weights that load in a blink would be most of what an actor writes into the log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

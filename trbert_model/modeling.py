@@ -117,9 +117,7 @@ class FusedSelfAttention(nn.Module):
         self.bias = nn.Buffer(torch.cat([part.bias.detach() for part in parts]))
         self.heads, self.scaling = attention.num_attention_heads, attention.scaling
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
         qkv = F.linear(hidden_states, self.weight, self.bias).unflatten(-1, (3, self.heads, -1))
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         output, _ = varlen_attention(
@@ -421,7 +419,12 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
         **kwargs,
     ) -> TRBertQuestionAnsweringOutput:
         output = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, **{**kwargs, "token_states": True}
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens=cu_seqlens,
+            **{**kwargs, "token_states": True},
         )
         logits = self.qa_outputs(output.last_hidden_state)
         if cu_seqlens is None and attention_mask is not None:

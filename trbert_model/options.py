@@ -71,7 +71,9 @@ def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigurationError(f"{path}: {name} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}")
+        raise ConfigurationError(
+            f"{path}: {name} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}"
+        )
     return value
 
 

@@ -54,7 +54,9 @@ class TrainingConfig:
     label_column: str = option("label", "column with the labels")
     speedup: float = option(2.5, "FLOPs speed-up over the dense model that the selectors are taught")
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
-    adapter_rank: int | None = option(None, "train a low-rank adapter of this rank, saved apart too, and no full weights")
+    adapter_rank: int | None = option(
+        None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
+    )
     batch_size: int = option(16, "documents in a step")
     fine_tune_epochs: float = option(3.0, "epochs of the dense fine-tune")
     imitation_epochs: float = option(1.0, "epochs of the selectors alone")
@@ -285,7 +287,9 @@ def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_thresholds(model: nn.Module, dataset: WindowDataset, fractions: list[float], documents: int = 256) -> None:
+def calibrate_thresholds(
+    model: nn.Module, dataset: WindowDataset, fractions: list[float], documents: int = 256
+) -> None:
     """Set the selectors' thresholds so that the mean kept fractions on training documents are `fractions`.
 
     One reduction after the other, because what a selector sees depends on the ones before it.

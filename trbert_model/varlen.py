@@ -68,8 +68,7 @@ class VarlenBatch:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise InputError(
-                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: "
-                "they must be equal"
+                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: they must be equal"
             )
         mask = mask.bool()
         lengths = mask.sum(1)
@@ -112,7 +111,9 @@ def varlen_attention(
     time, so that no sequence is ever padded or sees another.
     """
     if attention_mask is not None or query.shape[0] != 1:
-        raise InputError("varlen attention takes one unpadded batch without a mask; padded tensors must be packed first")
+        raise InputError(
+            "varlen attention takes one unpadded batch without a mask; padded tensors must be packed first"
+        )
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         return _flash_varlen(query, key, value, cu_seqlens, max_seqlen, scaling), None
     output = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3])) if not query.requires_grad else None

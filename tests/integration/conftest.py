@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.integration.s3_server import S3Server
+from tests.integration.s3_server import S3Server, free_ports
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,9 @@ def ray_cluster(s3):
     import ray
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
+    # The dashboard is where jobs are submitted; it listens on loopback.
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_ports(1)[0]}
+    head = {"num_cpus": 2, "object_store_memory": 200 << 20, **dashboard}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=2, object_store_memory=200 << 20)

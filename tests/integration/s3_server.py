@@ -29,8 +29,9 @@ class S3Server:
         }
         (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (directory / "data").mkdir()
-        names = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
-        ports = dict(zip((f"{name}.port" if "." not in name else name.replace(".", ".port.") for name in names), _free_ports(8)))
+        services = ("s3", "master", "volume", "filer")
+        names = [f"{service}.{port}" for service in services for port in ("port", "port.grpc")]
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         command = [
             str(Path(sys.executable).with_name("weed")),
@@ -100,7 +101,8 @@ class S3Server:
             self.process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listened on a moment ago."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -16,7 +16,10 @@ WORDS = "the good bad fine news sport a of and game bank".split()
 
 def texts(count: int, words: int = 20, start: int = 0) -> list[str]:
     """Different documents of the tiny tokenizer's words."""
-    return [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + (i * 13) % words)) for i in range(start, start + count)]
+    return [
+        " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + (i * 13) % words))
+        for i in range(start, start + count)
+    ]
 
 
 def write_shard(path: Path, columns: dict, **options) -> Path:

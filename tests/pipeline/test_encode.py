@@ -16,7 +16,9 @@ from tests.pipeline.stages import encode, encode_options, only_shard, texts, wri
 
 
 def rows_of(rows):
-    return sorted(n for row in rows if row["payload"] for t in (row["documents"], row["bad"]) for n in t["row"].to_pylist())
+    return sorted(
+        n for row in rows if row["payload"] for t in (row["documents"], row["bad"]) for n in t["row"].to_pylist()
+    )
 
 
 def test_a_shard_becomes_splits_of_about_the_target(tmp_path, model_directory):
@@ -182,8 +184,12 @@ def test_what_is_no_parquet_is_an_unreadable_shard(tmp_path, model_directory, co
 
 def test_a_shard_damaged_in_the_middle_gives_its_first_splits_and_then_an_error(tmp_path, model_directory):
     path = write_shard(
-        tmp_path / "a.parquet", {"id": range(60), "text": texts(60)}, row_group_size=20, compression="none",
-        use_dictionary=False, write_page_checksum=False,
+        tmp_path / "a.parquet",
+        {"id": range(60), "text": texts(60)},
+        row_group_size=20,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=False,
     )
     start = pq.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset
     data = bytearray(path.read_bytes())
@@ -231,7 +237,15 @@ def test_an_encoder_that_fails_names_its_shard(tmp_path, model_directory, monkey
 
 
 def test_shard_names_of_all_kinds(tmp_path, model_directory):
-    names = ["with space.parquet", "50%25.parquet", "a#b.parquet", "k=v/x.parquet", "quote'\".parquet", "é中.parquet", "[a].parquet"]
+    names = [
+        "with space.parquet",
+        "50%25.parquet",
+        "a#b.parquet",
+        "k=v/x.parquet",
+        "quote'\".parquet",
+        "é中.parquet",
+        "[a].parquet",
+    ]
     for name in names:
         write_shard(tmp_path / name, {"id": [name], "text": ["good"]})
     shards = list_shards(str(tmp_path))

@@ -32,6 +32,21 @@ def test_without_gpus_the_cores_are_shared_out(cluster, cpus, actors, threads):
     assert (placed.num_actors, placed.threads, placed.device, placed.dtype) == (actors, threads, "cpu", "float32")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "actors", "threads"),
+    [([2, 2, 2], 3, 2), ([0, 8, 8], 4, 4), ([4, 1], 4, 1), ([6], 1, 6), ([16, 4], 5, 4)],
+)
+def test_every_node_is_used_and_room_is_left(cluster, nodes, actors, threads):
+    cluster(*[(cpus, 0) for cpus in nodes])
+    placed = place(ScoreConfig(**PLACES), spare_cpus=0.75)
+    assert (placed.num_actors, placed.threads) == (actors, threads)
+
+
+def test_as_many_gpus_as_cpus(cluster):
+    cluster((8, 8))
+    assert place(ScoreConfig(**PLACES), spare_cpus=0.75).num_actors == 8
+
+
 def test_the_cpu_of_a_machine_with_gpus(cluster):
     cluster((8, 1))
     assert place(ScoreConfig(**PLACES, gpus_per_actor=0.0), spare_cpus=0.75).device == "cpu"
@@ -40,7 +55,7 @@ def test_the_cpu_of_a_machine_with_gpus(cluster):
 @pytest.mark.parametrize(
     ("nodes", "options", "message"),
     [
-        ([(8, 0)], {"gpus_per_actor": 1.0}, "no room for 1 actors of 1 CPUs and 1 GPUs: only 0 fit"),
+        ([(8, 0)], {"gpus_per_actor": 1.0}, "no room for 1 actors of 0.75 CPUs and 1 GPUs: only 0 fit"),
         ([(8, 1), (8, 1)], {"num_actors": 3, "gpus_per_actor": 1.0}, "only 2 fit"),
         ([(2, 0)], {"num_actors": 2, "threads_per_actor": 1}, "leave no node 0.75 CPUs for reading"),
         ([(1, 0)], {}, "leave no node"),
@@ -61,4 +76,4 @@ def test_an_autoscaling_cluster_is_asked_and_waited_for(cluster, monkeypatch):
     monkeypatch.setattr(placement.time, "sleep", lambda seconds: cluster((4, 0), (8, 1)))
     placed = place(ScoreConfig(**PLACES, gpus_per_actor=1.0, wait_for_resources=60.0), spare_cpus=0.75)
     assert placed.num_actors == 1
-    assert asked == [[{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1}]]
+    assert asked == [[{"CPU": 0.75, "GPU": 1.0}, {"CPU": 1}]]

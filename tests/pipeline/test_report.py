@@ -6,11 +6,29 @@ from pipeline.corpus import Plan, Shard
 from pipeline.report import RunStatistics, SplitStats, summary
 
 A = SplitStats(
-    documents=3, text_bytes=300, bad_rows={"null": 1}, labels={"x": 2, "y": 1}, tokens=100, windows=4,
-    kept_tokens=[40, 10], flops=1e12, dense_flops=3e12, predict_seconds=2.0, model_seconds=1.5,
+    documents=3,
+    text_bytes=300,
+    bad_rows={"null": 1},
+    labels={"x": 2, "y": 1},
+    tokens=100,
+    windows=4,
+    kept_tokens=[40, 10],
+    flops=1e12,
+    dense_flops=3e12,
+    predict_seconds=2.0,
+    model_seconds=1.5,
 )
-B = SplitStats(documents=1, text_bytes=100, bad_rows={"null": 2, "empty": 1}, labels={"y": 1}, tokens=50, windows=1,
-               kept_tokens=[20, 5], flops=1e12, dense_flops=2e12)
+B = SplitStats(
+    documents=1,
+    text_bytes=100,
+    bad_rows={"null": 2, "empty": 1},
+    labels={"y": 1},
+    tokens=50,
+    windows=1,
+    kept_tokens=[20, 5],
+    flops=1e12,
+    dense_flops=2e12,
+)
 
 
 def test_addition_has_a_zero_and_does_not_depend_on_the_order():
@@ -48,7 +66,9 @@ def test_the_report_separates_start_up_from_steady_state():
 def test_an_idle_actor_shows():
     stats = statistics()
     start = stats.started + 5
-    stats.add_split(B, Shard("b.parquet", "v", 1), 1, 1, {"actor": "1", "loaded_seconds": 0, "start": start + 6, "end": start + 8})
+    stats.add_split(
+        B, Shard("b.parquet", "v", 1), 1, 1, {"actor": "1", "loaded_seconds": 0, "start": start + 6, "end": start + 8}
+    )
     report = stats.report(status="complete", exit_code=0, settings={})
     assert report["actors"]["computing_share"] == pytest.approx((4 + 3) / (8 + 3), abs=1e-4)
 

@@ -22,7 +22,9 @@ def test_windows_cover_every_token_and_weigh_it_once(length, stride):
     assert all(window.input_ids[0] == 2 for window in windows)
     assert all(window.input_ids[-1] == 3 for window in windows)
     bodies = [window.input_ids[1:-1] for window in windows]
-    assert np.array_equal(np.concatenate([body[-window.new_tokens :] for body, window in zip(bodies, windows)])[:length], tokens)
+    assert np.array_equal(
+        np.concatenate([body[-window.new_tokens :] for body, window in zip(bodies, windows)])[:length], tokens
+    )
     assert sum(window.new_tokens for window in windows) == max(length, 1)
     for before, after in zip(bodies, bodies[1:]):
         assert np.array_equal(before[len(before) - stride :], after[:stride])

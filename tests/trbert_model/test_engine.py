@@ -94,7 +94,12 @@ def test_texts_are_tokenised_and_scored():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(error):
     scorer, docs = engine(max_tokens_per_batch=10_000), documents([20] * 16)

@@ -5,8 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
-from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 from tests.conftest import TINY, tiny_classifier
 from trbert_model import (
@@ -201,13 +208,9 @@ def test_a_skipped_token_answers_from_the_state_it_left_with():
         output = varlen(model.bert, [ids], output_hidden_states=True, output_selections=True)
     skipped = ~output.selections[0].keep
     assert skipped.any()
-    torch.testing.assert_close(
-        output.last_hidden_state[~skipped], output.hidden_states[-1], atol=0, rtol=0
-    )
+    torch.testing.assert_close(output.last_hidden_state[~skipped], output.hidden_states[-1], atol=0, rtol=0)
     dense = varlen(model.bert, [ids], reduce=False, output_hidden_states=True)
-    torch.testing.assert_close(
-        output.last_hidden_state[skipped], dense.hidden_states[2][skipped], atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(output.last_hidden_state[skipped], dense.hidden_states[2][skipped], atol=1e-6, rtol=0)
 
 
 # --- the traps of the attention interface --------------------------------------------------------------------------
@@ -260,7 +263,7 @@ def test_batches_that_cannot_work_are_refused():
         VarlenBatch.from_sequences([[5], []])
     with pytest.raises(InputError, match="empty batch"):
         CLASSIFIER(torch.zeros(0, 5, dtype=torch.long))
-    with pytest.raises(InputError, match="sequence 1 .* mask is all 0"):
+    with pytest.raises(InputError, match=r"sequence 1 .* mask is all 0"):
         CLASSIFIER(torch.ones(2, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
     with pytest.raises(InputError, match="33 tokens is longer than the model's 32 positions"):
         varlen(CLASSIFIER, [torch.full((33,), 7)])
@@ -304,7 +307,9 @@ def test_the_loss_is_the_same_padded_and_varlen():
     )
     model, starts, ends = question_answerer(), torch.tensor([3, 0, 19]), torch.tensor([8, 3, 19])
     answers = {"start_positions": starts, "end_positions": ends}
-    torch.testing.assert_close(model(ids, attention_mask=mask, **answers).loss, varlen(model, sequences, **answers).loss)
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask, **answers).loss, varlen(model, sequences, **answers).loss
+    )
 
 
 # --- transformers' conventions -------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+# `make demo` and `make test` set themselves up in .venv; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test gpu-check benchmarks clean
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# What only a machine with an NVIDIA GPU can tell: parity, bf16 tolerance, throughput, out-of-memory handling.
+gpu-check: .venv/installed
+	$(BIN)/python -m benchmarks.gpu_check
+
+# The README's tables; half an hour on two cores, and nothing else should run meanwhile.
+benchmarks: .venv/installed build/demo/model/config.json
+	$(BIN)/python -m benchmarks.engine --model build/demo/model --corpus build/demo/corpus/held-out
+	$(BIN)/python -m benchmarks.pipeline --model build/demo/model --corpus build/demo/corpus/held-out
+
+build/demo/model/config.json: .venv/installed
+	$(BIN)/python examples/demo.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

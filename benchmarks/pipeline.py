@@ -1,0 +1,174 @@
+"""The pipeline against the bare engine, and the memory of its actor.
+
+    python benchmarks/pipeline.py --model build/demo/model --corpus build/demo/corpus/held-out
+
+Throughput: one actor with one torch thread scores the held-out documents; the engine alone, also with one thread,
+scores the same documents before and after. Steady state is from the first split's arrival at the actor to the last
+one's departure. Memory: the actor's resident set, sampled twice a second, for the corpus once and ten times over.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.common import held_out_texts, machine, save
+from pipeline import ScoreConfig, score
+
+SHARD_DOCUMENTS = 100
+SPLIT_BYTES = 100_000  # about 45 documents, a few seconds of one thread
+
+ENGINE_ALONE = """
+import json, sys, time, torch
+torch.set_num_threads(1)
+from trbert_model.engine import Engine, EngineOptions
+engine = Engine.from_pretrained(sys.argv[1], EngineOptions(device="cpu"))
+documents = engine.task.tokenize(json.load(sys.stdin))
+engine.score(documents[:20])
+started = time.perf_counter()
+engine.score(documents)
+print(len(documents) / (time.perf_counter() - started))
+"""
+
+
+def engine_alone(model: Path, texts: list[str]) -> float:
+    """Documents a second of the engine in a process of its own, tokenisation not counted."""
+    command = [sys.executable, "-c", ENGINE_ALONE, str(model)]
+    return float(subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True).stdout)
+
+
+def write_corpus(directory: Path, texts: list[str], times: int) -> None:
+    directory.mkdir(parents=True)
+    everything = texts * times
+    for number, start in enumerate(range(0, len(everything), SHARD_DOCUMENTS)):
+        table = pa.table({"text": everything[start : start + SHARD_DOCUMENTS]})
+        pq.write_table(table, directory / f"{number:05d}.parquet")
+
+
+class ActorMemory:
+    """Samples the resident set of the model actor while a run goes on: (seconds, MiB)."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "ActorMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        started, actor = time.monotonic(), None
+        while not self._done.wait(0.5):
+            try:
+                if actor is None:
+                    actor = next((p for p in psutil.process_iter(["cmdline"]) if _is_actor(p)), None)
+                if actor is not None:
+                    self.samples.append((time.monotonic() - started, actor.memory_info().rss / 2**20))
+            except psutil.NoSuchProcess:
+                actor = None  # the run is ending
+
+    def peak(self) -> float:
+        return max(size for _, size in self.samples)
+
+    def slope(self) -> float:
+        """MiB a minute over the last half of the samples, least squares."""
+        last = np.array(self.samples[len(self.samples) // 2 :])
+        return float(np.polyfit(last[:, 0] / 60, last[:, 1], 1)[0])
+
+
+def _is_actor(process: psutil.Process) -> bool:
+    return any("MapWorker(MapBatches(SplitPredictor))" in part for part in process.info["cmdline"] or [])
+
+
+def run_pipeline(model: Path, texts: list[str], times: int) -> dict[str, Any]:
+    """Score the corpus `times` over with one actor of one thread."""
+    with TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        write_corpus(directory / "in", texts, times)
+        with ActorMemory() as memory:
+            report = score(
+                ScoreConfig(
+                    input=str(directory / "in"),
+                    output=str(directory / "out"),
+                    model=str(model),
+                    num_actors=1,
+                    threads_per_actor=1,
+                    gpus_per_actor=0.0,
+                    split_bytes=SPLIT_BYTES,
+                    progress_interval=60.0,
+                )
+            )
+    assert report["documents"] == len(texts) * times, report["status"]
+    return {
+        "documents": report["documents"],
+        "splits": report["splits"]["committed"],
+        "documents_per_second": report["per_second_steady_state"]["documents"],
+        "computing_share": report["actors"]["computing_share"],
+        "seconds": report["seconds"],
+        "busy_seconds": report["busy_seconds"],
+        "actor_peak_mib": memory.peak(),
+        "actor_slope_mib_per_minute": memory.slope(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the demo's model directory")
+    parser.add_argument("--corpus", type=Path, required=True, help="the demo's held-out shards")
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    texts = held_out_texts(arguments.corpus)
+    alone = [engine_alone(arguments.model, texts)]
+    once = run_pipeline(arguments.model, texts, 1)
+    alone.append(engine_alone(arguments.model, texts))
+    ten = run_pipeline(arguments.model, texts, 10)
+    alone.append(engine_alone(arguments.model, texts))
+    engine = float(np.median(alone))
+    result = {
+        "machine": machine(),
+        "engine_documents_per_second": alone,
+        "once": once,
+        "ten_times": ten,
+        "pipeline_over_engine": {
+            name: run["documents_per_second"] / engine for name, run in (("once", once), ("ten", ten))
+        },
+        "peak_memory_ten_over_once": ten["actor_peak_mib"] / once["actor_peak_mib"],
+    }
+    where, ratios = result["machine"], result["pipeline_over_engine"]
+    table = "\n".join(
+        [
+            "| one actor, one torch thread | corpus once | ten times |",
+            "|---|---:|---:|",
+            f"| documents | {once['documents']:,} | {ten['documents']:,} |",
+            f"| documents/s, steady state | {once['documents_per_second']:.1f} | {ten['documents_per_second']:.1f} |",
+            f"| over the bare engine ({engine:.1f} documents/s) | {ratios['once']:.2f} | {ratios['ten']:.2f} |",
+            f"| share of steady state computing | {once['computing_share']:.3f} | {ten['computing_share']:.3f} |",
+            f"| actor's peak memory, MiB | {once['actor_peak_mib']:.0f} | {ten['actor_peak_mib']:.0f} |",
+            "| slope over the last half, MiB/min | "
+            f"{once['actor_slope_mib_per_minute']:.1f} | {ten['actor_slope_mib_per_minute']:.1f} |",
+            "",
+            f"{where['cores']} cores of {where['cpu']}, fp32, torch {where['torch']}, Ray {where['ray']}, "
+            f"{where['date']}.",
+        ]
+    )
+    save("pipeline", result, table)
+
+
+if __name__ == "__main__":
+    main()
