@@ -1,6 +1,6 @@
 """The engine against the FLOPs it saves and against transformers' BERT.
 
-    python benchmarks/engine.py --model build/demo/model --corpus build/demo/corpus/held-out
+    python -m benchmarks.engine --model build/demo/model --corpus build/demo/corpus/held-out
 
 Two models: the demo's MiniLM on its held-out documents, repeated; and a BERT-base-shaped random model with kept
 fractions set by force. Every system computes the same windows. The documents are worked off in blocks, each block by
@@ -216,7 +216,7 @@ def main() -> None:
         model, tokenizer, repeated(documents, arguments.documents), 250, {"reduced, as trained": None}, baselines=True
     )
     base = TRBertForSequenceClassification(TRBertConfig(num_labels=5)).eval()
-    forced = {f"reduced {a:g}/{b:g}": forced_policy((a, b)) for a, b in FORCED}
+    forced: dict[str, SelectionPolicy | None] = {f"reduced {a:g}/{b:g}": forced_policy((a, b)) for a, b in FORCED}
     base_result = compare(base, tokenizer, repeated(documents, arguments.base_documents), 40, forced, baselines=True)
     result = {
         "machine": machine(),

@@ -1,6 +1,6 @@
 """The pipeline against the bare engine, and the memory of its actor.
 
-    python benchmarks/pipeline.py --model build/demo/model --corpus build/demo/corpus/held-out
+    python -m benchmarks.pipeline --model build/demo/model --corpus build/demo/corpus/held-out
 
 Throughput: one actor with one torch thread scores the held-out documents; the engine alone, also with one thread,
 scores the same documents before and after. Steady state is from the first split's arrival at the actor to the last

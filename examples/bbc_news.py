@@ -2,9 +2,9 @@
 
     python examples/bbc_news.py DIRECTORY
 
-writes DIRECTORY/train.parquet (id, text, label) and DIRECTORY/held-out/part-*.parquet (id, text, topic), a seeded
-split of the distinct articles. One article of the package is not valid UTF-8; it is left as it is, in the held-out
-part, where a scoring run must put it aside.
+writes DIRECTORY/train.parquet and DIRECTORY/evaluation.parquet (id, text, label), a seeded split of the distinct
+articles, and the latter's articles once more as shards to score, DIRECTORY/held-out/part-*.parquet (id, text, topic).
+One article of the package is not valid UTF-8; it is left as it is, among the shards, where a run must put it aside.
 """
 
 import argparse
@@ -59,6 +59,12 @@ def write_corpus(directory: Path) -> None:
     ids, topics, texts = zip(*train)
     pq.write_table(
         pa.table({"id": ids, "text": [text.decode() for text in texts], "label": topics}), directory / "train.parquet"
+    )
+    readable = [article for article in held_out if is_utf8(article[2])]
+    ids, topics, texts = zip(*readable)
+    pq.write_table(
+        pa.table({"id": ids, "text": [text.decode() for text in texts], "label": topics}),
+        directory / "evaluation.parquet",
     )
     for number in range(SHARDS):
         ids, topics, texts = zip(*held_out[number::SHARDS])

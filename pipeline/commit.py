@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from .corpus import IDENTITY, MARKERS, QUARANTINE, Shard
+from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard
 from .encode import error_table, from_ipc, split_table
 from .errors import PipelineError, StorageError, UsageError
 from .report import SplitStats
@@ -167,7 +167,7 @@ def clear_output(output: Storage) -> None:
 
 def _is_ours(path: str) -> bool:
     folder, _, name = path.rpartition("/")
-    return folder in (MARKERS, QUARANTINE) or (folder == "" and name.endswith(".parquet"))
+    return folder in ("", MARKERS, QUARANTINE) and OBJECT_NAME.match(name) is not None
 
 
 def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:

@@ -44,7 +44,9 @@ class ScoreConfig:
     gpus_per_actor: float | None = option(None, "GPUs an actor takes; 0 runs on the CPU")
     threads_per_actor: int | None = option(None, "torch threads of an actor")
     wait_for_resources: float = option(0.0, "seconds to wait for an autoscaling cluster to make room for the actors")
-    max_bad_rows: int | None = option(None, "exit with 3 if a run puts more rows than this into quarantine")
+    max_bad_rows: int | None = option(
+        None, "exit with 3 if the shards a run completes have more quarantined rows than this"
+    )
     progress_interval: float = option(10.0, "seconds between progress lines")
     overwrite: bool = option(False, "replace an output made with another model or other options")
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")

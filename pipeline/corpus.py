@@ -14,7 +14,7 @@ IDENTITY = "_output.json"
 
 # Names are a slug for people plus a hash of the whole path, so that no shard's name can leave the output prefix,
 # collide with another's, or hold a character that some reader of the output treats specially.
-_OBJECT = re.compile(r"(?P<key>.+-[0-9a-f]{16})-(?P<version>[0-9a-f]{12})(-(?P<index>\d{6}))?\.(parquet|json)$")
+OBJECT_NAME = re.compile(r"(?P<key>.+-[0-9a-f]{16})-(?P<version>[0-9a-f]{12})(-(?P<index>\d{6}))?\.(parquet|json)$")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def make_plan(shards: list[Shard], output: Storage) -> Plan:
     names: dict[str, list[tuple[str, str]]] = {}  # shard key → (version, path)
     for file in output.files():
         folder, _, name = file.path.rpartition("/")
-        match = _OBJECT.match(name)
+        match = OBJECT_NAME.match(name)
         if match is None or folder not in ("", MARKERS, QUARANTINE):
             continue
         names.setdefault(match["key"], []).append((match["version"], file.path))

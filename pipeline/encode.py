@@ -37,6 +37,7 @@ SPLIT_SCHEMA = pa.schema(
         ("index", pa.int32()),  # -1: no split, the row only says how many the shard has
         ("num_splits", pa.int32()),  # on the shard's last row; null before it
         ("rows", pa.int64()),
+        ("skipped_rows", pa.int64()),  # rows of splits that were there already, since the row before
         ("payload", pa.large_binary()),
         ("rejected", pa.large_binary()),
         ("stats", pa.string()),
@@ -90,7 +91,7 @@ def read_shards(batch: pa.Table, options: EncodeOptions) -> Iterator[pa.Table]:
         except Exception as error:
             # A stage that raises would end the run for one shard's sake, and one that yields nothing would lose it.
             logger.exception("shard %s cannot be encoded", shard.path)
-            yield error_table(_base_row(shard, 0, -1), error)
+            yield error_table(_base_row(shard, 0, 0), error)
 
 
 def shard_row(shard: Shard, done: frozenset[int]) -> dict[str, Any]:
@@ -99,32 +100,37 @@ def shard_row(shard: Shard, done: frozenset[int]) -> dict[str, Any]:
 
 
 def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions) -> Iterator[pa.Table]:
-    """A shard's splits, encoded; if it cannot be read (further), a last row with `error`.
+    """A shard's splits, encoded; if it cannot be read (further), a last row with `error`: of index -1 if the shard
+    itself is at fault, of the next split's index if its storage is, which another run may find working.
 
     The last split that has work is held back until the shard is read to its end, so that it can say how many there
     are; a shard without one yields a row of index -1 instead.
     """
     task = _load_task(options.model, options.engine)
     held: dict[str, Any] | None = None
-    shard_rows, count = 0, 0
+    shard_rows, count, skipped = 0, 0, 0
     started = time.perf_counter()
     try:
         with options.input.errors("read", shard.path):
             for split, shard_rows in cut_splits(shard, options):
                 count = split.index + 1
-                if split.index not in done:
+                if split.index in done:
+                    skipped += split.rows
+                else:
                     if held is not None:
                         yield split_table(held)
                     read_seconds = time.perf_counter() - started
-                    held = _encode(split, shard, shard_rows, task, options, read_seconds)
+                    held = _encode(split, shard, shard_rows, task, options, read_seconds) | {"skipped_rows": skipped}
+                    skipped = 0
                 started = time.perf_counter()
     except (ShardError, StorageError, pa.ArrowException) as error:
         if held is not None:
             yield split_table(held)
-        yield error_table(_base_row(shard, shard_rows, -1), error)
+        at_fault = -1 if _is_damage(error) else count
+        yield error_table(_base_row(shard, shard_rows, at_fault), error)
         return
     last = held or _base_row(shard, shard_rows, -1) | {"stats": SplitStats().to_json()}
-    yield split_table(last | {"num_splits": count})
+    yield split_table(last | {"num_splits": count, "skipped_rows": last["skipped_rows"] + skipped})
 
 
 def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit, int]]:
@@ -133,15 +139,18 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
     Where splits are cut depends on nothing but the shard and `split_bytes`: a rerun cuts the same ones.
 
     Raises:
-        ShardError: not Parquet, a column missing, or changed since it was listed.
+        ShardError: not Parquet, or a column missing.
+        StorageError: changed since it was listed.
     """
     with options.input.open(shard.path) as file:
         try:
             parquet = pq.ParquetFile(file)
         except (pa.ArrowException, OSError) as error:
+            if not _is_damage(error):
+                raise
             raise ShardError(f"not a readable Parquet file: {error}") from error
         if options.input.version(shard.path) != shard.version:
-            raise ShardError("it changed after it was listed; the next run will score the new version")
+            raise StorageError(f"{shard.path}: it changed after it was listed; the next run will score the new version")
         columns = [options.text_column, *options.passed_columns]
         names = parquet.schema_arrow.names
         if missing := [column for column in dict.fromkeys(columns) if column not in names]:
@@ -178,6 +187,14 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             split.passed.append(passed.slice(start))
         if split.rows:
             yield split, rows
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    """Whether a shard's content is at fault, and not its storage. pyarrow reports damage as its own exceptions or as
+    a bare OSError without a number; what file systems and networks raise is more specific."""
+    if isinstance(error, StorageError):
+        error = error.__cause__
+    return isinstance(error, (ShardError, pa.ArrowException)) or (type(error) is OSError and error.errno is None)
 
 
 def _batch_rows(parquet: pq.ParquetFile, options: EncodeOptions) -> int:
@@ -273,11 +290,12 @@ def _encode(
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dictionaries decoded and string views and large strings as strings, so that all shards' results have one
-    schema whichever way a shard stores the same values."""
+    """Dictionaries decoded; string views, large strings and columns of nothing but null (of no type, as pandas writes
+    them) as strings: so that all shards' results have one schema whichever way a shard stores the same values."""
     if pa.types.is_dictionary(column.type):
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
-    if pa.types.is_string_view(column.type) or pa.types.is_large_string(column.type):
+    kind = column.type
+    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())
     return column
 
@@ -290,6 +308,7 @@ def _base_row(shard: Shard, shard_rows: int, index: int) -> dict[str, Any]:
         "shard_rows": shard_rows,
         "index": index,
         "rows": 0,
+        "skipped_rows": 0,
         "stats": SplitStats().to_json(),
     }
 

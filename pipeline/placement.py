@@ -49,21 +49,26 @@ def place(config: ScoreConfig, *, spare_cpus: float) -> Placement:
     """
     deadline = time.monotonic() + config.wait_for_resources
     asked = False
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        placement = _choose(config, nodes, spare_cpus)
-        problem = _misfit(placement, nodes, spare_cpus)
-        if problem is None:
-            return placement
-        if time.monotonic() >= deadline:
-            raise UsageError(problem)
-        if not asked:
-            # An autoscaling cluster starts nodes for what is asked of it.
-            bundle = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
-            bundles = [{name: amount for name, amount in bundle.items() if amount}] * placement.num_actors
-            ray.autoscaler.sdk.request_resources(bundles=[*bundles, {"CPU": 1}])
-            asked = True
-        time.sleep(min(2.0, max(deadline - time.monotonic(), 0.1)))
+    try:
+        while True:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            placement = _choose(config, nodes, spare_cpus)
+            problem = _misfit(placement, nodes, spare_cpus)
+            if problem is None:
+                return placement
+            if time.monotonic() >= deadline:
+                raise UsageError(problem)
+            if not asked:
+                # An autoscaling cluster starts nodes for what is asked of it.
+                bundle = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
+                bundles = [{name: amount for name, amount in bundle.items() if amount}] * placement.num_actors
+                ray.autoscaler.sdk.request_resources(bundles=[*bundles, {"CPU": 1}])
+                asked = True
+            time.sleep(min(2.0, max(deadline - time.monotonic(), 0.1)))
+    finally:
+        if asked:
+            # It stands until it is withdrawn, and its nodes with it. They idle long enough for the actors to come.
+            ray.autoscaler.sdk.request_resources(bundles=[])
 
 
 def _choose(config: ScoreConfig, nodes: list[dict[str, float]], spare_cpus: float) -> Placement:

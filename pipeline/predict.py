@@ -154,7 +154,10 @@ class SplitPredictor(TRBertPredictor):
 
     def _results(self, shard: str, documents: pa.Table) -> tuple[pa.Table, SplitStats]:
         before = dataclasses.replace(self.engine.statistics)
-        scored = self.engine.score(tokens.values.to_numpy() for tokens in documents["tokens"])
+        # The last column is the token ids', whatever the passed columns are called.
+        last = documents.num_columns - 1
+        scored = self.engine.score(tokens.values.to_numpy() for tokens in documents.column(last))
+        documents = documents.remove_column(last)
         columns: dict[str, Any] = {}
         if self.id_column:
             columns[self.id_column] = documents[self.id_column]

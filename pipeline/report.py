@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -69,9 +70,9 @@ class ActorSpan:
 class RunStatistics:
     """Collects what the driver sees while a run goes on."""
 
-    def __init__(self, run_id: str, plan: Plan):
+    def __init__(self, run_id: str, plan: Plan, started: float):
         self.run_id, self.plan = run_id, plan
-        self.started = time.time()
+        self.started = started  # seconds since the epoch
         self.finished: float | None = None
         self.total = SplitStats()
         self.splits = 0
@@ -79,8 +80,20 @@ class RunStatistics:
         self.unreadable: dict[str, str] = {}
         self.failed_splits: dict[str, str] = {}
         self.shards_completed = 0
-        self._bytes_total = sum(shard.size for shard, _ in plan.pending) or 1
+        self.quarantined = 0  # rows of the shards this run completed, also those an earlier run had put aside
+        self._lock = threading.Lock()
+        self._bytes_total = float(sum(shard.size for shard, _ in plan.pending))
         self._bytes_done = 0.0
+
+    def add_shard(self, quarantined: int) -> None:
+        """A shard got its marker; called by the threads that write them."""
+        with self._lock:
+            self.shards_completed += 1
+            self.quarantined += quarantined
+
+    def skip(self, shard: Shard, rows: int, shard_rows: int) -> None:
+        """Rows that an earlier run committed are not this run's work."""
+        self._bytes_total -= shard.size * rows / max(shard_rows, 1)
 
     def add_split(
         self, stats: SplitStats, shard: Shard, rows: int, shard_rows: int, actor_split: dict[str, Any]
@@ -106,7 +119,7 @@ class RunStatistics:
         """One line: documents, speed, kept tokens, and the time to the end at the present speed."""
         elapsed = max(time.time() - self.started, 1e-9)
         steady = max(self.steady_seconds(), 1e-9)
-        done = min(self._bytes_done / self._bytes_total, 1.0)
+        done = min(self._bytes_done / max(self._bytes_total, 1.0), 1.0)
         total = self.total
         if not self.splits:
             return f"{_clock(elapsed)} starting: no split is done yet"

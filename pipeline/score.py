@@ -14,6 +14,8 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
+from ray.exceptions import RayError
 
 from trbert_model.engine import load_model
 from trbert_model.errors import TRBertError
@@ -50,6 +52,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         UsageError: nothing was started, because of the option, input, model or output that it names.
         PipelineError: the run broke off; what was committed stays, and running again finishes it.
     """
+    started = time.time()
     output, shards, digest = _check(config)
     if config.dry_run:
         return plan_of(config, output, shards, digest)
@@ -60,7 +63,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         config = replace(config, dtype=dtype)
         output.check_writable()
         bind_output(output, _identity(config, digest), overwrite=config.overwrite)
-        run = _Run(config, output, make_plan(shards, output), placement, digest)
+        run = _Run(config, output, make_plan(shards, output), placement, digest, started)
         return run.execute()
     finally:
         if started_ray:
@@ -85,7 +88,7 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
 
 def _identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
     """What an output is bound to."""
-    return {"format": 1, "input": config.input, "model_digest": digest, **config.identity()}
+    return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
 
 
 def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], digest: str) -> dict[str, Any]:
@@ -113,7 +116,10 @@ def _start_ray() -> bool:
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        try:
+            ray.init(logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError) as error:
+            raise UsageError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {_first_line(error)}") from error
     else:
         # With a single core, reader and actor would not fit beside each other.
         cpus = max(os.cpu_count() or 1, 2)
@@ -137,10 +143,12 @@ class _ShardProgress:
 class _Run:
     """One run: the Ray Data pipeline and what the driver does with the rows that come out of it."""
 
-    def __init__(self, config: ScoreConfig, output: Storage, plan: Plan, placement: Placement, digest: str):
+    def __init__(
+        self, config: ScoreConfig, output: Storage, plan: Plan, placement: Placement, digest: str, started: float
+    ):
         self.config, self.output, self.plan, self.placement, self.digest = config, output, plan, placement, digest
         self.run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3)
-        self.statistics = RunStatistics(self.run_id, plan)
+        self.statistics = RunStatistics(self.run_id, plan, started)
         self.progress = {shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending}
         self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
         self.markers: list[Future] = []
@@ -151,10 +159,12 @@ class _Run:
             _say(f"{len(self.plan.complete)} of {len(self.plan.complete) + len(self.plan.pending)} shards are complete")
         status, code = "broken off", EXIT_FAILED
         try:
+            for shard in self.plan.complete:  # what a run that died after the marker has left
+                self.output.delete(self.plan.superseded.get(shard.key, []))
             if self.plan.pending:
                 self._stream()
             status, code = self._verdict()
-        except ray.exceptions.RayError as error:
+        except (RayError, SystemException, ExecutionTimeoutError) as error:
             raise PipelineError(f"Ray ended the run: {_first_line(error)}; run again to finish it") from error
         finally:
             self.marker_writers.shutdown(wait=True)
@@ -182,7 +192,7 @@ class _Run:
         config, placement = self.config, self.placement
         options = EncodeOptions(
             input=Storage(input_root(config.input)),
-            model=config.model,
+            model=Storage(config.model).uri,
             text_column=config.text_column,
             id_column=config.id_column,
             keep_columns=config.keep_columns,
@@ -192,7 +202,7 @@ class _Run:
         predictor = {
             "passed_columns": options.passed_columns,
             "id_column": config.id_column,
-            "model": config.model,
+            "model": options.model,
             "probabilities": config.probabilities,
             "threads": placement.threads,
             "device": placement.device,
@@ -241,6 +251,7 @@ class _Run:
             else:
                 self.statistics.failed_splits[f"{row['shard']} split {row['index']}"] = row["error"]
             return
+        self.statistics.skip(progress.shard, row["skipped_rows"], row["shard_rows"])
         if row["num_splits"] is not None:
             progress.num_splits = row["num_splits"]
         if row["index"] >= 0:
@@ -261,8 +272,8 @@ class _Run:
             for index, committed in sorted(progress.splits.items())
         ]
         superseded = self.plan.superseded.get(progress.shard.key, [])
-        write_marker(self.output, progress.shard, splits, self.run_id, superseded)
-        self.statistics.shards_completed += 1
+        marker = write_marker(self.output, progress.shard, splits, self.run_id, superseded)
+        self.statistics.add_shard(marker["quarantined"])
 
     def _verdict(self) -> tuple[str, int]:
         """How the run ended, and its exit code."""
@@ -278,7 +289,7 @@ class _Run:
             return f"incomplete: {len(statistics.failed_splits)} splits failed; run again", EXIT_FAILED
         if statistics.unreadable:
             return "complete but for unreadable shards", EXIT_BAD_INPUT
-        if config.max_bad_rows is not None and statistics.total.bad > config.max_bad_rows:
+        if config.max_bad_rows is not None and statistics.quarantined > config.max_bad_rows:
             return f"complete, with more than {config.max_bad_rows} bad rows", EXIT_BAD_INPUT
         return ("complete" if self.plan.pending else "complete already: nothing to do"), EXIT_COMPLETE
 
@@ -307,6 +318,8 @@ class _data_context:  # noqa: N801 - used as a function
         "target_max_block_size": 1,
         "enable_progress_bars": False,
         "print_on_execution_start": False,
+        # Ray Data gives up when no block moves for half an hour; a split of a large model on few cores takes longer.
+        "execution_no_progress_timeout_s": 24 * 3600,
     }
 
     def __enter__(self) -> None:

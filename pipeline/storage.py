@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError
 
-from .errors import StorageError, UsageError
+from .errors import PipelineError, StorageError, UsageError
 
 # Files of a model directory; whatever else lies there (pickled weights, optimizer states) is not fetched.
 _MODEL_FILES = (".json", ".safetensors", ".txt")
@@ -40,8 +40,10 @@ class Storage:
     """
 
     def __init__(self, uri: str):
-        self.uri = uri.rstrip("/") if uri.strip("/") else uri
         protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+        if protocol in ("file", "local"):  # absolute: Ray's workers have working directories of their own
+            uri = os.path.abspath(os.path.expanduser(uri.removeprefix(f"{protocol}://")))
+        self.uri = uri.rstrip("/") if uri.strip("/") else uri
         if protocol == "memory":
             raise UsageError(f"{uri}: memory:// is private to one process and cannot be shared with Ray's workers")
         if "@" in urlsplit(uri).netloc:
@@ -92,9 +94,9 @@ class Storage:
         """Turn what file systems raise into a StorageError that names the place."""
         try:
             yield
-        except StorageError:
+        except PipelineError:
             raise
-        except (OSError, BotoCoreError, ClientError) as error:
+        except (OSError, ValueError, BotoCoreError, ClientError) as error:
             place = f"{self.uri}/{path}" if path else self.uri
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StorageError(f"{place}: cannot {action}: {reason}") from error

@@ -1,5 +1,7 @@
 """TRBertConfig: BERT's configuration plus where and how tokens are dropped."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
@@ -28,9 +30,13 @@ class TRBertConfig(BertConfig):
 
     model_type = "trbert"
 
-    reduction_layers: list[int] | None = None
     selector_size: int = 32
-    selector_thresholds: list[float] | None = None
+    if TYPE_CHECKING:  # never None once __post_init__ has run
+        reduction_layers: list[int]
+        selector_thresholds: list[float]
+    else:
+        reduction_layers: list[int] | None = None
+        selector_thresholds: list[float] | None = None
     pooler_activation: str = "tanh"
 
     def __post_init__(self, **kwargs):

@@ -73,6 +73,9 @@ def convert_checkpoint(
     """
     src = Path(src)
     raw_config, tensors = _read(src)
+    kind = str(raw_config.get("model_type", "bert"))
+    if kind not in ("bert", "distilbert"):  # others may have the same tensors and mean something else by them
+        raise CheckpointError(f"{src}: a {kind} checkpoint, not a BERT, DistilBERT or original TR-BERT to convert")
     selectors_stored = any(".linear_1." in name for name in tensors)
     if selectors_stored and reduction_layers is not None:
         raise CheckpointError(f"{src}: its selectors belong to its own layers; reduction_layers cannot be chosen")

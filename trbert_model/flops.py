@@ -28,10 +28,11 @@ def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndar
     """
     selector = 2 * (config.hidden_size * config.selector_size + config.selector_size)
     alive = np.asarray(tokens, dtype=np.float64)
+    kept = np.asarray(kept_tokens, dtype=np.float64)
     total = np.zeros_like(alive)
     for layer in range(config.num_hidden_layers):
         if layer in config.reduction_layers:
             total += selector * alive
-            alive = np.asarray(kept_tokens, dtype=np.float64)[:, config.reduction_layers.index(layer)]
+            alive = kept[:, config.reduction_layers.index(layer)]
         total += layer_flops(config, alive)
     return total

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel, BertSelfAttention
 from transformers.utils import ModelOutput
 
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
 from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, varlen_attention
 
-# Larger activations than this many tokens' leave the CPU's caches and, over 32 MB, are mapped and unmapped by glibc at
-# every operation: the feed-forward of a 4096-token batch ran 10 to 30% faster in chunks of 1024 than whole.
-FEED_FORWARD_TOKENS = 1024
+# On CPUs a layer runs on groups of whole sequences of about this many tokens: larger activations leave the caches, and
+# those over 32 MB are mapped and unmapped by glibc at every operation.
+LAYER_TOKENS = 1024
 
 # Called at each reduction with its index, the keep probabilities (tokens entering,) and their cu_seqlens; returns
 # the tokens that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
@@ -97,25 +97,16 @@ class TokenSelector(nn.Module):
             return self.linear_2(F.gelu(self.linear_1(hidden.float()))).squeeze(-1)
 
 
-class TRBertLayer(BertLayer):
-    """transformers' layer, its feed-forward run on at most `FEED_FORWARD_TOKENS` tokens at a time in inference."""
-
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        if self.training or attention_output.is_cuda or attention_output.shape[1] <= FEED_FORWARD_TOKENS:
-            return super().feed_forward_chunk(attention_output)
-        chunks = attention_output.split(FEED_FORWARD_TOKENS, dim=1)
-        return torch.cat([super(TRBertLayer, self).feed_forward_chunk(chunk) for chunk in chunks], dim=1)
-
-
 class FusedSelfAttention(nn.Module):
     """BERT's self-attention with query, key and value as one matrix product, for inference."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: BertSelfAttention):
         super().__init__()
         parts = (attention.query, attention.key, attention.value)
         self.weight = nn.Buffer(torch.cat([part.weight.detach() for part in parts]))
         self.bias = nn.Buffer(torch.cat([part.bias.detach() for part in parts]))
-        self.heads, self.scaling = attention.num_attention_heads, attention.scaling
+        self.heads: int = attention.num_attention_heads
+        self.scaling: float = attention.scaling
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
         qkv = F.linear(hidden_states, self.weight, self.bias).unflatten(-1, (3, self.heads, -1))
@@ -147,7 +138,7 @@ class TRBertEncoder(nn.Module):
     def __init__(self, config: TRBertConfig):
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList([TRBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([BertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
         self.selectors = nn.ModuleList([TokenSelector(config) for _ in config.reduction_layers])
 
     def forward(
@@ -194,7 +185,7 @@ class TRBertEncoder(nn.Module):
                 kept_tokens.append(cu_seqlens.diff().long())
             if output_hidden_states:
                 hidden_states.append(hidden)
-            hidden = layer(hidden.unsqueeze(0), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
+            hidden = self._run_layer(layer, hidden, cu_seqlens, max_seqlen)
         if output_hidden_states:
             hidden_states.append(hidden)
 
@@ -209,6 +200,19 @@ class TRBertEncoder(nn.Module):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             selections=tuple(selections) if output_selections else None,
         )
+
+    def _run_layer(self, layer: BertLayer, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """One layer on (tokens, hidden); on CPUs in inference, group by group of sequences."""
+        if self.training or hidden.is_cuda or hidden.shape[0] <= LAYER_TOKENS:
+            return layer(hidden.unsqueeze(0), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
+        bounds, outputs, first = cu_seqlens.tolist(), [], 0
+        for last in range(1, len(bounds)):
+            if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > LAYER_TOKENS:
+                group = hidden[bounds[first] : bounds[last]].unsqueeze(0)
+                lengths = cu_seqlens[first : last + 1] - bounds[first]
+                outputs.append(layer(group, cu_seqlens=lengths, max_seqlen=max_seqlen).squeeze(0))
+                first = last
+        return torch.cat(outputs)
 
     def _threshold_policy(self, reduction: int, probabilities: Tensor, cu_seqlens: Tensor) -> Tensor:
         return probabilities >= self.config.selector_thresholds[reduction]

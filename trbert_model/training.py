@@ -18,9 +18,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,9 @@ from .tasks.classification import ClassificationTask
 from .varlen import VarlenBatch, first_tokens
 
 logger = logging.getLogger(__name__)
+
+# A TRBertForSequenceClassification, or peft's wrapper around one, which passes everything on.
+Model = Any
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,20 @@ def train(config: TrainingConfig) -> dict:
     """
     torch.manual_seed(config.seed)
     output = Path(config.output)
-    tokenizer = AutoTokenizer.from_pretrained(config.backbone)
     texts, labels = read_labelled(config.train, config.text_column, config.label_column)
     names = sorted(set(labels))
     layers = None if config.reduction_layers is None else list(config.reduction_layers)
-    model = convert_checkpoint(config.backbone, labels=names, reduction_layers=layers)
+    model: Model = convert_checkpoint(config.backbone, labels=names, reduction_layers=layers)
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = config.attention_dropout
+    tokenizer = AutoTokenizer.from_pretrained(config.backbone, local_files_only=True)
+    if model.config.reduction_layers and model.config.reduction_layers[-1] >= _deep_layer(model.config):
+        raise ConfigurationError(
+            f"reduction layers {model.config.reduction_layers} cannot be taught by imitation: the guide judges layers "
+            f"below {_deep_layer(model.config)} of this model"
+        )
+    _bind_stages(output / "stages", config)
     task = ClassificationTask(tokenizer, model.config.max_position_embeddings)
     corpus = LabelledCorpus(task.tokenize(texts), [names.index(label) for label in labels], names)
     evaluation = None
@@ -151,18 +162,32 @@ def train(config: TrainingConfig) -> dict:
     return measurements
 
 
+def _bind_stages(stages: Path, config: TrainingConfig) -> None:
+    """Stages resume; those of other options must not be taken for this run's."""
+    record, options = stages / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if record.is_file() and json.loads(record.read_text()) != options:
+        raise ConfigurationError(
+            f"{stages}: trained with other options; remove it, or choose another output, to train anew"
+        )
+    stages.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(options, indent=1))
+
+
 def read_labelled(uri: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
     """Texts and labels (as strings) of a labelled Parquet file.
 
     Raises:
-        InputError: a column is missing, a text or label is null, or there are fewer than two labels.
+        InputError: the file cannot be read, a column is missing, a text or label is null, or there are fewer than two
+            labels.
     """
-    with fsspec.open(uri, "rb") as file:
-        parquet = pq.ParquetFile(file)
-        for column in (text_column, label_column):
-            if column not in parquet.schema_arrow.names:
-                raise InputError(f"{uri}: no column {column!r}; its columns are {parquet.schema_arrow.names}")
-        table = parquet.read(columns=[text_column, label_column])
+    try:
+        with fsspec.open(uri, "rb") as file:
+            table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{uri}: cannot be read as Parquet: {error}") from error
+    for column in (text_column, label_column):
+        if column not in table.column_names:
+            raise InputError(f"{uri}: no column {column!r}; its columns are {table.column_names}")
     for column in (text_column, label_column):
         if table[column].null_count:
             raise InputError(f"{uri}: {table[column].null_count} rows have no {column!r}; remove them first")
@@ -230,7 +255,7 @@ class StageTrainer(Trainer):
 
     def __init__(self, *args, stage: str, fractions: list[float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.stage, self.fractions = stage, fractions
+        self.stage, self.fractions = stage, fractions or []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs, reduce=self.stage != "fine_tune")
@@ -256,14 +281,14 @@ class ImitationTrainer(StageTrainer):
         return (loss, output) if return_outputs else loss
 
 
-def guide(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+def guide(model: Model, inputs: dict[str, Tensor]) -> list[Tensor]:
     """How much each token matters to the dense model's loss, one fp32 (total tokens,) a reduction layer.
 
     abs⟨∂loss/∂h_d, h_d − h_i⟩ with h_k the input of layer k (the original counts layer outputs from one, which is the
     same), d = 9 of 12 layers and 5 of 6, i the reduction layer.
     """
     config = model.config
-    deep = math.ceil(config.num_hidden_layers * 3 / 4)
+    deep = _deep_layer(config)
     with torch.enable_grad():
         output = model(**inputs, reduce=False, output_hidden_states=True)
         # A sum, so that a document's gradients don't depend on the batch's size.
@@ -273,6 +298,11 @@ def guide(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [
         (gradient * (states[deep] - states[layer])).sum(-1).abs().float().detach() for layer in config.reduction_layers
     ]
+
+
+def _deep_layer(config: TRBertConfig) -> int:
+    """Where the guide's gradient is taken: three quarters up, but below the top, where only [CLS] has a gradient."""
+    return min(math.ceil(config.num_hidden_layers * 3 / 4), config.num_hidden_layers - 1)
 
 
 def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
@@ -287,9 +317,7 @@ def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_thresholds(
-    model: nn.Module, dataset: WindowDataset, fractions: list[float], documents: int = 256
-) -> None:
+def calibrate_thresholds(model: Model, dataset: WindowDataset, fractions: list[float], documents: int = 256) -> None:
     """Set the selectors' thresholds so that the mean kept fractions on training documents are `fractions`.
 
     One reduction after the other, because what a selector sees depends on the ones before it.
@@ -299,7 +327,11 @@ def calibrate_thresholds(
     thresholds = model.config.selector_thresholds
     step = max(1, len(dataset) // documents)
     rows = [(dataset.windows[i][0], 0) for i in range(0, len(dataset), step)]
-    batches = [collate(rows[start : start + 16]) for start in range(0, len(rows), 16)]
+    device = next(model.parameters()).device
+    batches = [
+        {name: value.to(device) for name, value in collate(rows[start : start + 16]).items()}
+        for start in range(0, len(rows), 16)
+    ]
     for reduction, fraction in enumerate(fractions):
         selections: list[tuple[Selection, int]] = []
         for batch in batches:
@@ -310,7 +342,7 @@ def calibrate_thresholds(
         total = sum(tokens for _, tokens in selections)
         keep = min(max(round(fraction * total) - len(rows), 1), len(others) - 1)
         threshold = others.sort(descending=True).values[keep - 1 : keep + 1].mean()
-        thresholds[reduction] = round(float(torch.sigmoid(threshold)), 6)
+        thresholds[reduction] = float(torch.sigmoid(threshold))
     logger.info("thresholds: %s", thresholds)
     model.train(was_training)
 
@@ -323,7 +355,7 @@ def _without_first(selection: Selection) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, corpus: LabelledCorpus, *, reduce: bool
+    model: Model, tokenizer: PreTrainedTokenizerBase, corpus: LabelledCorpus, *, reduce: bool
 ) -> dict[str, float]:
     """Accuracy and FLOPs speed-up on a labelled corpus, by a copy of the model in the engine that scores."""
     copy = merged_copy(model)
@@ -337,7 +369,7 @@ def evaluate(
     }
 
 
-def merged_copy(model: nn.Module) -> TRBertForSequenceClassification:
+def merged_copy(model: Model) -> TRBertForSequenceClassification:
     """A copy of the model, its adapter merged into the weights if it has one."""
     import copy
 
@@ -345,12 +377,12 @@ def merged_copy(model: nn.Module) -> TRBertForSequenceClassification:
     return duplicate.merge_and_unload() if hasattr(duplicate, "merge_and_unload") else duplicate
 
 
-def _with_adapter(model: TRBertForSequenceClassification, config: TrainingConfig) -> nn.Module:
+def _with_adapter(model: TRBertForSequenceClassification, config: TrainingConfig) -> Model:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
         r=config.adapter_rank,
-        lora_alpha=2 * config.adapter_rank,
+        lora_alpha=2 * (config.adapter_rank or 0),
         lora_dropout=0.0,
         target_modules=LORA_TARGETS,
         modules_to_save=MODULES_TO_SAVE,
@@ -361,7 +393,7 @@ def _with_adapter(model: TRBertForSequenceClassification, config: TrainingConfig
     return adapted
 
 
-def _trainable(model: nn.Module, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
+def _trainable(model: Model, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
     """The parameters a stage trains."""
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # peft's untouched copy of a module trained whole
@@ -375,7 +407,7 @@ def _trainable(model: nn.Module, stage: str, adapter: bool) -> Iterator[nn.Param
 def _run_stage(
     stage: str,
     trainer_class: type[StageTrainer],
-    model: nn.Module,
+    model: Model,
     dataset: WindowDataset,
     config: TrainingConfig,
     epochs: float,
@@ -408,6 +440,8 @@ def _run_stage(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel would scatter tokens and cu_seqlens independently of each other
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=dataset, data_collator=collate, stage=stage, fractions=fractions
     )
@@ -417,7 +451,7 @@ def _run_stage(
         model.disable_input_require_grads()
 
 
-def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, output: Path) -> None:
+def _save(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, output: Path) -> None:
     if config.adapter_rank:
         adapter = output / "adapter"
         model.save_pretrained(adapter)

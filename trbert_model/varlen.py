@@ -144,6 +144,7 @@ def _flash_varlen(
     # num_splits=1: split-KV chooses by the longest sequence of the batch, and a document's result would then depend
     # on its neighbours (torch documents bitwise batch invariance for 1).
     output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, num_splits=1)
+    assert isinstance(output, Tensor)  # no auxiliary output was asked for
     return output.unsqueeze(0)
 
 

@@ -1,6 +1,7 @@
 """Whole runs: a real S3 server, a real Ray cluster of three nodes, the tiny model, every row accounted for."""
 
 import json
+import time
 
 import duckdb
 import numpy as np
@@ -241,7 +242,7 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     run_config = config(corpus, model_uri, dtype="float32")
     output = Storage(run_config.output)
     plan = make_plan(list_shards(run_config.input), output)
-    run = _Run(run_config, output, plan, place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS), "digest")
+    run = _Run(run_config, output, plan, place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS), "digest", time.time())
     with _data_context():
         dataset = run._dataset()
         blocks = [table.num_rows for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]

@@ -122,9 +122,10 @@ def test_an_output_belongs_to_one_model_and_one_set_of_options(output):
 def test_clearing_leaves_run_reports_and_other_peoples_files(output):
     output.write("_runs/1.json", b"{}")
     output.write("notes/readme.txt", b"")
+    output.write("labels.parquet", b"")
     publish(output, SHARD, 0, results(0), rejected(1))
     clear_output(output)
-    assert [file.path for file in output.files()] == ["_runs/1.json", "notes/readme.txt"]
+    assert [file.path for file in output.files()] == ["_runs/1.json", "labels.parquet", "notes/readme.txt"]
 
 
 def test_a_split_that_cannot_be_written_comes_back_with_the_error(tmp_path, model_directory):

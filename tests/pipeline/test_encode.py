@@ -63,6 +63,7 @@ def test_every_row_is_in_one_split_however_the_file_is_laid_out(
     assert rest[-1]["num_splits"] == len(everything)
     left = [row for row in rest if row["index"] >= 0]
     assert [row["index"] for row in left] == [row["index"] for row in everything if row["index"] not in done]
+    assert sum(row["rows"] + row["skipped_rows"] for row in rest) == 50
     for row in left:
         assert row["payload"] == everything[row["index"]]["payload"]
 
@@ -154,16 +155,19 @@ def test_passed_columns_come_as_plain_types(tmp_path, model_directory):
         "source": pa.array(["s", "s"]).dictionary_encode(),
         "when": pa.array([1, None], pa.timestamp("us")),
         "tags": [["a"], []],
+        "tokens": [1, 2],
+        "nothing": pa.nulls(2),
     }
     write_shard(tmp_path / "a.parquet", columns)
-    options = encode_options(tmp_path, model_directory, keep_columns=("source", "when", "tags"))
+    options = encode_options(tmp_path, model_directory, keep_columns=("source", "when", "tags", "tokens", "nothing"))
     (row,) = encode(only_shard(tmp_path), options)
-    kinds = {name: row["documents"].schema.field(name).type for name in ("id", "source", "when", "tags")}
+    kinds = {name: row["documents"].schema.field(name).type for name in ("id", "source", "when", "tags", "nothing")}
     assert kinds == {
         "id": pa.string(),
         "source": pa.string(),
         "when": pa.timestamp("us"),
         "tags": pa.list_(pa.field("element", pa.string())),
+        "nothing": pa.string(),
     }
 
 
@@ -197,6 +201,7 @@ def test_a_shard_damaged_in_the_middle_gives_its_first_splits_and_then_an_error(
     path.write_bytes(bytes(data))
     rows = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory, split_bytes=50))
     assert rows[-1]["error"] is not None
+    assert rows[-1]["index"] == -1
     assert all(row["error"] is None for row in rows[:-1])
     assert all(row["num_splits"] is None for row in rows), "an unreadable shard never counts as complete"
 
@@ -214,6 +219,7 @@ def test_a_shard_that_changed_after_the_listing_is_not_read(tmp_path, model_dire
     write_shard(path, {"id": [1, 2], "text": ["good", "bad"]})
     (row,) = encode(shard, encode_options(tmp_path, model_directory))
     assert "changed after it was listed" in row["error"]
+    assert row["index"] == 0, "not the shard's fault: another run will do"
 
 
 def test_a_shard_that_vanished_is_an_unreadable_shard(tmp_path, model_directory):
@@ -222,6 +228,7 @@ def test_a_shard_that_vanished_is_an_unreadable_shard(tmp_path, model_directory)
     path.unlink()
     (row,) = encode(shard, encode_options(tmp_path, model_directory))
     assert "cannot read" in row["error"]
+    assert row["index"] == 0
 
 
 def test_an_encoder_that_fails_names_its_shard(tmp_path, model_directory, monkeypatch):
@@ -233,7 +240,7 @@ def test_an_encoder_that_fails_names_its_shard(tmp_path, model_directory, monkey
     monkeypatch.setattr("trbert_model.tasks.classification.ClassificationTask.tokenize", fail)
     (row,) = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory))
     assert row["error"] == "RuntimeError: tokenizer panicked"
-    assert row["shard"] == "a.parquet"
+    assert (row["shard"], row["index"]) == ("a.parquet", 0)
 
 
 def test_shard_names_of_all_kinds(tmp_path, model_directory):

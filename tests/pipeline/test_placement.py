@@ -76,4 +76,4 @@ def test_an_autoscaling_cluster_is_asked_and_waited_for(cluster, monkeypatch):
     monkeypatch.setattr(placement.time, "sleep", lambda seconds: cluster((4, 0), (8, 1)))
     placed = place(ScoreConfig(**PLACES, gpus_per_actor=1.0, wait_for_resources=60.0), spare_cpus=0.75)
     assert placed.num_actors == 1
-    assert asked == [[{"CPU": 0.75, "GPU": 1.0}, {"CPU": 1}]]
+    assert asked == [[{"CPU": 0.75, "GPU": 1.0}, {"CPU": 1}], []], "the request must be withdrawn"

@@ -1,5 +1,7 @@
 """Statistics add up, and the report says what they say."""
 
+import time
+
 import pytest
 
 from pipeline.corpus import Plan, Shard
@@ -42,7 +44,7 @@ def test_addition_has_a_zero_and_does_not_depend_on_the_order():
 
 def statistics():
     shards = [Shard("a.parquet", "v", 1000), Shard("b.parquet", "v", 1000)]
-    stats = RunStatistics("run", Plan(pending=[(shard, frozenset()) for shard in shards]))
+    stats = RunStatistics("run", Plan(pending=[(shard, frozenset()) for shard in shards]), time.time())
     start = stats.started + 5
     stats.add_split(A, shards[0], 4, 4, {"actor": "1", "loaded_seconds": 2.0, "start": start, "end": start + 2})
     stats.add_split(B, shards[1], 4, 16, {"actor": "2", "loaded_seconds": 2.0, "start": start + 1, "end": start + 4})
@@ -79,12 +81,12 @@ def test_progress_is_the_share_of_the_shards_bytes():
     assert "4 documents" in line
     assert "kept 40% / 10%" in line
     assert "ETA 0:00:02" in line  # 4 seconds for 62.5%
-    empty = RunStatistics("run", Plan())
+    empty = RunStatistics("run", Plan(), time.time())
     assert "no split is done yet" in empty.progress_line()
 
 
 def test_a_run_with_nothing_to_do_has_a_report_too():
-    stats = RunStatistics("run", Plan(complete=[Shard("a", "v", 1)]))
+    stats = RunStatistics("run", Plan(complete=[Shard("a", "v", 1)]), time.time())
     report = stats.report(status="complete already: nothing to do", exit_code=0, settings={})
     assert report["documents"] == 0
     assert "1 complete before" in summary(report)

@@ -83,6 +83,12 @@ def test_a_pickle_holds_the_uri_alone(monkeypatch):
     assert pickle.loads(pickle.dumps(storage)).uri == "s3://bucket/prefix"  # noqa: S301 - our own
 
 
+def test_local_paths_are_absolute_wherever_a_worker_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in ("some/where", "./some/where/", f"file://{tmp_path}/some/where"):
+        assert Storage(uri).uri == str(tmp_path / "some/where")
+
+
 def test_uris_that_cannot_work_are_refused():
     with pytest.raises(UsageError, match="private to one process"):
         Storage("memory://x")

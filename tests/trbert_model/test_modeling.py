@@ -25,7 +25,7 @@ from trbert_model import (
     TRBertModel,
     VarlenBatch,
 )
-from trbert_model.modeling import FEED_FORWARD_TOKENS, fuse_for_inference
+from trbert_model.modeling import LAYER_TOKENS, fuse_for_inference
 from trbert_model.varlen import varlen_attention
 
 CLASSIFIER = tiny_classifier()
@@ -106,10 +106,12 @@ def test_left_padding_equal_to_bert():
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
 
-def test_the_feed_forward_in_chunks_equals_the_whole():
+def test_layers_group_by_group_equal_each_sequence_alone():
     torch.manual_seed(0)
     model = TRBertModel(TRBertConfig(**TINY)).eval()
-    sequences = [torch.randint(5, TINY["vocab_size"], (32,)) for _ in range(2 * FEED_FORWARD_TOKENS // 32 + 3)]
+    lengths = torch.randint(1, 33, (4 * LAYER_TOKENS // 32,)).tolist()
+    sequences = [torch.randint(5, TINY["vocab_size"], (length,)) for length in lengths]
+    assert sum(lengths) > LAYER_TOKENS
     with torch.inference_mode():
         together = varlen(model, sequences, reduce=False).last_hidden_state
         alone = torch.cat([varlen(model, [sequence], reduce=False).last_hidden_state for sequence in sequences])
@@ -296,6 +298,19 @@ def test_every_parameter_gets_a_gradient(task, checkpointing):
         if name.endswith("key.bias"):
             continue  # adding one vector to all keys of a sequence changes no attention: its gradient is zero
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_attention_dropout_is_on_in_training_only():
+    model = tiny_classifier(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0, classifier_dropout=0.0)
+    sequences = [torch.randint(5, TINY["vocab_size"], (20,))]
+
+    def differs():
+        first, second = (varlen(model, sequences, reduce=False).logits for _ in range(2))
+        return not torch.equal(first, second)
+
+    assert not differs()
+    model.train()
+    assert differs()
 
 
 def test_the_loss_is_the_same_padded_and_varlen():

@@ -1,5 +1,6 @@
 """Training: the guide, its targets, the kept fractions, and a whole run that resumes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -73,6 +74,8 @@ def test_calibrated_thresholds_keep_the_fractions_asked_for():
     documents = [rng.integers(5, 20, 28).astype(np.int32) for _ in range(200)]
     dataset = WindowDataset(LabelledCorpus(documents, [0] * 200, ["x", "y"]), task)
     model = tiny_classifier()
+    for selector in model.bert.encoder.selectors:
+        torch.nn.init.normal_(selector.linear_2.weight, std=0.1)  # wider ones saturate the probabilities
     calibrate_thresholds(model, dataset, [0.4, 0.2])
     results = Engine(model, tiny_tokenizer(), EngineOptions(device="cpu")).score(documents)
     np.testing.assert_allclose(results.kept_tokens.sum(0) / results.num_tokens.sum(), [0.4, 0.2], atol=0.02)
@@ -97,6 +100,13 @@ def test_a_corpus_that_cannot_be_trained_on_is_refused(tmp_path, columns, messag
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(InputError, match=message):
         read_labelled(str(tmp_path / "train.parquet"), "text", "label")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "text.parquet").write_text("not Parquet")
+    for name in ("text.parquet", "nowhere.parquet"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read as Parquet"):
+            read_labelled(str(tmp_path / name), "text", "label")
 
 
 def test_options_out_of_range_are_refused():
@@ -165,3 +175,5 @@ def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, caplog):
     # Run again, as after a kill: every stage goes on from its last checkpoint, and the result is the same.
     again = train(config)["stages"]
     assert again["fine_tune"] == measured["fine_tune"]
+    with pytest.raises(ConfigurationError, match="trained with other options"):
+        train(dataclasses.replace(config, speedup=1.5))

@@ -42,11 +42,11 @@ class ClassificationTask:
     stride: int | None = None
 
     def __post_init__(self):
-        self.stride = (self.max_positions - 2) // 8 if self.stride is None else self.stride
         check_overflow(self.overflow, self.stride)
-        if self.stride >= self.max_positions - 2:
+        self.shared = (self.max_positions - 2) // 8 if self.stride is None else self.stride
+        if self.shared >= self.max_positions - 2:
             raise ConfigurationError(
-                f"stride {self.stride} must be less than the {self.max_positions - 2} tokens of a window"
+                f"stride {self.shared} must be less than the {self.max_positions - 2} tokens of a window"
             )
 
         # Tokenizers bring the truncation and padding they were saved with (sentence encoders cut at 128 tokens).
@@ -74,12 +74,12 @@ class ClassificationTask:
         start = 0
         while True:
             end = min(start + capacity, len(tokens))
-            new = end - start - (self.stride if start else 0)
+            new = end - start - (self.shared if start else 0)
             # An empty document still is one window, of weight 1, so that every document has a result.
             yield Window(np.concatenate([cls, tokens[start:end], sep]).astype(np.int32), max(new, 1))
             if end == len(tokens) or self.overflow == "truncate":
                 return
-            start = end - self.stride
+            start = end - self.shared
 
 
 def check_overflow(overflow: str, stride: int | None) -> None:
