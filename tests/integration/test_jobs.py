@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import open_output
+from pipeline import ScoreConfig, open_output, score
 from pipeline.storage import Storage
 from tests.conftest import tiny_classifier, tiny_tokenizer
 from tests.pipeline.stages import texts, write_shard
@@ -95,7 +95,7 @@ def readme_snippets() -> list[str]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_readmes_snippets_run(tmp_path, monkeypatch, capsys):
+def test_the_readmes_snippets_run(tmp_path, monkeypatch, capfd):
     """In a directory laid out as `make demo` leaves it, with the tiny model in the place of the demo's."""
     topics = ["a", "b", "c"]
     columns = {"id": [str(i) for i in range(40)], "text": pa.array([t.encode() for t in texts(40)], pa.binary())}
@@ -104,13 +104,17 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch, capsys):
     )
     tiny_classifier().save_pretrained(tmp_path / "build/demo/model")
     tiny_tokenizer().save_pretrained(tmp_path / "build/demo/model")
+    demo = {"input": "corpus/held-out", "output": "scores", "model": "model"}
+    places = {name: str(tmp_path / "build/demo" / place) for name, place in demo.items()}
+    score(ScoreConfig(**places, id_column="id", keep_columns=("topic",), threads_per_actor=1))
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
     assert len(snippets) >= 2
     for snippet in snippets:
-        exec(compile(snippet.replace('"build/', f'"{tmp_path}/build/'), "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "label" in printed
+        # Absolute: Ray's workers were started in another directory.
+        exec(compile(re.sub("(?<=[\"'])build/", f"{tmp_path}/build/", snippet), "README.md", "exec"), {})
+    printed = capfd.readouterr().out
+    assert "'label': '" in printed
 
 
 def test_a_demo_shaped_model_loads_from_its_adapter(tmp_path):
