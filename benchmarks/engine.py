@@ -10,6 +10,7 @@ outside of all timings. Sorting, where a system sorts, is within a block.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections import defaultdict
@@ -122,8 +123,6 @@ def compare(
     baselines: bool,
 ) -> dict[str, Any]:
     """Measure one model: dense, each reduction, and transformers' BERT."""
-    import copy
-
     bert = transformers_bert(model)
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
 

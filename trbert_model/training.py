@@ -11,6 +11,7 @@ ones the FLOPs speed-up asked for implies. Reinforcement of the selectors (the p
 and 3. The loop itself, checkpoints and resuming are transformers' Trainer.
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -358,8 +359,7 @@ def evaluate(
     model: Model, tokenizer: PreTrainedTokenizerBase, corpus: LabelledCorpus, *, reduce: bool
 ) -> dict[str, float]:
     """Accuracy and FLOPs speed-up on a labelled corpus, by a copy of the model in the engine that scores."""
-    copy = merged_copy(model)
-    engine = Engine(copy, tokenizer, EngineOptions(reduce=reduce, dtype="float32"))
+    engine = Engine(merged_copy(model), tokenizer, EngineOptions(reduce=reduce, dtype="float32"))
     results = engine.score(corpus.documents)
     correct = results.logits.argmax(1) == np.array(corpus.labels)
     return {
@@ -371,8 +371,6 @@ def evaluate(
 
 def merged_copy(model: Model) -> TRBertForSequenceClassification:
     """A copy of the model, its adapter merged into the weights if it has one."""
-    import copy
-
     duplicate = copy.deepcopy(model)
     return duplicate.merge_and_unload() if hasattr(duplicate, "merge_and_unload") else duplicate
 
