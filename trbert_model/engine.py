@@ -6,6 +6,7 @@ bounded by that budget, not by the documents' lengths or number.
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from .tasks.classification import ClassificationTask, Window, check_overflow
 from .varlen import VarlenBatch
 
 logger = logging.getLogger(__name__)
+
+# oneDNN keeps what it prepared for each of the last 1,024 matrix shapes, and varlen batches hardly ever repeat one: an
+# actor grew by some 500 MiB within minutes. 32 are enough for the layers of a batch. Read when the first one is made.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
