@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -205,12 +205,7 @@ class _Run:
             "model": options.model,
             "probabilities": config.probabilities,
             "threads": placement.threads,
-            "device": placement.device,
-            "max_tokens_per_batch": config.max_tokens_per_batch,
-            "dtype": config.dtype,
-            "overflow": config.overflow,
-            "stride": config.stride,
-            "reduce": config.reduce,
+            **asdict(config.engine_options(placement.device)),
         }
         # Large shards first, so that the run does not end on one actor.
         pending = sorted(self.plan.pending, key=lambda item: -item[0].size)
