@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard
 from .encode import error_table, from_ipc, split_table
 from .errors import PipelineError, StorageError, UsageError
+from .ledger import NO_LEDGER, WHOLE, LedgerClient
+from .manifest import SUCCESS, complete_markers
 from .report import SplitStats
 from .storage import Storage
 
@@ -36,7 +39,7 @@ class Committed:
     bytes: int
 
 
-def publish_splits(batch: pa.Table, output: Storage) -> pa.Table:
+def publish_splits(batch: pa.Table, output: Storage, ledger: LedgerClient = NO_LEDGER) -> pa.Table:
     """Ray Data stage: scored splits → what was published of them; a split that failed passes through."""
     rows = []
     for i in range(batch.num_rows):
@@ -44,16 +47,21 @@ def publish_splits(batch: pa.Table, output: Storage) -> pa.Table:
         if row["error"] is not None or row["index"] < 0:
             rows.append(split_table(row))
             continue
-        started = time.perf_counter()
+        started, retries = time.perf_counter(), output.retries
         shard = Shard(row["shard"], row["version"], row["size"])
-        results, rejected = from_ipc(batch["payload"][i]), from_ipc(batch["rejected"][i])
         try:
-            committed = publish(output, shard, row["index"], results, rejected)
+            with ledger.work(f"writing {shard.path} {shard.version} {row['index']}") as entry:
+                if WHOLE in entry.care.killers:
+                    raise PipelineError(f"writing it killed its process {entry.care.deaths} times")
+                entry.touch(WHOLE)
+                results, rejected = from_ipc(batch["payload"][i]), from_ipc(batch["rejected"][i])
+                committed = publish(output, shard, row["index"], results, rejected)
         except PipelineError as error:
             rows.append(error_table(row, error))
             continue
         stats = SplitStats.from_json(row["stats"])
         stats.result_bytes, stats.commit_seconds = committed.bytes, time.perf_counter() - started
+        stats.storage_retries += output.retries - retries
         committed_json = json.dumps(dataclasses.asdict(committed))
         rows.append(split_table(row | {"stats": stats.to_json(), "committed": committed_json}))
     return pa.concat_tables(rows)
@@ -79,14 +87,14 @@ def inspect_object(output: Storage, name: str) -> Committed:
     """What a results object that is there already holds.
 
     Raises:
-        StorageError: it is not a results object of this pipeline.
+        PipelineError: it is not a results object of this pipeline.
     """
     data = output.read(name)
     try:
         parquet = pq.ParquetFile(pa.BufferReader(data))
         counts = json.loads(parquet.schema_arrow.metadata[_METADATA])
     except (pa.ArrowException, KeyError, TypeError) as error:
-        raise StorageError(f"{output.uri}/{name}: not an object of this pipeline, or damaged: {error}") from error
+        raise PipelineError(f"{output.uri}/{name}: not an object of this pipeline, or damaged: {error}") from error
     sha256 = hashlib.sha256(data).hexdigest()
     return Committed(name, parquet.metadata.num_rows, counts["quarantined"], sha256, len(data))
 
@@ -126,13 +134,18 @@ def bind_output(output: Storage, identity: dict[str, Any], *, overwrite: bool) -
     """
     if differences := output_differences(output, identity):
         if not overwrite:
-            raise UsageError(
-                f"{output.uri}: made with {'; '.join(differences)}. Choose another output or the same settings, "
-                "or replace it with --overwrite"
-            )
+            raise refusal(output, differences)
         clear_output(output)
     if output_identity(output) is None:
         output.write(IDENTITY, json.dumps(identity, indent=1, sort_keys=True).encode())
+
+
+def refusal(output: Storage, differences: list[str]) -> UsageError:
+    """The error for an output that was made with something else."""
+    return UsageError(
+        f"{output.uri}: made with {'; '.join(differences)}. Choose another output or the same settings, "
+        "or replace it with --overwrite"
+    )
 
 
 def output_identity(output: Storage) -> dict[str, Any] | None:
@@ -159,10 +172,9 @@ def output_differences(output: Storage, identity: dict[str, Any]) -> list[str]:
 
 
 def clear_output(output: Storage) -> None:
-    """Remove results, quarantine and markers, markers first, and what they were made with last. Run reports stay."""
+    """Remove `_SUCCESS`, markers, results and quarantine, and what they were made with last. Run reports stay."""
     ours = [file.path for file in output.files() if _is_ours(file.path)]
-    output.delete(sorted(ours, key=lambda path: (not path.startswith(MARKERS), path)))
-    output.delete([IDENTITY])
+    output.delete([SUCCESS, *sorted(ours, key=lambda path: (not path.startswith(MARKERS), path)), IDENTITY])
 
 
 def _is_ours(path: str) -> bool:
@@ -180,17 +192,14 @@ def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
         UsageError: no shard is complete there.
     """
     output = Storage(uri)
-    newest: dict[str, dict[str, Any]] = {}
-    for file in output.files(MARKERS):
-        marker = json.loads(output.read(file.path))
-        # Between a new version's marker and the removal of the old one both are there.
-        if marker["shard"] not in newest or marker["written"] > newest[marker["shard"]]["written"]:
-            newest[marker["shard"]] = marker
-    folder = f"{QUARANTINE}/" if quarantine else ""
-    splits = [split for marker in newest.values() for split in marker["splits"]]
-    names = [folder + split["object"] for split in splits if split["quarantined"] or not quarantine]
-    if not newest:
+    markers = complete_markers(output)
+    if not markers:
         raise UsageError(f"{uri}: no complete shard there")
+    folder = f"{QUARANTINE}/" if quarantine else ""
+    splits = [split for marker in markers for split in marker["splits"]]
+    names = [folder + split["object"] for split in splits if split["quarantined"] or not quarantine]
     if not names:
         return pyarrow.dataset.dataset(pa.table({name: [] for name in ("shard", "row", "id", "reason", "detail")}))
-    return pyarrow.dataset.dataset([output.location(name) for name in names], format="parquet", filesystem=output.fs)
+    # Not the output's own file system object: that one leaves retries to Storage.
+    fs, root = fsspec.core.url_to_fs(output.uri)
+    return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], format="parquet", filesystem=fs)

@@ -1,6 +1,7 @@
 """ScoreConfig: every option of a scoring run, written once; command line, YAML file and library call fill it."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from trbert_model.errors import ConfigurationError
 from trbert_model.options import option
 
 from .errors import UsageError
+from .storage import RETRY_SECONDS, Storage
 
 # Columns every result row has; a column kept from the input must not be called like one of them.
 RESULT_COLUMNS = (
@@ -47,7 +49,13 @@ class ScoreConfig:
     max_bad_rows: int | None = option(
         None, "exit with 3 if the shards a run completes have more quarantined rows than this"
     )
+    stop_after: str | None = option(None, "stop after this long (6h, 90m, 45s), to be finished by the next run")
+    stop_grace: float = option(15.0, "seconds that splits under way have to finish when the run is stopped")
+    storage_retry_seconds: float = option(
+        RETRY_SECONDS, "for how long a storage request that fails for a passing reason is made again"
+    )
     progress_interval: float = option(10.0, "seconds between progress lines")
+    delete_removed: bool = option(False, "delete the results of shards that are no longer in the corpus")
     overwrite: bool = option(False, "replace an output made with another model or other options")
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")
 
@@ -59,7 +67,7 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} {value} must be at least {least}")
-        for name in ("gpus_per_actor", "wait_for_resources", "max_bad_rows"):
+        for name in ("gpus_per_actor", "wait_for_resources", "max_bad_rows", "stop_grace", "storage_retry_seconds"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{name} {value} must not be negative")
@@ -68,10 +76,20 @@ class ScoreConfig:
             raise UsageError(f"columns {twice} are named more than once in id_column and keep_columns")
         if taken := sorted(set(passed) & set(RESULT_COLUMNS)):
             raise UsageError(f"columns {taken} of the input are named like columns of the results; rename them first")
+        if self.stop_after is not None:
+            _seconds("stop_after", self.stop_after)
         try:
             self.engine_options()
         except ConfigurationError as error:
             raise UsageError(str(error)) from error
+
+    @property
+    def stop_after_seconds(self) -> float | None:
+        return None if self.stop_after is None else _seconds("stop_after", self.stop_after)
+
+    def storage(self, uri: str) -> Storage:
+        """A place of this run."""
+        return Storage(uri, self.storage_retry_seconds)
 
     def engine_options(self, device: str | None = None) -> EngineOptions:
         """The model's options on a device."""
@@ -89,3 +107,11 @@ class ScoreConfig:
         fields = dataclasses.fields(self)
         values = {field.name: getattr(self, field.name) for field in fields if field.metadata.get("identity")}
         return values | {"keep_columns": list(self.keep_columns)}  # as JSON gives it back
+
+
+def _seconds(name: str, text: str) -> float:
+    """A duration such as 6h, 90m or 45s in seconds; a number without a unit is one of seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hms]?)", text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{name} {text!r} must be a duration such as 6h, 90m or 45s")
+    return float(match[1]) * {"h": 3600, "m": 60}.get(match[2], 1)

@@ -45,15 +45,16 @@ class Shard:
 @dataclass
 class Plan:
     """What a run has to do: shards to score, with the split indices that are there already; shards complete; files
-    of the output that belong to other versions of its shards; markers of shards that are no longer in the corpus."""
+    of the output that belong to other versions of its shards, and to shards that are no longer in the corpus, by the
+    shards' keys and with markers first: whoever reads by markers must never be led to an object that is gone."""
 
     pending: list[tuple[Shard, frozenset[int]]] = field(default_factory=list)
     complete: list[Shard] = field(default_factory=list)
     superseded: dict[str, list[str]] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
+    removed: dict[str, list[str]] = field(default_factory=dict)
 
 
-def list_shards(input_uri: str) -> list[Shard]:
+def list_shards(storage: Storage) -> list[Shard]:
     """The Parquet files of a corpus: a file, everything below a prefix, or what a glob matches.
 
     Names that begin with '_' or '.', in any directory, are other programs' markers and temporary files: not shards.
@@ -62,11 +63,10 @@ def list_shards(input_uri: str) -> list[Shard]:
         UsageError: there is none.
         StorageError: the input cannot be listed.
     """
-    storage = Storage(input_uri)
-    files = storage.glob() if "*" in input_uri else storage.files()
+    files = storage.glob() if "*" in storage.uri else storage.files()
     shards = [Shard(file.path, file.version, file.size) for file in files if _is_shard(file)]
     if not shards:
-        raise UsageError(f"{input_uri}: no Parquet files there ({len(files)} other files)")
+        raise UsageError(f"{storage.uri}: no Parquet files there ({len(files)} other files)")
     return shards
 
 
@@ -106,10 +106,12 @@ def make_plan(shards: list[Shard], output: Storage) -> Plan:
             plan.complete.append(shard)
         else:
             plan.pending.append((shard, frozenset(splits.get((shard.key, shard.version), ()))))
-        # Markers first: whoever reads by markers must never be led to an object that is gone.
-        old = [path for version, path in names.get(shard.key, ()) if version != shard.version]
+        old = [path for version, path in names.pop(shard.key, ()) if version != shard.version]
         if old:
-            plan.superseded[shard.key] = sorted(old, key=lambda path: not path.startswith(MARKERS))
-    present = {shard.key for shard in shards}
-    plan.removed = sorted(set(markers) - present)
+            plan.superseded[shard.key] = sorted(old, key=_markers_first)
+    plan.removed = {key: sorted((path for _, path in found), key=_markers_first) for key, found in names.items()}
     return plan
+
+
+def _markers_first(path: str) -> tuple[bool, str]:
+    return not path.startswith(f"{MARKERS}/"), path

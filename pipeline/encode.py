@@ -23,6 +23,7 @@ from trbert_model.tasks.classification import ClassificationTask
 
 from .corpus import Shard
 from .errors import ShardError, StorageError
+from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .report import SplitStats
 from .storage import Storage, fetch_model
 
@@ -46,6 +47,11 @@ SPLIT_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+STOPPED = "stopped"  # in `error`: the run was asked to stop
+
+_GROUPS = 1000
+_GROUP_BYTES = 512 << 20  # a reader that dies begins its group anew
+
 REJECTED_SCHEMA = pa.schema(
     [("shard", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -82,54 +88,87 @@ class RawSplit:
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_shards(batch: pa.Table, options: EncodeOptions) -> Iterator[pa.Table]:
-    """Ray Data stage: one row a shard (`shard_row`) → one row a split, the shard's done splits left out."""
-    for row in batch.to_pylist():
-        shard = Shard(row["shard"], row["version"], row["size"])
-        try:
-            yield from encode_shard(shard, frozenset(json.loads(row["done"])), options)
-        except Exception as error:
-            # A stage that raises would end the run for one shard's sake, and one that yields nothing would lose it.
-            logger.exception("shard %s cannot be encoded", shard.path)
-            yield error_table(_base_row(shard, 0, 0), error)
+def read_shards(batch: pa.Table, options: EncodeOptions, ledger: LedgerClient = NO_LEDGER) -> Iterator[pa.Table]:
+    """Ray Data stage: one row a group of shards (`shard_groups`) → one row a split, done splits left out."""
+    for group in batch.to_pylist():
+        for *what, done in json.loads(group["shards"]):
+            shard = Shard(*what)
+            try:
+                with ledger.work(f"reading {shard.path} {shard.version}") as entry:
+                    if entry.stop:
+                        yield stopped_table(_base_row(shard, 0, 0))
+                        return
+                    yield from encode_shard(shard, frozenset(done), options, entry)
+            except Exception as error:
+                # A stage that raises would end the run for one shard's sake, one that yields nothing would lose it.
+                logger.exception("shard %s cannot be encoded", shard.path)
+                yield error_table(_base_row(shard, 0, 0), error)
 
 
-def shard_row(shard: Shard, done: frozenset[int]) -> dict[str, Any]:
-    """A shard to score and the indices of its splits that are there already, as a row for `read_shards`."""
-    return {"shard": shard.path, "version": shard.version, "size": shard.size, "done": json.dumps(sorted(done))}
+def shard_groups(pending: list[tuple[Shard, frozenset[int]]]) -> list[dict[str, str]]:
+    """Shards to score, with the indices of their splits that are there already, as rows for `read_shards`.
+
+    Ray Data takes 2 to 3 ms to build a block of its source and more to start a task, so where there are thousands of
+    shards they share some; large ones have their own. The largest come first, so that the run does not end on one
+    actor.
+    """
+    groups: list[list[Any]] = []
+    room, most = 0, -(-len(pending) // _GROUPS)
+    for shard, done in sorted(pending, key=lambda item: (-item[0].size, item[0].path)):
+        if not groups or room < shard.size or len(groups[-1]) == most:
+            groups.append([])
+            room = _GROUP_BYTES
+        groups[-1].append([shard.path, shard.version, shard.size, sorted(done)])
+        room -= shard.size
+    return [{"shards": json.dumps(group)} for group in groups]
 
 
-def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions) -> Iterator[pa.Table]:
+def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, entry: Entry) -> Iterator[pa.Table]:
     """A shard's splits, encoded; if it cannot be read (further), a last row with `error`: of index -1 if the shard
     itself is at fault, of the next split's index if its storage is, which another run may find working.
 
     The last split that has work is held back until the shard is read to its end, so that it can say how many there
     are; a shard without one yields a row of index -1 instead.
     """
-    task = _load_task(options.model, options.engine)
     held: dict[str, Any] | None = None
     shard_rows, count, skipped = 0, 0, 0
-    started = time.perf_counter()
+    started, retries = time.perf_counter(), options.input.retries
     try:
+        if WHOLE in entry.care.killers:
+            raise ShardError(f"reading it killed its process {entry.care.deaths} times")
+        entry.touch(WHOLE)
+        task = _load_task(options.model, options.engine)
         with options.input.errors("read", shard.path):
             for split, shard_rows in cut_splits(shard, options):
+                if entry.client.stopping():
+                    yield stopped_table(_base_row(shard, shard_rows, split.index))
+                    return
                 count = split.index + 1
                 if split.index in done:
                     skipped += split.rows
                 else:
                     if held is not None:
+                        entry.touch(None)  # it waits there until the actors want more
                         yield split_table(held)
-                    read_seconds = time.perf_counter() - started
-                    held = _encode(split, shard, shard_rows, task, options, read_seconds) | {"skipped_rows": skipped}
-                    skipped = 0
+                    stats = SplitStats(
+                        text_bytes=split.text_bytes,
+                        read_seconds=time.perf_counter() - started,
+                        storage_retries=options.input.retries - retries,
+                    )
+                    held = _encode(split, shard, shard_rows, task, options, stats, entry) | {"skipped_rows": skipped}
+                    skipped, retries = 0, options.input.retries
                 started = time.perf_counter()
+                entry.touch(WHOLE)
+        if options.input.version(shard.path) != shard.version:
+            raise _changed(shard)
     except (ShardError, StorageError, pa.ArrowException) as error:
         if held is not None:
             yield split_table(held)
         at_fault = -1 if _is_damage(error) else count
         yield error_table(_base_row(shard, shard_rows, at_fault), error)
         return
-    last = held or _base_row(shard, shard_rows, -1) | {"stats": SplitStats().to_json()}
+    entry.touch(None)
+    last = held or _base_row(shard, shard_rows, -1)
     yield split_table(last | {"num_splits": count, "skipped_rows": last["skipped_rows"] + skipped})
 
 
@@ -150,7 +189,7 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
                 raise
             raise ShardError(f"not a readable Parquet file: {error}") from error
         if options.input.version(shard.path) != shard.version:
-            raise StorageError(f"{shard.path}: it changed after it was listed; the next run will score the new version")
+            raise _changed(shard)
         columns = [options.text_column, *options.passed_columns]
         names = parquet.schema_arrow.names
         if missing := [column for column in dict.fromkeys(columns) if column not in names]:
@@ -172,7 +211,7 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
                     size, text, reason, detail = 0, None, "wrong_type", f"the text is of type {value.type}"
                 if text is None:
                     identifier = passed.column(0)[i] if options.id_column else None
-                    split.rejected.append(_rejected_row(shard, row, identifier, reason, detail))
+                    split.rejected.append(_rejected_row(shard.path, row, identifier, reason, detail))
                     split.passed.append(passed.slice(start, i - start))
                     start = i + 1
                 else:
@@ -187,6 +226,10 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             split.passed.append(passed.slice(start))
         if split.rows:
             yield split, rows
+
+
+def _changed(shard: Shard) -> StorageError:
+    return StorageError(f"{shard.path}: it changed after it was listed; the next run will score the new version")
 
 
 def _is_damage(error: BaseException | None) -> bool:
@@ -235,14 +278,26 @@ def check_text(value: Any) -> tuple[str | None, str, str]:
     return value, "", ""
 
 
-def _rejected_row(shard: Shard, row: int, identifier: pa.Scalar | None, reason: str, detail: str) -> dict[str, Any]:
+def killed_row(shard: str, row: int, identifier: pa.Scalar | None, what: str, care: Care) -> dict[str, Any]:
+    """The quarantined row of a document that killed the processes that touched it."""
+    times = f"{DEATHS_OF_A_DOCUMENT} times, of {care.deaths} deaths at its shard or split"
+    detail = f"{what} it killed its process {times}"
+    return _rejected_row(shard, row, identifier, KILLED, detail)
+
+
+def rejected_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Quarantined rows in their order."""
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["row"]), schema=REJECTED_SCHEMA)
+
+
+def _rejected_row(shard: str, row: int, identifier: pa.Scalar | None, reason: str, detail: str) -> dict[str, Any]:
     name = None
     if identifier is not None and identifier.is_valid:
         try:
             name = str(identifier.as_py())
         except UnicodeDecodeError:
             name = repr(identifier.cast(pa.large_binary()).as_py())
-    return {"shard": shard.path, "row": row, "id": name, "reason": reason, "detail": detail}
+    return {"shard": shard, "row": row, "id": name, "reason": reason, "detail": detail}
 
 
 @functools.lru_cache(maxsize=2)
@@ -255,11 +310,17 @@ def _load_task(model: str, engine: EngineOptions) -> ClassificationTask:
 
 
 def _encode(
-    split: RawSplit, shard: Shard, shard_rows: int, task: ClassificationTask, options: EncodeOptions, seconds: float
+    split: RawSplit,
+    shard: Shard,
+    shard_rows: int,
+    task: ClassificationTask,
+    options: EncodeOptions,
+    stats: SplitStats,
+    entry: Entry,
 ) -> dict[str, Any]:
-    """Tokenise a split. A text that the tokenizer finds nothing in is rejected too."""
+    """Tokenise a split. A text that the tokenizer finds nothing in is rejected too, and one that kills it."""
     started = time.perf_counter()
-    tokens = task.tokenize(split.texts)
+    tokens = task.tokenize(split.texts) if not entry.care.one_at_a_time else _tokenize_each(split, task, entry)
     # Without passed columns a record batch holds no rows, so the table is built from the row numbers up.
     documents = pa.table({"row": pa.array(split.row_numbers, pa.int64())})
     if options.passed_columns:
@@ -273,13 +334,15 @@ def _encode(
     found = pa.array([length > 0 for length in lengths], pa.bool_())
     for position in pc.indices_nonzero(pc.invert(found)).to_pylist():
         identifier = documents[options.id_column][position] if options.id_column else None
-        row, detail = split.row_numbers[position], "the tokenizer finds no token in the text"
-        split.rejected.append(_rejected_row(shard, row, identifier, "no_tokens", detail))
+        row = split.row_numbers[position]
+        if row in entry.care.killers:
+            split.rejected.append(killed_row(shard.path, row, identifier, "tokenising", entry.care))
+        else:
+            detail = "the tokenizer finds no token in the text"
+            split.rejected.append(_rejected_row(shard.path, row, identifier, "no_tokens", detail))
     documents = documents.filter(found)
-    rejected = pa.Table.from_pylist(sorted(split.rejected, key=lambda row: row["row"]), schema=REJECTED_SCHEMA)
-    stats = SplitStats(text_bytes=split.text_bytes, read_seconds=seconds)
-    for row in split.rejected:
-        stats.bad_rows[row["reason"]] = stats.bad_rows.get(row["reason"], 0) + 1
+    rejected = rejected_table(split.rejected)
+    stats.count_bad(split.rejected)
     stats.tokenize_seconds = time.perf_counter() - started
     return _base_row(shard, shard_rows, split.index) | {
         "rows": split.rows,
@@ -287,6 +350,19 @@ def _encode(
         "rejected": to_ipc(rejected),
         "stats": stats.to_json(),
     }
+
+
+def _tokenize_each(split: RawSplit, task: ClassificationTask, entry: Entry) -> list[np.ndarray]:
+    """Tokens of one text after the other, so that one that kills is found; nothing for those that have."""
+    tokens = []
+    for row, text in zip(split.row_numbers, split.texts):
+        if row in entry.care.killers:
+            tokens.append(np.zeros(0, np.int32))
+        else:
+            entry.touch(row)
+            tokens += task.tokenize([text])
+    entry.touch(WHOLE)
+    return tokens
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -322,6 +398,11 @@ def error_table(row: dict[str, Any], error: Exception) -> pa.Table:
     """A row whose stage failed, without its payload."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return split_table({**row, "payload": None, "rejected": None, "error": reason})
+
+
+def stopped_table(row: dict[str, Any]) -> pa.Table:
+    """A row of work that was left undone because the run stops."""
+    return split_table({**row, "payload": None, "rejected": None, "error": STOPPED})
 
 
 def to_ipc(table: pa.Table) -> bytes:

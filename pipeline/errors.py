@@ -19,3 +19,9 @@ class StorageError(PipelineError, OSError):
 
 class ShardError(PipelineError, ValueError):
     """A shard that cannot be read; names it."""
+
+
+class OutputBusyError(PipelineError):
+    """Another run is at work on the output; nothing was started."""
+
+    exit_code = 5

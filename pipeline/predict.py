@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,24 @@ import torch
 from trbert_model.engine import DocumentResults, Engine, EngineOptions
 from trbert_model.tasks.classification import softmax
 
-from .encode import check_text, error_table, from_ipc, split_table, to_ipc
-from .errors import UsageError
+from .encode import (
+    check_text,
+    error_table,
+    from_ipc,
+    killed_row,
+    rejected_table,
+    split_table,
+    stopped_table,
+    to_ipc,
+)
+from .errors import PipelineError, UsageError
+from .ledger import NO_LEDGER, WHOLE, Entry, LedgerClient, Stop
 from .report import SplitStats
 from .storage import fetch_model
 
 logger = logging.getLogger(__name__)
+
+_STOP_INTERVAL = 1.0  # seconds between two questions whether to stop
 
 
 @dataclass(frozen=True)
@@ -123,24 +135,38 @@ class TRBertPredictor:
         return {**spread, "error": pa.array([reason or None for _, reason, _ in checked], pa.string())}
 
 
+class _StoppedError(Exception):
+    """The run is to stop at once."""
+
+
 class SplitPredictor(TRBertPredictor):
     """Ray Data stage: an encoded split → its scored split. A split that fails comes back with `error`."""
 
-    def __init__(self, passed_columns: list[str], id_column: str | None, **options: Any):
+    def __init__(
+        self, passed_columns: list[str], id_column: str | None, ledger: LedgerClient = NO_LEDGER, **options: Any
+    ):
         super().__init__(**options)
-        self.passed_columns, self.id_column = passed_columns, id_column
+        self.passed_columns, self.id_column, self.ledger = passed_columns, id_column, ledger
         self.actor = (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or "driver"
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.concat_tables(self._predict(batch.slice(i, 1)) for i in range(batch.num_rows))
 
     def _predict(self, split: pa.Table) -> pa.Table:
-        row = split.drop_columns(["payload"]).to_pylist()[0]
+        row = split.drop_columns(["payload", "rejected"]).to_pylist()[0]
         if row["error"] is not None or row["index"] < 0:
             return split
         start, clock = time.time(), time.perf_counter()
         try:
-            results, stats = self._results(row["shard"], from_ipc(split["payload"][0]))
+            with self.ledger.work(f"scoring {row['shard']} {row['version']} {row['index']}") as entry:
+                if entry.stop:
+                    raise _StoppedError
+                if WHOLE in entry.care.killers:
+                    raise PipelineError(f"scoring it killed its process {entry.care.deaths} times")
+                entry.touch(WHOLE)
+                results, rejected, stats = self._results(row["shard"], split, entry)
+        except _StoppedError:
+            return stopped_table(row)
         except Exception as error:
             # Raising would make Ray compute the split again and in the end fail the run: name it and go on.
             logger.exception("split %d of shard %s cannot be scored", row["index"], row["shard"])
@@ -148,16 +174,29 @@ class SplitPredictor(TRBertPredictor):
         stats.predict_seconds = time.perf_counter() - clock
         span = ActorSplit(self.actor, self.loaded_seconds, start, start + stats.predict_seconds)
         total = SplitStats.from_json(row["stats"]) + stats
-        return split_table(
-            row | {"payload": to_ipc(results), "stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))}
-        )
+        scored = {"payload": to_ipc(results), "rejected": to_ipc(rejected)}
+        return split_table(row | scored | {"stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))})
 
-    def _results(self, shard: str, documents: pa.Table) -> tuple[pa.Table, SplitStats]:
+    def _results(self, shard: str, split: pa.Table, entry: Entry) -> tuple[pa.Table, pa.Table, SplitStats]:
+        """A split's results, its quarantined rows, and what they took."""
         before = dataclasses.replace(self.engine.statistics)
+        documents, rejected = from_ipc(split["payload"][0]), from_ipc(split["rejected"][0])
+        killed = sorted(entry.care.killers)
+        if killed:
+            names = documents[self.id_column].take(killed) if self.id_column else [None] * len(killed)
+            rows = [
+                killed_row(shard, documents["row"][position].as_py(), name, "scoring", entry.care)
+                for position, name in zip(killed, names)
+            ]
+            rejected = rejected_table(rejected.to_pylist() + rows)
         # The last column is the token ids', whatever the passed columns are called.
-        last = documents.num_columns - 1
-        scored = self.engine.score(tokens.values.to_numpy() for tokens in documents.column(last))
-        documents = documents.remove_column(last)
+        tokens = documents.column(documents.num_columns - 1)
+        if entry.care.one_at_a_time:
+            scored = self._score_each(tokens, entry)
+            documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
+        else:
+            scored = self.engine.score(self._until_stopped(tokens))
+        documents = documents.remove_column(documents.num_columns - 1)
         columns: dict[str, Any] = {}
         if self.id_column:
             columns[self.id_column] = documents[self.id_column]
@@ -178,4 +217,29 @@ class SplitPredictor(TRBertPredictor):
             model_seconds=after.model_seconds - before.model_seconds,
             halved_batches=after.halved_batches - before.halved_batches,
         )
-        return pa.table(columns), stats
+        if killed:
+            stats.count_bad(rows)
+        return pa.table(columns), rejected, stats
+
+    def _score_each(self, tokens: pa.ChunkedArray, entry: Entry) -> DocumentResults:
+        """One document after the other, so that one that kills the process is found; those that have are left out.
+
+        Results do not depend on a document's batch, so they are what a whole split's are.
+        """
+        scored = [self.engine.score([])]
+        for position, document in enumerate(self._until_stopped(tokens)):
+            if position not in entry.care.killers:
+                entry.touch(position)
+                scored.append(self.engine.score([document]))
+        entry.touch(WHOLE)
+        return DocumentResults.concatenate(scored)
+
+    def _until_stopped(self, tokens: pa.ChunkedArray) -> Iterator[np.ndarray]:
+        """The documents' token ids, as long as the run may go on with what it has begun."""
+        asked = time.monotonic()
+        for document in tokens:
+            if time.monotonic() - asked > _STOP_INTERVAL:
+                asked = time.monotonic()
+                if self.ledger.stopping() is Stop.NOW:
+                    raise _StoppedError
+            yield document.values.to_numpy()

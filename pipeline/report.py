@@ -31,6 +31,12 @@ class SplitStats:
     model_seconds: float = 0.0
     commit_seconds: float = 0.0
     halved_batches: int = 0
+    storage_retries: int = 0
+
+    def count_bad(self, rows: list[dict[str, Any]]) -> None:
+        """Add quarantined rows by their reasons."""
+        for row in rows:
+            self.bad_rows[row["reason"]] = self.bad_rows.get(row["reason"], 0) + 1
 
     def __add__(self, other: "SplitStats") -> "SplitStats":
         summed: dict[str, Any] = {}
@@ -80,6 +86,9 @@ class RunStatistics:
         self.unreadable: dict[str, str] = {}
         self.failed_splits: dict[str, str] = {}
         self.shards_completed = 0
+        self.removed: list[str] = []  # shards with results that are no longer in the corpus
+        self.stopped: str | None = None
+        self.deaths = 0  # processes that died at their work
         self.quarantined = 0  # rows of the shards this run completed, also those an earlier run had put aside
         self._lock = threading.Lock()
         self._bytes_total = float(sum(shard.size for shard, _ in plan.pending))
@@ -149,6 +158,7 @@ class RunStatistics:
             "run": self.run_id,
             "status": status,
             "exit_code": exit_code,
+            "stopped": self.stopped,
             "started": _timestamp(self.started),
             "finished": _timestamp(self.finished),
             "shards": {
@@ -156,13 +166,14 @@ class RunStatistics:
                 "complete_before": len(self.plan.complete),
                 "completed": self.shards_completed,
                 "unreadable": self.unreadable,
-                "no_longer_in_corpus": len(self.plan.removed),
+                "removed": self.removed,
             },
             "splits": {
                 "committed": self.splits,
                 "found_committed": sum(len(done) for _, done in self.plan.pending),
                 "failed": self.failed_splits,
             },
+            "faults": {"process_deaths": self.deaths, "storage_retries": total.storage_retries},
             "documents": total.documents,
             "bad_rows": total.bad_rows,
             "labels": total.labels,
@@ -227,6 +238,17 @@ def summary(report: dict[str, Any]) -> str:
             f"computing {100 * report['actors']['computing_share']:.0f}% of steady state",
             "  busy        " + ", ".join(f"{stage} {busy:.1f} s" for stage, busy in report["busy_seconds"].items()),
         ]
+    if any(report["faults"].values()):
+        faults = report["faults"]
+        lines.append(
+            f"  faults      {faults['process_deaths']} processes died at their work, "
+            f"{faults['storage_retries']} storage requests were made again"
+        )
+    if removed := shards["removed"]:
+        more = f" and {len(removed) - 10} more" if len(removed) > 10 else ""
+        lines.append(
+            f"  removed     {len(removed)} shards are no longer in the corpus: {', '.join(removed[:10])}{more}"
+        )
     lines += [f"  unreadable  {path}: {reason}" for path, reason in sorted(shards["unreadable"].items())]
     lines += [f"  failed      {split}: {reason}" for split, reason in sorted(report["splits"]["failed"].items())]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """A scoring run from end to end. Read this file first: it wires the stages that the others hold."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -14,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._private import ray_constants
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
@@ -21,19 +24,33 @@ from trbert_model.engine import load_model
 from trbert_model.errors import TRBertError
 from trbert_model.tasks.classification import ClassificationTask
 
-from .commit import Committed, bind_output, inspect_object, output_differences, publish_splits, write_marker
+from .commit import (
+    Committed,
+    bind_output,
+    inspect_object,
+    output_differences,
+    output_identity,
+    publish_splits,
+    refusal,
+    write_marker,
+)
 from .config import ScoreConfig
-from .corpus import RUNS, Plan, Shard, input_root, list_shards, make_plan
-from .encode import EncodeOptions, read_shards, shard_row
-from .errors import PipelineError, UsageError
+from .corpus import MARKERS, RUNS, Plan, Shard, input_root, list_shards, make_plan
+from .encode import STOPPED, EncodeOptions, read_shards, shard_groups
+from .errors import PipelineError, StorageError, UsageError
+from .ledger import NO_LEDGER, start_ledger
+from .lock import OutputLock
+from .manifest import SUCCESS, Marker, read_manifest, read_markers, write_manifest
 from .placement import Placement, place
 from .predict import SplitPredictor
 from .report import RunStatistics, SplitStats
+from .stopping import StopRequest, StopWatch
 from .storage import Storage, fetch_model, model_digest
 
 logger = logging.getLogger(__name__)
 
-EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_BAD_INPUT = 0, 1, 2, 3
+# 2 and 5 are the errors' own: a UsageError, an OutputBusyError.
+EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3, 4
 
 # Ray Data fuses neighbouring stages that ask for the same resources, and reading would then run inside the actors
 # (340 ms of idle GPU between splits); so every stage asks for something else. Actors take 1 CPU or more.
@@ -45,34 +62,45 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """Score a corpus: everything that the output does not hold yet.
 
     Returns the run report (also in the output as `_runs/<run id>.json`); its `exit_code` is 0 for a complete output,
-    3 for a complete one with unreadable shards or more bad rows than `max_bad_rows`, 1 if splits could not be scored.
-    With `dry_run`, returns what `plan_of` does.
+    3 for a complete one with unreadable shards or more bad rows than `max_bad_rows`, 1 if splits could not be scored,
+    4 if the run was stopped (SIGTERM, `stop_after`) before it was complete. With `dry_run`, returns `plan_of`'s plan.
 
     Raises:
         UsageError: nothing was started, because of the option, input, model or output that it names.
+        OutputBusyError: nothing was started, because another run is at work on the output.
         PipelineError: the run broke off; what was committed stays, and running again finishes it.
     """
     started = time.time()
     output, shards, digest = _check(config)
     if config.dry_run:
         return plan_of(config, output, shards, digest)
-    started_ray = _start_ray()
-    try:
-        placement = place(config, spare_cpus=READER_CPUS + COMMIT_CPUS)
-        dtype = placement.dtype if config.dtype == "auto" else config.dtype
-        config = replace(config, dtype=dtype)
-        output.check_writable()
-        bind_output(output, _identity(config, digest), overwrite=config.overwrite)
-        run = _Run(config, output, make_plan(shards, output), placement, digest, started)
-        return run.execute()
-    finally:
-        if started_ray:
-            ray.shutdown()
+    run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3)
+    stop = StopRequest()
+    with (
+        stop.on_sigterm() as install_handler,
+        OutputLock(output, run_id, lambda: stop.request("another run has taken the output over")),
+    ):
+        differences = _differences(config, output, digest)
+        if differences and not config.overwrite:
+            raise refusal(output, differences)
+        if not differences and not (plan := make_plan(shards, output)).pending:
+            return _Run(config, output, plan, None, digest, run_id, started, stop).execute()
+        started_ray = _start_ray()
+        install_handler()
+        try:
+            placement = place(config, spare_cpus=READER_CPUS + COMMIT_CPUS)
+            config = replace(config, dtype=placement.dtype if config.dtype == "auto" else config.dtype)
+            bind_output(output, _identity(config, digest), overwrite=config.overwrite)
+            plan = make_plan(shards, output)
+            return _Run(config, output, plan, placement, digest, run_id, started, stop).execute()
+        finally:
+            if started_ray:
+                ray.shutdown()
 
 
 def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
     """Everything that can be known before Ray starts."""
-    output = Storage(config.output)
+    output = config.storage(config.output)
     root = Storage(input_root(config.input))
     inside, around = (f"{place.protocol}:{place.root}/" for place in (output, root))
     if inside.startswith(around) or around.startswith(inside):
@@ -83,7 +111,7 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
         ClassificationTask(tokenizer, model.config.max_position_embeddings, config.overflow, config.stride)
     except TRBertError as error:
         raise UsageError(str(error)) from error
-    return output, list_shards(config.input), model_digest(directory)
+    return output, list_shards(config.storage(config.input)), model_digest(directory)
 
 
 def _identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
@@ -91,12 +119,17 @@ def _identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
     return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
 
 
+def _differences(config: ScoreConfig, output: Storage, digest: str) -> list[str]:
+    """What the output was made with and this run is not, as far as that is known before a cluster is."""
+    differences = output_differences(output, _identity(config, digest))
+    if config.dtype == "auto":
+        differences = [difference for difference in differences if not difference.startswith("dtype ")]
+    return differences
+
+
 def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], digest: str) -> dict[str, Any]:
     """What a run would do: shards and bytes to read, what is done, and whether the output would be refused."""
-    identity = _identity(config, digest)
-    differences = output_differences(output, identity)
-    if config.dtype == "auto":  # resolved on the cluster, which a dry run does not start
-        differences = [difference for difference in differences if not difference.startswith("dtype ")]
+    differences = _differences(config, output, digest)
     plan = Plan(pending=[(shard, frozenset()) for shard in shards]) if differences else make_plan(shards, output)
     return {
         "dry_run": True,
@@ -107,7 +140,7 @@ def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], digest: s
         ],
         "bytes_to_read": sum(shard.size for shard, _ in plan.pending),
         "shards_complete": len(plan.complete),
-        "shards_no_longer_in_corpus": len(plan.removed),
+        "shards_removed": len(plan.removed),
     }
 
 
@@ -123,8 +156,25 @@ def _start_ray() -> bool:
     else:
         # With a single core, reader and actor would not fit beside each other.
         cpus = max(os.cpu_count() or 1, 2)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        with _on_loopback():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
     return True
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray of one machine needs no other address. There is no documented option for it; a test sees that it holds."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
 
 
 @dataclass
@@ -144,54 +194,122 @@ class _Run:
     """One run: the Ray Data pipeline and what the driver does with the rows that come out of it."""
 
     def __init__(
-        self, config: ScoreConfig, output: Storage, plan: Plan, placement: Placement, digest: str, started: float
+        self,
+        config: ScoreConfig,
+        output: Storage,
+        plan: Plan,
+        placement: Placement | None,
+        digest: str,
+        run_id: str,
+        started: float,
+        stop: StopRequest,
     ):
         self.config, self.output, self.plan, self.placement, self.digest = config, output, plan, placement, digest
-        self.run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3)
+        self.run_id, self.started, self.stop = run_id, started, stop
+        self.ledger = start_ledger() if plan.pending else NO_LEDGER
         self.statistics = RunStatistics(self.run_id, plan, started)
         self.progress = {shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending}
+        self.known_markers: dict[str, Marker] = {}
         self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
         self.markers: list[Future] = []
+        self.output_error: str | None = None
 
     def execute(self) -> dict[str, Any]:
-        """Run the pipeline, write the report, whatever happens in between."""
+        """Run the pipeline, mark the output complete if it is, write the report, whatever happens in between."""
         if self.plan.complete:
             _say(f"{len(self.plan.complete)} of {len(self.plan.complete) + len(self.plan.pending)} shards are complete")
         status, code = "broken off", EXIT_FAILED
         try:
+            manifest = self._open_manifest()
             for shard in self.plan.complete:  # what a run that died after the marker has left
                 self.output.delete(self.plan.superseded.get(shard.key, []))
             if self.plan.pending:
                 self._stream()
             status, code = self._verdict()
+            if self._is_complete():
+                self._close_manifest(manifest)
         except (RayError, SystemException, ExecutionTimeoutError) as error:
             raise PipelineError(f"Ray ended the run: {_first_line(error)}; run again to finish it") from error
         finally:
             self.marker_writers.shutdown(wait=True)
+            self.statistics.stopped = self.stop.reason
             report = self.statistics.report(status=status, exit_code=code, settings=self._settings())
-            self.output.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
+            try:
+                self.output.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
+            except StorageError as error:  # the report is returned all the same, and an error under way is not hidden
+                logger.error("the run report is not in the output: %s", error)
         return report
+
+    def _open_manifest(self) -> dict[str, Any] | None:
+        """Remember what `_SUCCESS` says of the shards, and take it away if the output is about to change."""
+        manifest = read_manifest(self.output)
+        removed = sorted(self._removed_shards())
+        self.statistics.removed = removed
+        if manifest is None:
+            return None
+        if not self.plan.pending and manifest["removed"] == removed and not (removed and self.config.delete_removed):
+            return manifest
+        for marker in manifest["shards"]:
+            self.known_markers[Shard(marker["shard"], marker["version"], marker["size"]).marker] = marker
+        self.output.delete([SUCCESS])
+        return None
+
+    def _removed_shards(self) -> Iterator[str]:
+        """The shards with results in the output that the corpus no longer has; keys where there is no marker."""
+        for key, files in self.plan.removed.items():
+            markers = [path for path in files[:1] if path.startswith(f"{MARKERS}/")]
+            yield from (marker["shard"] for _, marker in read_markers(self.output, markers))
+            if not markers:
+                yield key
+
+    def _close_manifest(self, manifest: dict[str, Any] | None) -> None:
+        """`_SUCCESS` for an output that is complete, unless it is there."""
+        if self.config.delete_removed:
+            for files in self.plan.removed.values():
+                self.output.delete(files)
+        if manifest is None:
+            identity = output_identity(self.output) or {}
+            removed = [] if self.config.delete_removed else self.statistics.removed
+            write_manifest(self.output, identity, self.known_markers, removed, self.run_id)
+
+    def _is_complete(self) -> bool:
+        return all(progress.is_complete for progress in self.progress.values()) and not self.statistics.unreadable
 
     def _stream(self) -> None:
         """Feed the shards in and take the committed splits as they come."""
-        done = threading.Event()
+        config, done = self.config, threading.Event()
         reporter = threading.Thread(target=self._report_progress, args=(done,), daemon=True)
         reporter.start()
+        after = config.stop_after_seconds
+        deadline = None if after is None else (self.started + after, f"{config.stop_after} are over")
         try:
-            with _data_context():
-                for table in self._dataset().iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-                    for row in table.to_pylist():
-                        self._take(row)
+            with (
+                _data_context(),
+                StopWatch(self.stop, self.ledger, deadline, config.stop_grace, _say) as watch,
+                contextlib.closing(self._splits()) as splits,
+            ):
+                for row in splits:
+                    self._take(row)
+                    if watch.is_over:
+                        break
         finally:
             done.set()
             reporter.join()
+        self.statistics.deaths = self.ledger.deaths()
         for marker in self.markers:
             marker.result()
 
+    def _splits(self) -> Generator[dict[str, Any], None, None]:
+        """The rows that come out of the Ray Data pipeline; closing it ends the pipeline."""
+        tables = iter(self._dataset().iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
+        for table in tables:
+            yield from table.to_pylist()
+
     def _dataset(self) -> ray.data.Dataset:
         config, placement = self.config, self.placement
+        assert placement is not None  # only a run with nothing to do has none
         options = EncodeOptions(
-            input=Storage(input_root(config.input)),
+            input=config.storage(input_root(config.input)),
             model=Storage(config.model).uri,
             text_column=config.text_column,
             id_column=config.id_column,
@@ -205,18 +323,18 @@ class _Run:
             "model": options.model,
             "probabilities": config.probabilities,
             "threads": placement.threads,
+            "ledger": self.ledger,
             **asdict(config.engine_options(placement.device)),
         }
-        # Large shards first, so that the run does not end on one actor.
-        pending = sorted(self.plan.pending, key=lambda item: -item[0].size)
+        groups = shard_groups(self.plan.pending)
         return (
-            ray.data.from_items([shard_row(shard, done) for shard, done in pending], override_num_blocks=len(pending))
+            ray.data.from_items(groups, override_num_blocks=len(groups))
             .map_batches(
                 read_shards,
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=READER_CPUS,
-                fn_kwargs={"options": options},
+                fn_kwargs={"options": options, "ledger": self.ledger},
             )
             .map_batches(
                 SplitPredictor,
@@ -233,14 +351,20 @@ class _Run:
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=COMMIT_CPUS,
-                fn_kwargs={"output": self.output},
+                fn_kwargs={"output": self.output, "ledger": self.ledger},
             )
         )
 
     def _take(self, row: dict[str, Any]) -> None:
         """Account for a row that left the pipeline, and mark its shard when that was the last one."""
         progress = self.progress[row["shard"]]
+        if row["error"] == STOPPED:
+            return
         if row["error"] is not None:
+            if row["actor"] is not None and row["error"].startswith(f"{StorageError.__name__}:"):
+                # The output has failed for longer than the retries last: more results would have nowhere to go.
+                self.output_error = row["error"]
+                self.stop.request("the output cannot be written")
             if row["index"] < 0:
                 self.statistics.unreadable[row["shard"]] = row["error"]
             else:
@@ -268,6 +392,7 @@ class _Run:
         ]
         superseded = self.plan.superseded.get(progress.shard.key, [])
         marker = write_marker(self.output, progress.shard, splits, self.run_id, superseded)
+        self.known_markers[progress.shard.marker] = marker
         self.statistics.add_shard(marker["quarantined"])
 
     def _verdict(self) -> tuple[str, int]:
@@ -278,10 +403,14 @@ class _Run:
         vanished = [
             path for path, progress in self.progress.items() if not progress.is_complete and path not in accounted
         ]
-        if vanished:
+        if self.output_error:
+            return f"failed: {self.output_error}; run again to finish", EXIT_FAILED
+        if vanished and not self.stop.reason:
             raise PipelineError(f"splits of {len(vanished)} shards never came back, of {vanished[0]} first; run again")
         if failed:
             return f"incomplete: {len(statistics.failed_splits)} splits failed; run again", EXIT_FAILED
+        if vanished:
+            return f"incomplete: stopped ({self.stop.reason}); run again to finish", EXIT_STOPPED
         if statistics.unreadable:
             return "complete but for unreadable shards", EXIT_BAD_INPUT
         if config.max_bad_rows is not None and statistics.quarantined > config.max_bad_rows:
@@ -300,7 +429,7 @@ class _Run:
             "output": self.config.output,
             "model": {"uri": self.config.model, "digest": self.digest},
             "options": self.config.identity(),
-            "placement": self.placement.as_dict(),
+            "placement": self.placement.as_dict() if self.placement else None,
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         }
 

@@ -1,23 +1,62 @@
 """Where files live: one class over fsspec for local paths and object stores.
 
-Credentials come from the environment or the usual AWS configuration, read inside each process: a Storage pickles as
-its URI alone, and its errors name places, never credentials.
+Requests that fail for a passing reason (throttling, a server's fault, a connection) are made again with exponential
+backoff and full jitter until a budget of seconds is spent; everything else, and what is left then, becomes a
+StorageError of one line. Credentials come from the environment or the usual AWS configuration, read inside each
+process: a Storage pickles without them, and its errors name places, never credentials.
 """
 
 import contextlib
+import errno
 import hashlib
+import http.client
+import io
+import logging
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+import aiohttp
+import botocore.exceptions
+import botocore.parsers
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from .errors import PipelineError, StorageError, UsageError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Longer than an S3 server takes to come back, shorter than anyone wants to wait for a wrong endpoint.
+RETRY_SECONDS = 180.0
+_LONGEST_WAIT = 15.0  # seconds between two attempts at most; jitter makes it anything below
+_LISTING_ATTEMPTS = 4  # of each page: a listing of a thousand pages must not begin anew because of one
+_FILES_AT_ONCE = 512
+
+# Error codes of S3 beside the statuses 409 (a conditional write met another one), 429 and 5xx. Of the 400s these are
+# about a body that was cut or damaged on its way.
+_PASSING_CODES = {
+    *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
+    *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),
+}
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_PASSING_ERRORS = (
+    *(ConnectionError, TimeoutError, http.client.IncompleteRead, aiohttp.ClientError),
+    *(botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError),
+    *(botocore.parsers.ResponseParserError,),
+)
+_PASSING_NUMBERS = {
+    *(errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESTALE),
+    getattr(errno, "EREMOTEIO", errno.EBUSY),
+}
 
 # Files of a model directory; whatever else lies there (pickled weights, optimizer states) is not fetched.
 _MODEL_FILES = (".json", ".safetensors", ".txt")
@@ -37,9 +76,11 @@ class Storage:
 
     Args:
         uri: a local path or any fsspec URI. `memory://` is refused: it is one process's own.
+        retry_seconds: for how long after its first attempt a request that fails for a passing reason is made again;
+            the last attempt may end later.
     """
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, retry_seconds: float = RETRY_SECONDS):
         protocol = uri.split("://", 1)[0] if "://" in uri else "file"
         if protocol in ("file", "local"):  # absolute: Ray's workers have working directories of their own
             uri = os.path.abspath(os.path.expanduser(uri.removeprefix(f"{protocol}://")))
@@ -51,14 +92,16 @@ class Storage:
                 "credentials do not belong in a URI: put them into the environment or the AWS configuration"
             )
         self.protocol = protocol
+        self.retry_seconds = retry_seconds
+        self.retries = 0  # attempts beyond the first of each request, by this object
         self._fs: fsspec.AbstractFileSystem | None = None
         self._root = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri}
+        return {"uri": self.uri, "retry_seconds": self.retry_seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["uri"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"Storage({self.uri!r})"
@@ -68,11 +111,11 @@ class Storage:
         """The file system, made on first use in each process."""
         if self._fs is None:
             try:
-                # Listings change while a run writes, so none may be cached.
-                options = {"use_listings_cache": False} if self.protocol in ("s3", "s3a") else {}
-                fs, root = fsspec.core.url_to_fs(self.uri, **options)
+                fs, root = fsspec.core.url_to_fs(self.uri, **self._options())
             except (ValueError, ImportError) as error:
                 raise UsageError(f"{self.uri}: {error}") from error
+            if self.is_s3:
+                fs.retries = 1  # its own would multiply with ours, and they have no budget of time
             self._fs, self._root = fs, root.rstrip("/") if root != "/" else root
         return self._fs
 
@@ -85,6 +128,17 @@ class Storage:
     def is_local(self) -> bool:
         return self.protocol in ("file", "local")
 
+    @property
+    def is_s3(self) -> bool:
+        return self.protocol in ("s3", "s3a")
+
+    def _options(self) -> dict[str, Any]:
+        if not self.is_s3:
+            return {}
+        # Listings change while a run writes, so none may be cached.
+        retries = {"mode": "standard", "total_max_attempts": _LISTING_ATTEMPTS}
+        return {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
+
     def location(self, path: str) -> str:
         """A path below the prefix → its full path in the file system."""
         return f"{self.root}/{path}" if path else self.root
@@ -96,26 +150,52 @@ class Storage:
             yield
         except PipelineError:
             raise
-        except (OSError, ValueError, BotoCoreError, ClientError) as error:
+        except (OSError, ValueError, BotoCoreError, ClientError, aiohttp.ClientError) as error:
             place = f"{self.uri}/{path}" if path else self.uri
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise StorageError(f"{place}: cannot {action}: {reason}") from error
+            raise StorageError(f"{place}: cannot {action}: {_reason(error)}") from error
+
+    def _call(self, action: str, path: str, request: Callable[[], Result]) -> Result:
+        """Make a request, again while it fails for a passing reason and the budget lasts."""
+
+        def count(state: RetryCallState) -> None:
+            self.retries += 1
+            if state.attempt_number == 1 and state.outcome is not None:
+                reason = _reason(state.outcome.exception())
+                logger.warning(
+                    "%s: cannot %s (%s); trying again for %g s", self.uri, action, reason, self.retry_seconds
+                )
+
+        retrying = Retrying(
+            retry=retry_if_exception(is_passing),
+            wait=wait_random_exponential(multiplier=0.25, max=_LONGEST_WAIT),
+            stop=stop_after_delay(self.retry_seconds),
+            before_sleep=count,
+            reraise=True,
+        )
+        with self.errors(action, path):
+            return retrying(request)
 
     def files(self, below: str = "") -> list[StoredFile]:
-        """All files under a path below the prefix, in the order of their paths; none if there is nothing."""
-        with self.errors("list", below):
-            try:
-                # S3 lists empty prefixes and missing ones alike; local paths raise.
-                found = self.fs.find(self.location(below), detail=True)
-            except FileNotFoundError:
+        """All files under a path below the prefix, in the order of their paths; none if there is nothing.
+
+        Raises:
+            StorageError: it cannot be listed, or there is no such bucket.
+        """
+        try:
+            found = self._call("list", below, lambda: self.fs.find(self.location(below), detail=True))
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and self.is_local:
                 return []
+            raise
+        if not found and self.is_s3:  # where a missing bucket lists as an empty one
+            bucket = self.root.split("/", 1)[0]
+            self._call("list", below, lambda: self.fs.call_s3("head_bucket", Bucket=bucket))
         return sorted((self._stored_file(name, info) for name, info in found.items()), key=lambda file: file.path)
 
     def glob(self) -> list[StoredFile]:
         """The files that the prefix, read as a pattern, matches."""
         fixed = self.location("").split("*", 1)[0].rsplit("/", 1)[0]
-        with self.errors("list"):
-            found = self.fs.glob(self.root, detail=True)
+        found = self._call("list", "", lambda: self.fs.glob(self.root, detail=True))
         files = {name: info for name, info in found.items() if info["type"] == "file"}
         return sorted((self._stored_file(n, i, base=fixed) for n, i in files.items()), key=lambda file: file.path)
 
@@ -126,31 +206,55 @@ class Storage:
 
     def version(self, path: str) -> str:
         """The present version of a file below the prefix, as `files` would give it."""
-        with self.errors("read", path):
-            return _version(self.fs.info(self.location(path)))
+        return _version(self._call("read", path, lambda: self.fs.info(self.location(path))))
 
     def open(self, path: str) -> IO[bytes]:
         """Open a file below the prefix for reading."""
-        with self.errors("read", path):
-            return self.fs.open(self.location(path), "rb")
+        location = self.location(path)
+        if self.is_local:
+            return self._call("read", path, lambda: self.fs.open(location, "rb"))
+        # pyarrow asks for exactly what it needs: what is read ahead of that would be read for nothing.
+        file = self._call("read", path, lambda: self.fs.open(location, "rb", cache_type="none"))
+        return _RetryingFile(file, lambda request: self._call("read", path, request))  # type: ignore[return-value]
 
     def read(self, path: str) -> bytes:
         """A whole file below the prefix."""
-        with self.errors("read", path):
-            return self.fs.cat_file(self.location(path))
+        return self._call("read", path, lambda: self.fs.cat_file(self.location(path)))
+
+    def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Whole files below the prefix, many requests at a time where the file system can, in the order given."""
+        paths = list(paths)
+        for start in range(0, len(paths), _FILES_AT_ONCE):
+            some = {self.location(path): path for path in paths[start : start + _FILES_AT_ONCE]}
+            with self.errors("read"):
+                contents = self.fs.cat(list(some), on_error="return")
+            for location, path in some.items():
+                data = contents.get(location)
+                yield path, data if isinstance(data, bytes) else self.read(path)
+
+    def fetch(self, path: str, to: Path) -> None:
+        """Copy a file below the prefix to a local path."""
+        self._call("read", path, lambda: self.fs.get_file(self.location(path), str(to)))
 
     def write(self, path: str, data: bytes) -> None:
         """Write a whole file at once, replacing an older one: readers see the old or the new, never a part."""
-        with self.errors("write", path):
+
+        def request() -> None:
             if self.is_local:
                 with _beside(self.location(path), data) as temporary:
                     os.replace(temporary, self.location(path))
             else:
                 self.fs.pipe_file(self.location(path), data)
 
+        self._call("write", path, request)
+
     def create(self, path: str, data: bytes) -> bool:
-        """Write a whole file at once unless it exists; whether this call wrote it."""
-        with self.errors("write", path):
+        """Write a whole file at once unless it exists; whether this call wrote it.
+
+        False may also mean that it did and the answer was lost: who must know compares the contents.
+        """
+
+        def request() -> bool:
             try:
                 if self.is_local:
                     with _beside(self.location(path), data) as temporary:
@@ -161,20 +265,104 @@ class Storage:
                 if not _is_there_already(error):
                     raise
                 return False
+            return True
+
+        return self._call("write", path, request)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete files below the prefix, in this order; those already gone are no error."""
+
+        def request(location: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(location)
+
+        for path in paths:
+            self._call("delete", path, partial(request, self.location(path)))
+
+
+class _RetryingFile(io.RawIOBase):
+    """A remote file opened for reading whose reads go through `call`; a read that comes short is made again too."""
+
+    def __init__(self, file: Any, call: Callable[[Callable[[], bytes]], bytes]):
+        self._file, self._call, self._position = file, call, 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self._file.size - self._position
+        wanted = left if size is None or size < 0 else max(0, min(size, left))
+
+        def request() -> bytes:
+            self._file.seek(self._position)
+            data = self._file.read(wanted)
+            if len(data) < wanted:
+                raise ConnectionError(f"{len(data)} bytes came where {wanted} were asked for")
+            return data
+
+        data = self._call(request) if wanted else b""
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
         return True
 
-    def delete(self, paths: list[str]) -> None:
-        """Delete files below the prefix; those already gone are no error."""
-        with self.errors("delete"):
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    self.fs.rm_file(self.location(path))
+    def seekable(self) -> bool:
+        return True
 
-    def check_writable(self) -> None:
-        """Write and delete a small file, so that a missing permission is found before work starts."""
-        probe = f"_runs/.write-check-{os.getpid()}"
-        self.write(probe, b"")
-        self.delete([probe])
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a request that failed so may succeed when it is made again."""
+    response = _response(error)
+    if response is not None:
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status in (409, 429) or status >= 500 or response["Error"].get("Code") in _PASSING_CODES
+    return isinstance(error, _PASSING_ERRORS) or (isinstance(error, OSError) and error.errno in _PASSING_NUMBERS)
+
+
+def _response(error: BaseException | None) -> dict[str, Any] | None:
+    """What an object store answered, if that is what an error tells."""
+    for each in (error, error.__cause__ if error else None):
+        if isinstance(each, ClientError):
+            return each.response
+    return None
+
+
+def _reason(error: BaseException | None) -> str:
+    """An error in one line, without what must not be shown."""
+    code = ((_response(error) or {}).get("Error") or {}).get("Code")
+    text = " ".join(str(error).split()) or type(error).__name__
+    if code in _EXPIRED_CODES:
+        text = f"the credentials have expired ({code}); renew them and run again"
+    elif code in ("NoSuchBucket",) or (code == "404" and "HeadBucket" in text):
+        text = "there is no such bucket"
+    elif isinstance(error, FileNotFoundError):
+        text = "there is no such file"
+    elif isinstance(error, botocore.exceptions.NoCredentialsError):
+        text = "no credentials were found in the environment or the AWS configuration"
+    elif code and code not in text:
+        text = f"{text} ({code})"
+    return _without_secrets(text)
+
+
+def _without_secrets(text: str) -> str:
+    """A text without user information and signatures of URLs, nor the values of the environment's secrets."""
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    text = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", r"\1***", text)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        value = os.environ.get(name, "")
+        if len(value) >= 8:  # a shorter one is nobody's, and would be found inside words
+            text = text.replace(value, "***")
+    return text
 
 
 def _is_there_already(error: OSError) -> bool:
@@ -233,8 +421,7 @@ def fetch_model(uri: str) -> Path:
             whole = Path(partial) / "model"
             whole.mkdir()
             for file in files:
-                with storage.errors("read", file.path):
-                    storage.fs.get_file(storage.location(file.path), str(whole / file.path))
+                storage.fetch(file.path, whole / file.path)
             # Another process may have been faster; then its copy is the same and the rename fails.
             with contextlib.suppress(OSError):
                 whole.rename(directory)

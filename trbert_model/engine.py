@@ -5,10 +5,11 @@ bounded by that budget, not by the documents' lengths or number.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,12 @@ class DocumentResults:
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["DocumentResults"]) -> "DocumentResults":
+        """The documents of all parts, in order; at least one part."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass

@@ -238,11 +238,13 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     from pipeline.corpus import list_shards, make_plan
     from pipeline.placement import place
     from pipeline.score import COMMIT_CPUS, READER_CPUS, _data_context, _Run
+    from pipeline.stopping import StopRequest
 
     run_config = config(corpus, model_uri, dtype="float32")
     output = Storage(run_config.output)
-    plan = make_plan(list_shards(run_config.input), output)
-    run = _Run(run_config, output, plan, place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS), "digest", time.time())
+    plan = make_plan(list_shards(Storage(run_config.input)), output)
+    placement = place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS)
+    run = _Run(run_config, output, plan, placement, "digest", "run", time.time(), StopRequest())
     with _data_context():
         dataset = run._dataset()
         blocks = [table.num_rows for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import publish_splits
 from pipeline.corpus import Shard, list_shards
-from pipeline.encode import EncodeOptions, from_ipc, read_shards, shard_row
+from pipeline.encode import EncodeOptions, from_ipc, read_shards, shard_groups
 from pipeline.storage import Storage
 from trbert_model.engine import EngineOptions
 
@@ -43,7 +43,7 @@ def encode_options(directory: Path, model: Path, **changes) -> EncodeOptions:
 
 def encode(shard: Shard, options: EncodeOptions, done: frozenset[int] = frozenset()) -> list[dict]:
     """The rows that reading a shard yields, documents and rejected rows as tables."""
-    batch = pa.Table.from_pylist([shard_row(shard, done)])
+    batch = pa.Table.from_pylist(shard_groups([(shard, done)]))
     rows = [row for table in read_shards(batch, options) for row in table.to_pylist()]
     for row in rows:
         if row["payload"] is not None:
@@ -52,13 +52,13 @@ def encode(shard: Shard, options: EncodeOptions, done: frozenset[int] = frozense
 
 
 def only_shard(directory: Path) -> Shard:
-    (shard,) = list_shards(str(directory))
+    (shard,) = list_shards(Storage(str(directory)))
     return shard
 
 
 def run_stages(shard: Shard, options: EncodeOptions, predictor, output: Storage, done=frozenset()) -> list[dict]:
     """Read, predict and publish a shard."""
-    batch = pa.Table.from_pylist([shard_row(shard, done)])
+    batch = pa.Table.from_pylist(shard_groups([(shard, done)]))
     rows = []
     for encoded in read_shards(batch, options):
         rows += publish_splits(predictor(encoded), output).to_pylist()

@@ -18,7 +18,7 @@ from pipeline.commit import (
 )
 from pipeline.corpus import Shard, make_plan
 from pipeline.encode import REJECTED_SCHEMA
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.predict import SplitPredictor
 from pipeline.storage import Storage
 from tests.pipeline.stages import encode_options, only_shard, run_stages, texts, write_shard
@@ -67,7 +67,7 @@ def test_a_split_without_results_still_is_committed(output):
 
 def test_what_is_no_object_of_ours_is_named(output):
     output.write(SHARD.object(0), b"not parquet")
-    with pytest.raises(StorageError, match="not an object of this pipeline"):
+    with pytest.raises(PipelineError, match="not an object of this pipeline"):
         inspect_object(output, SHARD.object(0))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.corpus import list_shards
 from pipeline.encode import SPLIT_SCHEMA
 from pipeline.report import SplitStats
+from pipeline.storage import Storage
 from tests.pipeline.stages import encode, encode_options, only_shard, texts, write_shard
 
 
@@ -255,7 +256,7 @@ def test_shard_names_of_all_kinds(tmp_path, model_directory):
     ]
     for name in names:
         write_shard(tmp_path / name, {"id": [name], "text": ["good"]})
-    shards = list_shards(str(tmp_path))
+    shards = list_shards(Storage(str(tmp_path)))
     assert sorted(shard.path for shard in shards) == sorted(names)
     for shard in shards:
         (row,) = encode(shard, encode_options(tmp_path, model_directory))

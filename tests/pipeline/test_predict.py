@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import TRBertPredictor, UsageError
-from pipeline.encode import from_ipc, read_shards, shard_row
+from pipeline.encode import from_ipc, read_shards, shard_groups
 from pipeline.predict import SplitPredictor
 from pipeline.report import SplitStats
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
@@ -68,7 +68,7 @@ def split(tmp_path, model_directory):
     columns = {"id": [f"n{i}" for i in range(40)], "text": [None, *texts(39)], "tokens": ["t"] * 40}
     write_shard(tmp_path / "a.parquet", columns)
     options = encode_options(tmp_path, model_directory, keep_columns=("tokens",))
-    (table,) = read_shards(pa.Table.from_pylist([shard_row(only_shard(tmp_path), frozenset())]), options)
+    (table,) = read_shards(pa.Table.from_pylist(shard_groups([(only_shard(tmp_path), frozenset())])), options)
     return table
 
 

@@ -5,10 +5,15 @@ import pickle
 import threading
 import time
 
+import aiohttp
+import botocore.exceptions
 import pytest
+from botocore.exceptions import ClientError
+from fsspec.implementations.memory import MemoryFileSystem
+from s3fs.errors import translate_boto_error
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage import Storage, fetch_model, model_digest
+from pipeline.storage import Storage, fetch_model, is_passing, model_digest
 
 
 def test_files_come_with_paths_sizes_and_versions(tmp_path):
@@ -76,11 +81,12 @@ def test_a_pickle_holds_the_uri_alone(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    storage = Storage("s3://bucket/prefix/")
+    storage = Storage("s3://bucket/prefix/", retry_seconds=5.0)
     assert storage.root == "bucket/prefix"
     assert b"very-secret" not in pickle.dumps(storage)
     assert "very-secret" not in repr(storage)
-    assert pickle.loads(pickle.dumps(storage)).uri == "s3://bucket/prefix"  # noqa: S301 - our own
+    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301 - our own
+    assert (copy.uri, copy.retry_seconds) == ("s3://bucket/prefix", 5.0)
 
 
 def test_local_paths_are_absolute_wherever_a_worker_stands(tmp_path, monkeypatch):
@@ -117,3 +123,126 @@ def test_the_digest_changes_with_what_decides_results(model_directory, tmp_path)
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace("0.5", "0.4"))
     assert model_digest(copy) != model_digest(model_directory)
+
+
+def answer(status: int, code: str) -> ClientError:
+    """What botocore raises for an object store's answer."""
+    response = {"Error": {"Code": code, "Message": "said so"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(response, "PutObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (answer(503, "SlowDown"), True),
+        (answer(500, "InternalError"), True),
+        (answer(429, "TooManyRequestsException"), True),
+        (answer(409, "ConditionalRequestConflict"), True),
+        (answer(400, "RequestTimeout"), True),
+        (answer(400, "IncompleteBody"), True),
+        (answer(403, "AccessDenied"), False),
+        (answer(403, "ExpiredToken"), False),
+        (answer(404, "NoSuchBucket"), False),
+        (answer(412, "PreconditionFailed"), False),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), True),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), True),
+        (botocore.exceptions.NoCredentialsError(), False),
+        (aiohttp.ClientPayloadError("not enough data"), True),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (PermissionError(), False),
+        (FileNotFoundError(), False),
+        (OSError("Couldn't deserialize thrift"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_what_is_tried_again(error, passing):
+    assert is_passing(error) is passing
+    assert is_passing(translate_boto_error(error)) is passing, "also as s3fs raises it"
+
+
+class Flaky:
+    """Fails its first calls."""
+
+    def __init__(self, *errors: Exception, result=b"data"):
+        self.errors, self.result, self.calls = list(errors), result, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return self.result
+
+
+def test_a_request_is_made_again_until_it_succeeds(tmp_path, monkeypatch):
+    storage, request = Storage(str(tmp_path)), Flaky(ConnectionResetError(), answer(503, "SlowDown"))
+    monkeypatch.setattr(storage.fs, "cat_file", request)
+    assert storage.read("a") == b"data"
+    assert (request.calls, storage.retries) == (3, 2)
+
+
+def test_a_lasting_error_is_named_at_once(tmp_path, monkeypatch):
+    request = Flaky(*[translate_boto_error(answer(403, "ExpiredToken"))] * 5)
+    storage = Storage(str(tmp_path))
+    monkeypatch.setattr(storage.fs, "cat_file", request)
+    with pytest.raises(StorageError, match=r"/a: cannot read: the credentials have expired \(ExpiredToken\)"):
+        storage.read("a")
+    assert request.calls == 1
+
+
+def test_the_budget_ends_the_attempts(tmp_path, monkeypatch):
+    storage, request = Storage(str(tmp_path), retry_seconds=0.6), Flaky(*[ConnectionResetError("reset by peer")] * 99)
+    monkeypatch.setattr(storage.fs, "pipe_file", request)
+    monkeypatch.setattr(Storage, "is_local", False)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"/a: cannot write: reset by peer"):
+        storage.write("a", b"")
+    assert 2 <= request.calls < 99
+    assert time.monotonic() - started < 5
+
+
+def test_a_remote_file_reads_on_after_short_and_broken_reads(tmp_path, monkeypatch):
+    memory = MemoryFileSystem()
+    memory.pipe_file("/file", bytes(range(100)))
+    storage = Storage(str(tmp_path))
+    storage._fs, storage._root = memory, ""
+    monkeypatch.setattr(Storage, "is_local", False)
+    opened = memory.open("/file")
+    whole, faults = opened.read, [ConnectionResetError(), b"short", None, aiohttp.ClientPayloadError()]
+
+    def read(size):
+        fault = faults.pop(0) if faults else None
+        if isinstance(fault, Exception):
+            raise fault
+        return fault or whole(size)
+
+    monkeypatch.setattr(opened, "read", read)
+    monkeypatch.setattr(memory, "open", lambda *args, **kwargs: opened)
+    file = storage.open("file")
+    assert file.read(10) == bytes(range(10))
+    assert file.seek(-20, os.SEEK_END) == 80
+    assert file.read() == bytes(range(80, 100))
+    assert file.read(1) == b""
+    assert storage.retries == 3
+
+
+def test_errors_show_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret-value")
+    text = "http://user:password@host/x?X-Amz-Signature=abc&X-Amz-Credential=me/1 marked-secret-value"
+    storage = Storage(str(tmp_path))
+    monkeypatch.setattr(storage.fs, "cat_file", Flaky(OSError(text)))
+    with pytest.raises(StorageError) as raised:
+        storage.read("a")
+    message = str(raised.value)
+    assert "//***@host/x?X-Amz-Signature=***&X-Amz-Credential=***" in message
+    for secret in ("password", "abc", "marked-secret-value"):
+        assert secret not in message
+
+
+def test_many_files_come_in_the_order_asked_for(tmp_path):
+    storage = Storage(str(tmp_path))
+    for name in "cab":
+        storage.write(name, name.encode())
+    assert list(storage.read_many(["b", "c", "a"])) == [("b", b"b"), ("c", b"c"), ("a", b"a")]
+    with pytest.raises(StorageError, match="/d: cannot read: there is no such file"):
+        list(storage.read_many(["a", "d"]))

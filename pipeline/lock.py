@@ -1,0 +1,135 @@
+"""One run at a time on an output: a lease in the output itself, renewed while its holder lives.
+
+Two runs on one output could not double a row, but they would compute everything twice; so the second is refused. A run
+that was killed cannot give its lease back. The next one takes it over at once if it can see that the process is gone
+(the same machine), else when the lease has not been renewed for as long as it lasts.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .errors import OutputBusyError, PipelineError, StorageError
+from .ledger import process_name
+from .storage import Storage
+
+logger = logging.getLogger(__name__)
+
+LOCK = "_lock.json"
+LEASE_SECONDS = 60.0
+_RENEWAL_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+
+
+class OutputLock:
+    """Holds an output for a run, as a context manager.
+
+    Args:
+        output: the output.
+        run_id: what others are told of the holder.
+        lost: called once, from another thread, if the lease has been taken over meanwhile.
+
+    Raises:
+        OutputBusyError: on entry, if another run is at work there; names it.
+    """
+
+    def __init__(self, output: Storage, run_id: str, lost: Callable[[], None] = lambda: None):
+        self._output, self._run_id, self._lost = output, run_id, lost
+        self._over = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, name="output-lock", daemon=True)
+
+    def __enter__(self) -> "OutputLock":
+        if not self._output.create(LOCK, self._content()):
+            self._take_over()
+        self._renewer.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._renewer.join()
+        try:
+            if self._is_mine():
+                self._output.delete([LOCK])
+        except StorageError as error:
+            logger.warning("the output's lock stays and lapses after %g s: %s", LEASE_SECONDS, error)
+
+    def _content(self) -> bytes:
+        me = {"run": self._run_id, "host": socket.gethostname(), "pid": os.getpid(), "process": process_name()}
+        return json.dumps(me | {"renewed": time.time()}).encode()
+
+    def _read(self) -> dict[str, Any] | None:
+        """Who holds the output; None if nobody does."""
+        try:
+            return json.loads(self._output.read(LOCK))
+        except ValueError as error:
+            raise StorageError(
+                f"{self._output.uri}/{LOCK}: damaged: {error}; delete it if no run is at work"
+            ) from error
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def _is_mine(self) -> bool:
+        holder = self._read()
+        return holder is not None and holder["run"] == self._run_id
+
+    def _take_over(self) -> None:
+        """Wait until the lease lapses, or refuse when its holder shows that it lives."""
+        first, started = self._read(), time.monotonic()
+        if first is not None and first["run"] == self._run_id:
+            return  # the answer to our own first request was lost
+        told = False
+        while True:
+            holder = self._read()
+            lapsed = time.monotonic() - started > LEASE_SECONDS
+            if holder is not None and holder != first:
+                raise OutputBusyError(
+                    f"{self._output.uri}: run {holder['run']} is at work there (process {holder['pid']} on "
+                    f"{holder['host']}); one run at a time, so nothing was started"
+                )
+            if holder is None or lapsed or _is_gone(holder):
+                if holder is not None:
+                    logger.warning("run %s left its lock behind; taking %s over", holder["run"], self._output.uri)
+                    self._output.delete([LOCK])
+                if self._output.create(LOCK, self._content()) or self._is_mine():
+                    return
+                first, started = None, time.monotonic()  # another one was faster: its lock is a new one
+            elif not told:
+                told = True
+                logger.warning(
+                    "run %s holds %s; waiting up to %g s to see whether it lives",
+                    *(holder["run"], self._output.uri, LEASE_SECONDS),
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def _renew(self) -> None:
+        while not self._over.wait(_RENEWAL_SECONDS):
+            try:
+                if not self._is_mine():
+                    logger.error("another run has taken %s over; this one stops", self._output.uri)
+                    self._lost()
+                    return
+                self._output.write(LOCK, self._content())
+            except PipelineError as error:
+                logger.warning("the output's lock could not be renewed: %s", error)
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is no more. False where that cannot be seen."""
+    if holder["host"] != socket.gethostname():
+        return False
+    if holder["pid"] == os.getpid():  # in containers numbers begin anew
+        return holder["process"] != process_name()
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
