@@ -74,10 +74,10 @@ def publish(output: Storage, shard: Shard, index: int, results: pa.Table, reject
     """
     name = shard.object(index)
     if rejected.num_rows:
-        output.create(f"{QUARANTINE}/{name}", _parquet(rejected))
+        output.create(f"{QUARANTINE}/{name}", parquet_bytes(rejected))
     counts = {"results": results.num_rows, "quarantined": rejected.num_rows}
     metadata = {**(results.schema.metadata or {}), _METADATA: json.dumps(counts).encode()}
-    data = _parquet(results.replace_schema_metadata(metadata))
+    data = parquet_bytes(results.replace_schema_metadata(metadata))
     if not output.create(name, data):
         return inspect_object(output, name)
     return Committed(name, results.num_rows, rejected.num_rows, hashlib.sha256(data).hexdigest(), len(data))
@@ -99,7 +99,8 @@ def inspect_object(output: Storage, name: str) -> Committed:
     return Committed(name, parquet.metadata.num_rows, counts["quarantined"], sha256, len(data))
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()

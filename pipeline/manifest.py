@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .corpus import MARKERS, QUARANTINE, RUNS
+from .corpus import MARKERS
 from .errors import PipelineError, StorageError
 from .storage import Storage
 
@@ -88,8 +88,3 @@ def write_manifest(
     if not output.create(SUCCESS, data) and output.read(SUCCESS) != data:
         raise PipelineError(f"{output.uri}/{SUCCESS}: another run wrote it meanwhile; run again")
     return manifest
-
-
-def is_bookkeeping(path: str) -> bool:
-    """Whether a file of an output is neither results nor quarantined rows nor a marker but about them."""
-    return path.startswith((f"{RUNS}/", "_")) and not path.startswith((f"{MARKERS}/", f"{QUARANTINE}/"))

@@ -1,13 +1,16 @@
 """The pipeline's stages in this process, without Ray: corpora, options, and a whole run of one shard."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import publish_splits
+from pipeline.commit import Committed, bind_output, publish_splits, write_marker
 from pipeline.corpus import Shard, list_shards
 from pipeline.encode import EncodeOptions, from_ipc, read_shards, shard_groups
+from pipeline.manifest import write_manifest
+from pipeline.predict import SplitPredictor
 from pipeline.storage import Storage
 from trbert_model.engine import EngineOptions
 
@@ -63,3 +66,16 @@ def run_stages(shard: Shard, options: EncodeOptions, predictor, output: Storage,
     for encoded in read_shards(batch, options):
         rows += publish_splits(predictor(encoded), output).to_pylist()
     return rows
+
+
+def score_here(directory: Path, output: Storage, model: Path, split_bytes: int = 600) -> None:
+    """A whole run over a directory of shards, as `pipeline.score` does it, in this process."""
+    options = encode_options(directory, model, split_bytes=split_bytes)
+    predictor = SplitPredictor(["id"], "id", model=str(model), device="cpu")
+    identity = {"input": str(directory), "model_digest": "digest"}
+    bind_output(output, identity, overwrite=False)
+    for shard in list_shards(Storage(str(directory))):
+        rows = run_stages(shard, options, predictor, output)
+        splits = [Committed(**json.loads(row["committed"])) for row in rows if row["index"] >= 0]
+        write_marker(output, shard, splits, "run", [])
+    write_manifest(output, identity, {}, [], "run")

@@ -18,7 +18,7 @@ from pipeline.commit import (
 )
 from pipeline.corpus import Shard, make_plan
 from pipeline.encode import REJECTED_SCHEMA
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, StorageError, UsageError
 from pipeline.predict import SplitPredictor
 from pipeline.storage import Storage
 from tests.pipeline.stages import encode_options, only_shard, run_stages, texts, write_shard

@@ -1,0 +1,26 @@
+"""Copy a complete output of jobs/score.py into few large objects, for readers that suffer from many small ones.
+
+    python jobs/compact.py --output s3://bucket/scores --into s3://bucket/scores-2026-11-22
+
+The output stays as it is, and is what later runs go by; the copy has its own _SUCCESS, written last. Run again after a
+failure, it finishes. Exit codes: 0 done; 1 failed, run it again; 2 the output is not complete or the place not empty;
+5 a scoring run is at work on the output.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import run_command
+from pipeline.compact import CompactConfig, compact
+from trbert_model.options import parse_options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = parse_options(CompactConfig, arguments, __doc__ or "")
+    copy = compact(config)
+    print(f"{copy['results']:,} results and {copy['quarantined']:,} quarantined rows in {len(copy['parts'])} objects")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

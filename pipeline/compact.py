@@ -1,0 +1,126 @@
+"""A complete output's many objects as few large ones, in a place of their own.
+
+A copy, because the output's own objects are what reruns and rewritten shards go by: a shard's objects can be replaced
+only as long as no other shard's rows are in them. The copy has its own `_SUCCESS`, written last.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trbert_model.options import option
+
+from .commit import parquet_bytes
+from .corpus import QUARANTINE
+from .errors import PipelineError, UsageError
+from .lock import OutputLock
+from .manifest import SUCCESS, read_manifest
+from .storage import Storage
+
+
+@dataclass(frozen=True)
+class CompactConfig:
+    """The options of a compaction."""
+
+    output: str = option("", "the complete output of a scoring run")
+    into: str = option("", "an empty prefix for the compacted copy")
+    target_bytes: int = option(128 << 20, "bytes of results in one object, about")
+
+    def __post_init__(self):
+        for name in ("output", "into"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is required")
+        if self.target_bytes < 1:
+            raise UsageError(f"target_bytes {self.target_bytes} must be at least 1")
+
+
+def compact(config: CompactConfig) -> dict[str, Any]:
+    """Copy a complete output into few objects; returns the copy's manifest.
+
+    Names are a function of the contents, so a compaction that died is finished by running it again. No scoring run can
+    change the output meanwhile.
+
+    Raises:
+        UsageError: the output is not complete, or `into` holds something else.
+        OutputBusyError: a run is at work on the output.
+        PipelineError: an object is not what its marker says.
+    """
+    output, into = Storage(config.output), Storage(config.into)
+    places = [f"{place.protocol}:{place.root}/" for place in (output, into)]
+    if places[0].startswith(places[1]) or places[1].startswith(places[0]):
+        raise UsageError(f"output {config.output} and into {config.into} lie inside each other; keep them apart")
+    with OutputLock(output, f"compaction-{secrets.token_hex(3)}"):
+        manifest = read_manifest(output)
+        if manifest is None:
+            raise UsageError(f"{config.output}: not complete: no {SUCCESS} there; jobs/score.py finishes it")
+        splits = [split for marker in manifest["shards"] for split in marker["splits"]]
+        contents = json.dumps([[split["object"], split["sha256"]] for split in splits])
+        digest = hashlib.sha256(contents.encode()).hexdigest()[:12]
+        present = {file.path for file in into.files()}
+        ours = {SUCCESS} | {path for path in present if path.endswith(f"-{digest}.parquet")}
+        if strange := sorted(present - ours):
+            raise UsageError(f"{config.into}: holds something else ({strange[0]}); choose an empty prefix")
+        parts = []
+        for number, group in enumerate(_groups(splits, config.target_bytes)):
+            name = f"part-{number:05d}-{digest}.parquet"
+            parts.append(_copy(output, into, group, name))
+            if quarantined := [split for split in group if split["quarantined"]]:
+                parts.append(_copy_quarantine(output, into, quarantined, f"{QUARANTINE}/{name}"))
+        copy = {
+            **{"format": 1, "source": output.uri, "source_run": manifest["run"], "output": manifest["output"]},
+            **{count: manifest[count] for count in ("rows", "results", "quarantined")},
+            "parts": parts,
+        }
+        data = json.dumps(copy, indent=1).encode()
+        if not into.create(SUCCESS, data) and into.read(SUCCESS) != data:
+            raise UsageError(f"{config.into}: {SUCCESS} there is another compaction's; choose an empty prefix")
+    return copy
+
+
+def _groups(splits: list[dict[str, Any]], target: int) -> Iterator[list[dict[str, Any]]]:
+    """Consecutive splits of about `target` bytes together."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for split in splits:
+        group.append(split)
+        size += split["bytes"]
+        if size >= target:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _copy(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The group's results as one object."""
+    tables = []
+    for split, (path, data) in zip(group, output.read_many(split["object"] for split in group)):
+        if hashlib.sha256(data).hexdigest() != split["sha256"]:
+            raise PipelineError(f"{output.uri}/{path}: its checksum is not its marker's; see jobs/verify.py")
+        tables.append(pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None))
+    return _write(into, name, tables, sum(split["results"] for split in group))
+
+
+def _copy_quarantine(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The group's quarantined rows as one object."""
+    paths = [f"{QUARANTINE}/{split['object']}" for split in group]
+    tables = [pq.read_table(pa.BufferReader(data)) for _, data in output.read_many(paths)]
+    return _write(into, name, tables, sum(split["quarantined"] for split in group))
+
+
+def _write(into: Storage, name: str, tables: list[pa.Table], rows: int) -> dict[str, Any]:
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if table.num_rows != rows:
+        raise PipelineError(
+            f"{into.uri}/{name}: {table.num_rows} rows where the markers say {rows}; see jobs/verify.py"
+        )
+    data = parquet_bytes(table)
+    if not into.create(name, data) and into.read(name) != data:
+        raise UsageError(f"{into.uri}/{name}: other rows are there (another target_bytes?); choose an empty prefix")
+    return {"object": name, "rows": rows, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}

@@ -1,0 +1,185 @@
+"""Who kills whom: deaths are counted by work, blame needs care and a repetition, and without need nothing is asked."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.encode import from_ipc, read_shards, shard_groups
+from pipeline.ledger import (
+    DEATHS_BEFORE_CARE,
+    DEATHS_OF_A_DOCUMENT,
+    KILLED,
+    NO_LEDGER,
+    WHOLE,
+    Care,
+    Entry,
+    Ledger,
+    LedgerClient,
+    Stop,
+)
+from pipeline.predict import SplitPredictor
+from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
+
+
+class Deaths:
+    """A ledger and processes that die in turn at the same work."""
+
+    def __init__(self):
+        self.ledger, self.number = Ledger(), 0
+
+    def begin(self) -> Care:
+        self.number += 1
+        return self.ledger.begin("work", f"process {self.number}")[0]
+
+    def die_at(self, document: int | None) -> None:
+        self.begin()
+        self.ledger.touch("work", f"process {self.number}", document)
+
+
+def test_work_that_ends_leaves_nothing():
+    ledger = Ledger()
+    for process in ("a", "b", "a"):
+        assert ledger.begin("work", process) == (Care(), Stop.NO)
+        ledger.end("work", process)
+    assert ledger.deaths() == 0
+    assert ledger._work == {}
+
+
+def test_the_same_process_may_begin_again():
+    ledger = Ledger()
+    ledger.begin("work", "a")
+    assert ledger.begin("work", "a") == (Care(), Stop.NO)
+
+
+def test_care_comes_after_some_deaths_and_blame_after_two_more():
+    deaths = Deaths()
+    for _ in range(DEATHS_BEFORE_CARE):
+        assert not deaths.begin().one_at_a_time
+    for _ in range(DEATHS_OF_A_DOCUMENT):
+        care = deaths.begin()
+        assert care.one_at_a_time
+        assert not care.killers
+        deaths.ledger.touch("work", f"process {deaths.number}", 7)
+    assert deaths.begin() == Care(DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT, frozenset({7}))
+    assert deaths.ledger.deaths() == DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT
+
+
+def test_deaths_that_are_spread_blame_nobody():
+    deaths = Deaths()
+    for document in (None, None, None, 1, 2, WHOLE, 3, None, 4):
+        deaths.die_at(document)
+    assert deaths.begin().killers == frozenset()
+
+
+def test_two_documents_that_kill_are_both_found():
+    deaths = Deaths()
+    for document in (None, None, None, 3, 3, 8, 8):
+        deaths.die_at(document)
+    assert deaths.begin().killers == {3, 8}
+
+
+def test_a_process_that_was_thought_dead_changes_nothing():
+    ledger = Ledger()
+    ledger.begin("work", "old")
+    ledger.begin("work", "new")
+    ledger.touch("work", "old", 5)
+    ledger.end("work", "old")
+    assert ledger._work["work"].process == "new"
+    assert ledger._work["work"].document is None
+
+
+def test_a_stop_is_never_taken_back():
+    ledger = Ledger()
+    ledger.stop(Stop.NOW)
+    ledger.stop(Stop.AFTER_SPLIT)
+    assert ledger.begin("work", "a")[1] is Stop.NOW
+
+
+class FixedLedger(LedgerClient):
+    """Gives every work the same care, and remembers what was touched."""
+
+    def __init__(self, care: Care = Care(), stop: Stop = Stop.NO, stopping: Stop | None = None):  # noqa: B008
+        super().__init__()
+        self.care, self.stop_now, self.asked = care, stop, stop if stopping is None else stopping
+        self.touched: list[int | None] = []
+
+    def _ask(self, method, *arguments):
+        if method == "begin":
+            return self.care, self.stop_now
+        if method == "touch":
+            self.touched.append(arguments[-1])
+        return self.asked if method == "stopping" else None
+
+
+CARE = DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT
+
+
+@pytest.fixture
+def encoded(tmp_path, model_directory):
+    write_shard(tmp_path / "a.parquet", {"id": [f"n{i}" for i in range(8)], "text": [None, *texts(7)]})
+    batch = pa.Table.from_pylist(shard_groups([(only_shard(tmp_path), frozenset())]))
+    options = encode_options(tmp_path, model_directory)
+    return lambda ledger=NO_LEDGER: list(read_shards(batch, options, ledger))
+
+
+def predictor(model_directory, ledger):
+    return SplitPredictor(["id"], "id", ledger, model=str(model_directory), device="cpu", probabilities=True)
+
+
+def test_one_at_a_time_scores_the_same_and_puts_the_killer_aside(encoded, model_directory):
+    (split,) = encoded()
+    expected = from_ipc(predictor(model_directory, NO_LEDGER)(split)["payload"][0])
+    ledger = FixedLedger(Care(CARE, frozenset({2})))
+    scored = predictor(model_directory, ledger)(split)
+    assert scored["error"].to_pylist() == [None]
+    results, rejected = from_ipc(scored["payload"][0]), from_ipc(scored["rejected"][0])
+    assert results["row"].to_pylist() == [1, 2, 4, 5, 6, 7]  # row 0 is null, document 2 is row 3
+    assert [(row["row"], row["id"], row["reason"]) for row in rejected.to_pylist()] == [
+        (0, "n0", "null"),
+        (3, "n3", KILLED),
+    ]
+    expected = expected.filter(pa.compute.not_equal(expected["row"], 3))
+    assert results["kept_tokens"] == expected["kept_tokens"]
+    np.testing.assert_allclose(
+        np.stack(results["probabilities"].to_numpy()), np.stack(expected["probabilities"].to_numpy()), atol=1e-4
+    )
+    assert ledger.touched == [WHOLE, 0, 1, 3, 4, 5, 6, WHOLE]
+
+
+def test_a_text_that_kills_the_tokenizer_is_quarantined(encoded):
+    ledger = FixedLedger(Care(CARE, frozenset({5})))
+    (split,) = encoded(ledger)
+    documents, rejected = from_ipc(split["payload"][0]), from_ipc(split["rejected"][0])
+    assert documents["row"].to_pylist() == [1, 2, 3, 4, 6, 7]
+    assert [(row["row"], row["reason"]) for row in rejected.to_pylist()] == [(0, "null"), (5, KILLED)]
+    assert ledger.touched == [WHOLE, 1, 2, 3, 4, 6, 7, WHOLE, WHOLE, None]
+
+
+def test_work_that_kills_as_a_whole_is_named(encoded, model_directory):
+    ledger = FixedLedger(Care(CARE, frozenset({WHOLE})))
+    (unreadable,) = encoded(ledger)
+    assert unreadable["index"].to_pylist() == [-1]
+    assert unreadable["error"].to_pylist() == [f"ShardError: reading it killed its process {CARE} times"]
+    (split,) = encoded()
+    failed = predictor(model_directory, ledger)(split)
+    assert failed["error"].to_pylist() == [f"PipelineError: scoring it killed its process {CARE} times"]
+
+
+def test_nothing_begins_and_nothing_goes_on_once_the_run_stops(encoded, model_directory, monkeypatch):
+    assert [split["error"].to_pylist() for split in encoded(FixedLedger(stop=Stop.AFTER_SPLIT))] == [["stopped"]]
+    (split,) = encoded()
+    stopped = predictor(model_directory, FixedLedger(stop=Stop.AFTER_SPLIT))(split)
+    assert stopped["error"].to_pylist() == ["stopped"]
+    monkeypatch.setattr("pipeline.predict._STOP_INTERVAL", -1.0)
+    under_way = predictor(model_directory, FixedLedger(stopping=Stop.AFTER_SPLIT))(split)
+    assert under_way["error"].to_pylist() == [None], "what has begun may finish"
+    abandoned = predictor(model_directory, FixedLedger(stopping=Stop.NOW))(split)
+    assert abandoned["error"].to_pylist() == ["stopped"]
+
+
+def test_without_a_ledger_nothing_is_asked():
+    with NO_LEDGER.work("anything") as entry:
+        assert entry == Entry(NO_LEDGER, "anything")
+        entry.touch(1)
+    assert NO_LEDGER.stopping() is Stop.NO
+    assert NO_LEDGER.deaths() == 0

@@ -1,0 +1,233 @@
+"""Verification and compaction of outputs: what is broken by hand is found, what is copied is all there."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import compact as compact_job
+from jobs import verify as verify_job
+from pipeline import open_output
+from pipeline.commit import parquet_bytes
+from pipeline.compact import CompactConfig, compact
+from pipeline.errors import OutputBusyError, PipelineError, UsageError
+from pipeline.lock import OutputLock
+from pipeline.manifest import SUCCESS, complete_markers, read_manifest, write_manifest
+from pipeline.storage import Storage
+from pipeline.verify import VerifyConfig, summary, verify
+from tests.pipeline.stages import score_here, texts, write_shard
+
+ROWS = {"a.parquet": 30, "sub/b.parquet": 12, "empty.parquet": 0}
+
+
+@pytest.fixture
+def output(tmp_path, model_directory):
+    """A complete output of three shards; every fifth row is quarantined."""
+    for name, rows in ROWS.items():
+        documents = [None if i % 5 == 4 else text for i, text in enumerate(texts(rows))]
+        columns = {"id": pa.array(range(rows), pa.int64()), "text": pa.array(documents, pa.string())}
+        write_shard(tmp_path / "in" / name, columns)
+    storage = Storage(str(tmp_path / "out"))
+    score_here(tmp_path / "in", storage, model_directory)
+    return storage
+
+
+def verified(output, **changes):
+    return verify(VerifyConfig(output=output.uri, **changes))
+
+
+def results_of(output, shard: str) -> list[dict]:
+    return next(marker["splits"] for marker in complete_markers(output) if marker["shard"] == shard)
+
+
+def test_a_complete_output_holds(output, capsys):
+    found = verified(output)
+    assert found.holds
+    assert (found.shards, found.rows, found.results, found.quarantined) == (3, 42, 34, 8)
+    assert verify_job.main(["--output", output.uri]) == 0
+    assert "every row exactly once" in capsys.readouterr().out
+
+
+def lose_an_object(output):
+    output.delete([results_of(output, "a.parquet")[1]["object"]])
+
+
+def lose_a_quarantine(output):
+    split = next(split for split in results_of(output, "a.parquet") if split["quarantined"])
+    output.delete([f"_quarantine/{split['object']}"])
+
+
+def lose_a_marker(output):
+    (marker,) = [file.path for file in output.files("_shards") if "/b-" in file.path]
+    output.delete([marker])
+
+
+def double_a_row(output):
+    name = results_of(output, "sub/b.parquet")[0]["object"]
+    table = pq.read_table(pa.BufferReader(output.read(name)))
+    output.write(name, parquet_bytes(pa.concat_tables([table, table.slice(0, 1)])))
+
+
+def cut_an_object(output):
+    name = results_of(output, "a.parquet")[0]["object"]
+    output.write(name, output.read(name)[:-20])
+
+
+def mix_shards(output):
+    ours, theirs = (results_of(output, shard)[0]["object"] for shard in ("a.parquet", "sub/b.parquet"))
+    output.write(ours, output.read(theirs))
+
+
+def leave_an_old_version(output):
+    name = results_of(output, "a.parquet")[0]["object"]
+    output.write(f"{name[:-27]}-{'0' * 12}-000000.parquet", output.read(name))
+
+
+def put_something_there(output):
+    output.write("theirs.parquet", parquet_bytes(pa.table({"x": [1]})))
+
+
+def lose_success(output):
+    output.delete([SUCCESS])
+
+
+def stale_success(output):
+    manifest = read_manifest(output)
+    manifest["shards"][0]["version"] = "0" * 12
+    output.write(SUCCESS, json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "counts", "problem"),
+    [
+        (lose_an_object, "missing", r"missing: a-\w+-\w+-000001\.parquet: the object is gone"),
+        (lose_a_quarantine, "missing", r"missing: a\.parquet: rows \d"),
+        (lose_a_marker, "missing", r"missing: sub/b\.parquet: not complete, 12 rows, \d+ splits of it are there"),
+        (double_a_row, "doubled", r"doubled: sub/b\.parquet: rows 0"),
+        (double_a_row, "doubled", r"damaged: b-.*: its checksum is not its marker's"),
+        (cut_an_object, "missing", r"damaged: a-.*: "),
+        (mix_shards, "extra", r"extra: a\.parquet: its objects hold \d+ rows of other shards"),
+        (leave_an_old_version, None, r"extra: a-.*-000000000000-000000\.parquet: not of a complete shard's"),
+        (put_something_there, None, r"extra: theirs\.parquet: not of"),
+        (lose_success, None, r"missing: _SUCCESS: no run has called"),
+        (stale_success, None, r"damaged: _SUCCESS: its shards are not the markers'"),
+    ],
+)
+def test_what_is_broken_is_found(output, capsys, break_it, counts, problem):
+    break_it(output)
+    found = verified(output)
+    assert not found.holds
+    assert any(re.match(problem, line) for line in found.problems), found.problems
+    for name in ("missing", "doubled", "extra"):
+        if name == counts:
+            assert getattr(found, name) > 0
+    assert verify_job.main(["--output", output.uri]) == 3
+    assert problem.split(":")[0] in capsys.readouterr().out
+
+
+def test_other_inputs_do_not_match(output, tmp_path):
+    write_shard(tmp_path / "in/a.parquet", {"id": [0], "text": ["rewritten"]})
+    write_shard(tmp_path / "in/new.parquet", {"id": [0, 1], "text": ["x", "y"]})
+    (tmp_path / "in/sub/b.parquet").unlink()
+    (tmp_path / "in/broken.parquet").write_bytes(b"PAR1")
+    problems = "\n".join(verified(output).problems)
+    assert "missing: a.parquet: not complete, 1 rows" in problems
+    assert "missing: new.parquet: not complete, 2 rows" in problems
+    assert "missing: broken.parquet: it cannot be read" in problems
+    assert "extra: sub/b.parquet: no longer in the input, 12 rows (--delete-removed)" in problems
+    with pytest.raises(UsageError, match="no Parquet files there"):
+        verified(output, input=str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="not the output of a scoring run"):
+        verify(VerifyConfig(output=str(tmp_path / "in")))
+
+
+def test_very_many_problems_are_not_all_printed(output):
+    found = verified(output)
+    found.problems = [f"missing: {i}" for i in range(1000)]
+    assert len(summary(found).splitlines()) < 120
+    assert "and 900 more" in summary(found)
+
+
+# Manifests.
+
+
+def test_the_manifest_says_what_the_markers_say(output):
+    manifest = read_manifest(output)
+    assert (manifest["rows"], manifest["results"], manifest["quarantined"]) == (42, 34, 8)
+    assert [marker["shard"] for marker in manifest["shards"]] == sorted(ROWS)
+    before = open_output(output.uri).count_rows()
+    output.delete([SUCCESS])
+    assert read_manifest(output) is None
+    assert complete_markers(output) == manifest["shards"], "one by one they are the same"
+    assert open_output(output.uri).count_rows() == before
+
+
+def test_an_older_success_is_never_replaced(output):
+    with pytest.raises(PipelineError, match="_SUCCESS: another run wrote it meanwhile"):
+        write_manifest(output, {}, {}, [], "another run")
+
+
+def test_a_damaged_marker_or_manifest_is_named(output):
+    (marker, *_) = [file.path for file in output.files("_shards")]
+    output.write(SUCCESS, b"{")
+    with pytest.raises(PipelineError, match=r"_SUCCESS: damaged: .*; delete it and run again"):
+        read_manifest(output)
+    output.delete([SUCCESS])
+    output.write(marker, b"{")
+    with pytest.raises(PipelineError, match="a damaged marker"):
+        complete_markers(output)
+
+
+# Compaction.
+
+
+def rows_of(directory: str, below: str = "") -> list[tuple]:
+    storage = Storage(directory)
+    names = [file.path for file in storage.files(below) if file.path.endswith(".parquet")]
+    tables = [pq.read_table(pa.BufferReader(storage.read(name))) for name in names if name.rpartition("/")[0] == below]
+    return sorted((row["shard"], row["row"], str(row)) for table in tables for row in table.to_pylist())
+
+
+def test_compaction_keeps_every_row_once(output, tmp_path, capsys):
+    into = str(tmp_path / "compacted")
+    before = [file.path for file in output.files()]
+    assert compact_job.main(["--output", output.uri, "--into", into]) == 0
+    assert rows_of(into) == rows_of(output.uri)
+    assert rows_of(into, "_quarantine") == rows_of(output.uri, "_quarantine")
+    assert capsys.readouterr().out == "34 results and 8 quarantined rows in 2 objects\n"
+    manifest = json.loads(Storage(into).read(SUCCESS))
+    assert (manifest["rows"], len(manifest["parts"])) == (42, 2)
+    assert [file.path for file in output.files()] == before
+    assert verified(output).holds
+
+
+def test_an_interrupted_compaction_is_finished(output, tmp_path, monkeypatch):
+    into = Storage(str(tmp_path / "compacted"))
+    config = CompactConfig(output=output.uri, into=into.uri, target_bytes=2000)
+    parts = compact(config)["parts"]
+    assert len(parts) > 4
+    into.delete([SUCCESS, parts[1]["object"], parts[3]["object"]])
+    assert compact(config)["parts"] == parts
+    assert rows_of(into.uri) == rows_of(output.uri)
+
+
+def test_what_cannot_be_compacted_is_refused(output, tmp_path):
+    into = str(tmp_path / "compacted")
+    config = CompactConfig(output=output.uri, into=into)
+    with pytest.raises(UsageError, match="lie inside each other"):
+        compact(CompactConfig(output=output.uri, into=f"{output.uri}/small"))
+    with OutputLock(output, "scoring"), pytest.raises(OutputBusyError, match="run scoring is at work there"):
+        compact(config)
+    Storage(into).write("theirs.parquet", b"")
+    with pytest.raises(UsageError, match=r"holds something else \(theirs.parquet\)"):
+        compact(config)
+    Storage(into).delete(["theirs.parquet"])
+    double_a_row(output)
+    with pytest.raises(PipelineError, match="its checksum is not its marker's"):
+        compact(config)
+    assert not [file for file in Storage(into).files() if file.path == SUCCESS]
+    output.delete([SUCCESS])
+    with pytest.raises(UsageError, match="not complete: no _SUCCESS there"):
+        compact(config)
