@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jobs.command import run_command
 from pipeline.config import ScoreConfig
 from pipeline.report import summary
-from pipeline.score import score
+from pipeline.run import score
 from trbert_model.options import parse_options
 
 

@@ -18,11 +18,11 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard
-from .encode import error_table, from_ipc, split_table
 from .errors import PipelineError, StorageError, UsageError
 from .ledger import NO_LEDGER, WHOLE, LedgerClient
 from .manifest import SUCCESS, complete_markers
 from .report import SplitStats
+from .rows import error_table, from_ipc, split_table
 from .storage import Storage
 
 _METADATA = b"trbert.split"

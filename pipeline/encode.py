@@ -1,7 +1,6 @@
 """Shards → encoded splits: read each row group once, cut splits by text bytes, put bad rows aside, tokenise.
 
-One row of the Ray Data pipeline carries one split, as plain columns plus Arrow IPC bytes, in one fixed schema
-(`SPLIT_SCHEMA`) from here to the end; a stage that fails fills `error` and passes the row on, so no split vanishes.
+Every split becomes one row of the Ray Data pipeline (`rows.py`).
 """
 
 import functools
@@ -25,29 +24,10 @@ from .corpus import Shard
 from .errors import ShardError, StorageError
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .report import SplitStats
+from .rows import error_table, split_table, stopped_table, to_ipc
 from .storage import Storage, fetch_model
 
 logger = logging.getLogger(__name__)
-
-SPLIT_SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("version", pa.string()),
-        ("size", pa.int64()),
-        ("shard_rows", pa.int64()),
-        ("index", pa.int32()),  # -1: no split, the row only says how many the shard has
-        ("num_splits", pa.int32()),  # on the shard's last row; null before it
-        ("rows", pa.int64()),
-        ("skipped_rows", pa.int64()),  # rows of splits that were there already, since the row before
-        ("payload", pa.large_binary()),
-        ("rejected", pa.large_binary()),
-        ("stats", pa.string()),
-        ("actor", pa.string()),  # who predicted it and when, `predict.ActorSplit` as JSON
-        ("committed", pa.string()),  # what was published, `commit.Committed` as JSON
-        ("error", pa.string()),
-    ]
-)
-STOPPED = "stopped"  # in `error`: the run was asked to stop
 
 _GROUPS = 1000
 _GROUP_BYTES = 512 << 20  # a reader that dies begins its group anew
@@ -387,33 +367,3 @@ def _base_row(shard: Shard, shard_rows: int, index: int) -> dict[str, Any]:
         "skipped_rows": 0,
         "stats": SplitStats().to_json(),
     }
-
-
-def split_table(row: dict[str, Any]) -> pa.Table:
-    """One row in the pipeline's schema."""
-    return pa.Table.from_pylist([row], schema=SPLIT_SCHEMA)
-
-
-def error_table(row: dict[str, Any], error: Exception) -> pa.Table:
-    """A row whose stage failed, without its payload."""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return split_table({**row, "payload": None, "rejected": None, "error": reason})
-
-
-def stopped_table(row: dict[str, Any]) -> pa.Table:
-    """A row of work that was left undone because the run stops."""
-    return split_table({**row, "payload": None, "rejected": None, "error": STOPPED})
-
-
-def to_ipc(table: pa.Table) -> bytes:
-    """A table as Arrow IPC stream bytes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def from_ipc(data: Any) -> pa.Table:
-    """Arrow IPC stream bytes (or a binary scalar) as a table, without a copy."""
-    buffer = data.as_buffer() if isinstance(data, pa.Scalar) else pa.py_buffer(data)
-    return pa.ipc.open_stream(buffer).read_all()

@@ -17,19 +17,11 @@ import torch
 from trbert_model.engine import DocumentResults, Engine, EngineOptions
 from trbert_model.tasks.classification import softmax
 
-from .encode import (
-    check_text,
-    error_table,
-    from_ipc,
-    killed_row,
-    rejected_table,
-    split_table,
-    stopped_table,
-    to_ipc,
-)
+from .encode import check_text, killed_row, rejected_table
 from .errors import PipelineError, UsageError
 from .ledger import NO_LEDGER, WHOLE, Entry, LedgerClient, Stop
 from .report import SplitStats
+from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
 from .storage import fetch_model
 
 logger = logging.getLogger(__name__)

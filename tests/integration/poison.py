@@ -4,8 +4,15 @@ The product has no switch for this: the hook wraps the engine's and the tokenize
 """
 
 import ctypes
+import json
 import os
 import signal
+import sys
+from pathlib import Path
+
+import ray
+
+from pipeline import ScoreConfig, score
 
 SEGFAULT, KILL, TOKENIZER = "game game game game bank", "sport sport sport sport bank", "fine fine fine fine bank"
 
@@ -35,3 +42,16 @@ def arm() -> None:
         return tokenize(self, texts)
 
     Engine._forward_once, ClassificationTask.tokenize = poisoned_forward, poisoned_tokenize
+
+
+def main() -> int:
+    """Score with armed workers: `python -m tests.integration.poison CONFIG.json`, on RAY_ADDRESS."""
+    config = ScoreConfig(**json.loads(Path(sys.argv[1]).read_text()))
+    ray.init(logging_level="warning", runtime_env={"worker_process_setup_hook": "tests.integration.poison.arm"})
+    report = score(config)
+    print(json.dumps(report))
+    return report["exit_code"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """A real S3 server for the tests: SeaweedFS, from PyPI, on loopback with credentials of its own."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,26 +16,28 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
+# Somebody who may list and read but not write.
+READER = {"AWS_ACCESS_KEY_ID": "reader-access-key", "AWS_SECRET_ACCESS_KEY": "reader-secret-key"}
 
 
 class S3Server:
-    """Start on construction, `stop` by pid. `environment` is what its clients need."""
+    """Start on construction, `stop` by pid; `start` again serves the same data on the same ports. `environment` is what
+    its clients need."""
 
     def __init__(self, directory: Path, seconds: float = 60):
         self.directory = directory
         self.log = directory / "weed.log"
-        identity = {
-            "name": "test",
-            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        identities = [
+            _identity("test", ACCESS_KEY, SECRET_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
+            _identity("reader", *READER.values(), ["Read", "List"]),
+        ]
+        (directory / "s3.json").write_text(json.dumps({"identities": identities}))
         (directory / "data").mkdir()
         services = ("s3", "master", "volume", "filer")
         names = [f"{service}.{port}" for service in services for port in ("port", "port.grpc")]
         ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        command = [
+        self.command = [
             str(Path(sys.executable).with_name("weed")),
             "-logtostderr",
             "server",
@@ -52,8 +56,6 @@ class S3Server:
             "-volume.max=200",
             *(f"-{name}={port}" for name, port in ports.items()),
         ]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
         self.environment = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -68,14 +70,21 @@ class S3Server:
             region_name="us-east-1",
             config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=10),
         )
+        self.start(seconds)
+
+    def start(self, seconds: float = 60) -> None:
+        """Start the server, also again after `stop` (which takes 20 s), and wait until it serves."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
         self._wait_until_ready(seconds)
 
     def _wait_until_ready(self, seconds: float) -> None:
         """An open port is not readiness; an object that was put and comes back is."""
-        deadline = time.monotonic() + seconds
+        deadline, there = time.monotonic() + seconds, self.client.exceptions
         while True:
             try:
-                self.client.create_bucket(Bucket="ready")
+                with contextlib.suppress(there.BucketAlreadyExists, there.BucketAlreadyOwnedByYou):  # a restart
+                    self.client.create_bucket(Bucket="ready")
                 self.client.put_object(Bucket="ready", Key="probe", Body=b"probe")
                 assert self.client.get_object(Bucket="ready", Key="probe")["Body"].read() == b"probe"
                 return
@@ -101,13 +110,20 @@ class S3Server:
             self.process.wait()
 
 
+def _identity(name: str, access_key: str, secret_key: str, actions: list[str]) -> dict:
+    return {"name": name, "credentials": [{"accessKey": access_key, "secretKey": secret_key}], "actions": actions}
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listened on a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports of loopback that nobody listened on a moment ago.
+
+    None that the system gives to outgoing connections (32768 and up): one could take a port while its server is down.
+    """
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            candidate = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                candidate.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+                ports.append(candidate.getsockname()[1])
+        return ports

@@ -237,7 +237,7 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     """Fused, reading would run inside the actors; merged, one task would hold many splits."""
     from pipeline.corpus import list_shards, make_plan
     from pipeline.placement import place
-    from pipeline.score import COMMIT_CPUS, READER_CPUS, _data_context, _Run
+    from pipeline.run import COMMIT_CPUS, READER_CPUS, _data_context, _Run
     from pipeline.stopping import StopRequest
 
     run_config = config(corpus, model_uri, dtype="float32")

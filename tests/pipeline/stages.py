@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import Committed, bind_output, publish_splits, write_marker
 from pipeline.corpus import Shard, list_shards
-from pipeline.encode import EncodeOptions, from_ipc, read_shards, shard_groups
+from pipeline.encode import EncodeOptions, read_shards, shard_groups
 from pipeline.manifest import write_manifest
 from pipeline.predict import SplitPredictor
+from pipeline.rows import from_ipc
 from pipeline.storage import Storage
 from trbert_model.engine import EngineOptions
 

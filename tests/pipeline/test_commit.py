@@ -155,7 +155,7 @@ def test_publishing_twice_through_the_stage_gives_the_same_bytes(tmp_path, model
 
 
 def test_errors_and_shard_ends_pass_through(output):
-    from pipeline.encode import error_table, split_table
+    from pipeline.rows import error_table, split_table
 
     end = {"shard": "a", "version": "v", "size": 1, "index": -1, "num_splits": 0}
     batch = pa.concat_tables([split_table(end), error_table(end | {"index": 3}, ValueError("no\nluck"))])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus import list_shards
-from pipeline.encode import SPLIT_SCHEMA
 from pipeline.report import SplitStats
+from pipeline.rows import SPLIT_SCHEMA
 from pipeline.storage import Storage
 from tests.pipeline.stages import encode, encode_options, only_shard, texts, write_shard
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.encode import from_ipc, read_shards, shard_groups
+from pipeline.encode import read_shards, shard_groups
 from pipeline.ledger import (
     DEATHS_BEFORE_CARE,
     DEATHS_OF_A_DOCUMENT,
@@ -18,6 +18,7 @@ from pipeline.ledger import (
     Stop,
 )
 from pipeline.predict import SplitPredictor
+from pipeline.rows import from_ipc
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
 
 

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline import TRBertPredictor, UsageError
-from pipeline.encode import from_ipc, read_shards, shard_groups
+from pipeline.encode import read_shards, shard_groups
 from pipeline.predict import SplitPredictor
 from pipeline.report import SplitStats
+from pipeline.rows import from_ipc
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
 
 TEXTS = ["the good news", None, "bad " * 100, "  ", "fine"]

@@ -36,7 +36,7 @@ from .commit import (
 )
 from .config import ScoreConfig
 from .corpus import MARKERS, RUNS, Plan, Shard, input_root, list_shards, make_plan
-from .encode import STOPPED, EncodeOptions, read_shards, shard_groups
+from .encode import EncodeOptions, read_shards, shard_groups
 from .errors import PipelineError, StorageError, UsageError
 from .ledger import NO_LEDGER, start_ledger
 from .lock import OutputLock
@@ -44,6 +44,7 @@ from .manifest import SUCCESS, Marker, read_manifest, read_markers, write_manife
 from .placement import Placement, place
 from .predict import SplitPredictor
 from .report import RunStatistics, SplitStats
+from .rows import STOPPED
 from .stopping import StopRequest, StopWatch
 from .storage import Storage, fetch_model, model_digest
 

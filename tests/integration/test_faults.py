@@ -1,0 +1,238 @@
+"""Runs that are stopped, doubled, starved or poisoned: a real S3 server, a real Ray; every row accounted for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pipeline import ScoreConfig, UsageError, open_output, score
+from pipeline.errors import OutputBusyError, PipelineError, StorageError
+from pipeline.lock import OutputLock
+from pipeline.manifest import SUCCESS, read_manifest
+from pipeline.storage import Storage
+from pipeline.verify import VerifyConfig, verify
+from tests.integration import poison
+from tests.integration.s3_server import READER
+from tests.integration.test_jobs import ROOT, command
+from tests.integration.test_score import accounted_rows, put_table, shard_table
+from tests.pipeline.stages import texts, write_shard
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def places(s3, model_directory, request):
+    """An input and an output in a bucket, and the model."""
+    bucket = s3.bucket(f"faults-{abs(hash(request.node.nodeid)) % 10**8}")
+    for name, rows in (("a.parquet", 60), ("b.parquet", 35)):
+        put_table(f"{bucket}/in", name, shard_table(name, rows))
+    return {"input": f"{bucket}/in", "output": f"{bucket}/out", "model": str(model_directory)}
+
+
+def settings(places, **changes) -> ScoreConfig:
+    quick = {"id_column": "id", "split_bytes": 600, "num_actors": 1, "threads_per_actor": 1, "progress_interval": 1.0}
+    return ScoreConfig(**{**places, **quick, **changes})
+
+
+ALL = {"a.parquet": list(range(60)), "b.parquet": list(range(35))}
+
+
+# Documents that kill.
+
+
+def test_documents_that_kill_their_process_are_quarantined_and_everything_else_is_scored(
+    tmp_path, model_directory, ray_cluster
+):
+    """A segmentation fault in an actor, a kill for want of memory in another shard's, an abort in a tokenizer."""
+    poisoned = {"a.parquet": poison.SEGFAULT, "b.parquet": poison.TOKENIZER, "c.parquet": poison.KILL}
+    for name, text in poisoned.items():
+        documents = texts(20)
+        documents[13] = text
+        write_shard(tmp_path / "in" / name, {"id": [f"{name}:{i}" for i in range(20)], "text": documents})
+    config = {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "model": str(model_directory)}
+    config |= {"id_column": "id", "split_bytes": 400, "num_actors": 2, "threads_per_actor": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ("-m", "tests.integration.poison", str(tmp_path / "config.json"))
+    finished = command(*arguments, RAY_ADDRESS=ray_cluster.address)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report = json.loads(finished.stdout.splitlines()[-1])
+    assert report["bad_rows"] == {"killed_process": 3}
+    assert report["faults"]["process_deaths"] >= 15, "three and two more for each"
+    assert accounted_rows(config["output"]) == {name: list(range(20)) for name in poisoned}
+    quarantined = open_output(config["output"], quarantine=True).to_table().to_pylist()
+    assert sorted((row["id"], row["reason"]) for row in quarantined) == [
+        (f"{name}:13", "killed_process") for name in poisoned
+    ]
+    assert {row["detail"].split(" it ")[0] for row in quarantined} == {"scoring", "tokenising"}
+    assert verify(VerifyConfig(output=config["output"])).holds
+
+
+# Runs that stop.
+
+
+def test_a_run_stops_on_sigterm_lets_no_other_in_and_is_finished_by_the_next(tmp_path, model_directory, ray_cluster):
+    """While it is at work another run is refused; SIGTERM ends it with 4; the next run does the rest."""
+    rows = 2400
+    columns = {"id": list(range(rows)), "text": [" ".join(text for text in texts(40, start=i)) for i in range(rows)]}
+    write_shard(tmp_path / "in/a.parquet", columns, row_group_size=100)
+    output = Storage(str(tmp_path / "out"))
+    places = {"input": str(tmp_path / "in"), "output": output.uri, "model": str(model_directory)}
+    arguments = [word for name, value in places.items() for word in (f"--{name}", value)]
+    arguments += ["--split-bytes", "30000", "--num-actors", "1", "--threads-per-actor", "1"]
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster.address}
+    run = [sys.executable, "jobs/score.py", *arguments]
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(run, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while len([file for file in output.files() if file.path.endswith(".parquet")]) < 3:
+            assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        second = command("jobs/score.py", *arguments, RAY_ADDRESS=ray_cluster.address)
+        assert second.returncode == 5, second.stderr[-3000:]
+        assert "is at work there (process" in second.stderr.strip().splitlines()[-1]
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 4, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        first.kill()
+    log_text = (tmp_path / "log").read_text()
+    assert "stopping (SIGTERM): splits under way have 15 s to finish" in log_text
+    assert "incomplete: stopped (SIGTERM); run again to finish" in log_text
+    assert read_manifest(output) is None
+    committed = len([file for file in output.files() if file.path.endswith(".parquet")])
+    assert not [file for file in output.files() if file.path == "_lock.json"]
+
+    report = score(settings(places, id_column=None, split_bytes=30000))
+    assert (report["status"], report["splits"]["found_committed"]) == ("complete", committed)
+    assert accounted_rows(output.uri) == {"a.parquet": list(range(rows))}
+
+
+def test_a_run_stops_by_itself_and_says_so(places):
+    report = score(settings(places, stop_after="0.01s", stop_grace=0.0))
+    assert (report["exit_code"], report["stopped"]) == (4, "0.01s are over")
+    assert report["status"] == "incomplete: stopped (0.01s are over); run again to finish"
+    assert read_manifest(Storage(places["output"])) is None
+    assert score(settings(places, stop_after="1h"))["status"] == "complete"
+    assert accounted_rows(places["output"]) == ALL
+
+
+# Inputs that change.
+
+
+def test_success_is_there_only_while_the_output_is_complete(places, s3):
+    score(settings(places))
+    output = Storage(places["output"])
+    manifest = read_manifest(output)
+    assert (manifest["rows"], manifest["removed"]) == (95, [])
+    assert verify(VerifyConfig(output=output.uri)).holds
+    before = s3.client.head_object(Bucket=output.root.split("/")[0], Key=f"out/{SUCCESS}")["LastModified"]
+    assert score(settings(places))["status"] == "complete already: nothing to do"
+    after = s3.client.head_object(Bucket=output.root.split("/")[0], Key=f"out/{SUCCESS}")["LastModified"]
+    assert after == before
+
+    # An unreadable shard: not complete, so no _SUCCESS; put right, it is again.
+    Storage(places["input"]).write("c.parquet", b"PAR1 broken")
+    assert score(settings(places))["exit_code"] == 3
+    assert read_manifest(output) is None
+    assert not verify(VerifyConfig(output=output.uri)).holds
+    put_table(places["input"], "c.parquet", shard_table("c.parquet", 5))
+    assert score(settings(places))["status"] == "complete"
+    assert read_manifest(output)["rows"] == 100
+
+
+def test_a_removed_shard_is_reported_and_deleted_on_request(places):
+    score(settings(places))
+    Storage(places["input"]).delete(["b.parquet"])
+    report = score(settings(places))
+    assert (report["exit_code"], report["shards"]["removed"]) == (0, ["b.parquet"])
+    assert read_manifest(Storage(places["output"]))["removed"] == ["b.parquet"]
+    assert accounted_rows(places["output"]) == ALL, "its results stay"
+    assert verify(VerifyConfig(output=places["output"])).problems == [
+        "extra: b.parquet: no longer in the input, 35 rows (--delete-removed)"
+    ]
+    score(settings(places, delete_removed=True))
+    assert accounted_rows(places["output"]) == {"a.parquet": ALL["a.parquet"]}
+    assert verify(VerifyConfig(output=places["output"])).holds
+    assert read_manifest(Storage(places["output"]))["removed"] == []
+
+
+def test_readers_see_one_version_of_a_rewritten_shard(places):
+    """A reader by markers, looking all the time while a shard is scored anew, sees the old rows or the new, no mixture."""
+    score(settings(places))
+    put_table(places["input"], "a.parquet", shard_table("a.parquet", 44, version=" good"))
+    seen, over = [], threading.Event()
+
+    def read():
+        while not over.is_set():
+            try:
+                table = open_output(places["output"]).to_table(columns=["shard", "row"])
+            except (StorageError, FileNotFoundError):
+                continue  # it was opened by the old marker, and then the old objects went
+            rows = table.filter(table["shard"].to_pandas() == "a.parquet")["row"].to_pylist()
+            seen.append(tuple(sorted(rows)))
+
+    old = tuple(row for row in range(60) if row % 20 != 7)
+    new = tuple(row for row in range(44) if row % 20 != 7)
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        score(settings(places))
+        time.sleep(1.0)
+    finally:
+        over.set()
+        reader.join()
+    assert set(seen) == {old, new}
+    assert seen == sorted(seen, key=lambda rows: rows == new), "and never the old ones again"
+
+
+# Storage that refuses.
+
+
+@pytest.fixture
+def fresh_clients():
+    """s3fs keeps a client with its credentials for as long as the process lives."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("fresh_clients")
+def test_storage_that_refuses_is_named_before_anything_starts(places, monkeypatch):
+    for changes, error, message in [
+        (
+            {"input": "s3://no-such-bucket/in"},
+            StorageError,
+            "s3://no-such-bucket/in: cannot list: there is no such bucket",
+        ),
+        (
+            {"output": "s3://no-such-bucket/out"},
+            StorageError,
+            "no-such-bucket/out/_lock.json: cannot write: there is no such",
+        ),
+        ({"input": f"{places['input']}/nothing"}, UsageError, "no Parquet files there"),
+    ]:
+        with pytest.raises(error, match=message):
+            score(settings(places, **changes))
+    for name, value in READER.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=r"_lock\.json: cannot write: .*AccessDenied"):
+        score(settings(places))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
+    with pytest.raises(StorageError, match="cannot list: .*SignatureDoesNotMatch"):
+        score(settings(places))
+    with pytest.raises(PipelineError):
+        open_output(places["output"])
+
+
+def test_another_run_on_the_output_is_refused(places):
+    with OutputLock(Storage(places["output"]), "theirs"), pytest.raises(OutputBusyError, match="run theirs is at work"):
+        score(settings(places))
+    assert score(settings(places))["status"] == "complete"
