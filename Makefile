@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test gpu-check benchmarks clean
+.PHONY: demo test chaos audit gpu-check benchmarks clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -12,6 +12,14 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Two hundred faults on a real Ray and a real S3 server; an hour on two cores. Goes on where it was stopped.
+chaos: .venv/installed
+	$(BIN)/python -m tests.chaos --faults 200 --seed 1 --report build/chaos.json
+
+# Known vulnerabilities of the pinned dependencies; says so where there is no network to ask.
+audit:
+	$(PYTHON) .ci/audit.py
 
 # What only a machine with an NVIDIA GPU can tell: parity, bf16 tolerance, throughput, out-of-memory handling.
 gpu-check: .venv/installed

@@ -11,19 +11,17 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import held_out_texts, machine, save
+from benchmarks.memory import RunMemory
 from pipeline import ScoreConfig, score
 
 SHARD_DOCUMENTS = 100
@@ -56,52 +54,12 @@ def write_corpus(directory: Path, texts: list[str], times: int) -> None:
         pq.write_table(table, directory / f"{number:05d}.parquet")
 
 
-class ActorMemory:
-    """Samples the resident set of the model actor while a run goes on: (seconds, MiB)."""
-
-    def __init__(self) -> None:
-        self.samples: list[tuple[float, float]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> "ActorMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        started, actor = time.monotonic(), None
-        while not self._done.wait(0.5):
-            try:
-                if actor is None:
-                    actor = next((p for p in psutil.process_iter(["cmdline"]) if _is_actor(p)), None)
-                if actor is not None:
-                    self.samples.append((time.monotonic() - started, actor.memory_info().rss / 2**20))
-            except psutil.NoSuchProcess:
-                actor = None  # the run is ending
-
-    def peak(self) -> float:
-        return max(size for _, size in self.samples)
-
-    def slope(self) -> float:
-        """MiB a minute over the last half of the samples, least squares."""
-        last = np.array(self.samples[len(self.samples) // 2 :])
-        return float(np.polyfit(last[:, 0] / 60, last[:, 1], 1)[0])
-
-
-def _is_actor(process: psutil.Process) -> bool:
-    return any("MapWorker(MapBatches(SplitPredictor))" in part for part in process.info["cmdline"] or [])
-
-
 def run_pipeline(model: Path, texts: list[str], times: int) -> dict[str, Any]:
     """Score the corpus `times` over with one actor of one thread."""
     with TemporaryDirectory() as temporary:
         directory = Path(temporary)
         write_corpus(directory / "in", texts, times)
-        with ActorMemory() as memory:
+        with RunMemory() as memory:
             report = score(
                 ScoreConfig(
                     input=str(directory / "in"),
@@ -122,8 +80,8 @@ def run_pipeline(model: Path, texts: list[str], times: int) -> dict[str, Any]:
         "computing_share": report["actors"]["computing_share"],
         "seconds": report["seconds"],
         "busy_seconds": report["busy_seconds"],
-        "actor_peak_mib": memory.peak(),
-        "actor_slope_mib_per_minute": memory.slope(),
+        "actor_peak_mib": memory.peak("actor"),
+        "actor_slope_mib_per_minute": memory.slope("actor"),
     }
 
 

@@ -29,7 +29,7 @@ class S3Server:
         self.log = directory / "weed.log"
         identities = [
             _identity("test", ACCESS_KEY, SECRET_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
-            _identity("reader", *READER.values(), ["Read", "List"]),
+            _identity("reader", READER["AWS_ACCESS_KEY_ID"], READER["AWS_SECRET_ACCESS_KEY"], ["Read", "List"]),
         ]
         (directory / "s3.json").write_text(json.dumps({"identities": identities}))
         (directory / "data").mkdir()

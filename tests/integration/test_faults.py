@@ -163,7 +163,7 @@ def test_a_removed_shard_is_reported_and_deleted_on_request(places):
 
 
 def test_readers_see_one_version_of_a_rewritten_shard(places):
-    """A reader by markers, looking all the time while a shard is scored anew, sees the old rows or the new, no mixture."""
+    """A reader by markers that looks all the time while a shard is scored anew sees its old rows or its new ones."""
     score(settings(places))
     put_table(places["input"], "a.parquet", shard_table("a.parquet", 44, version=" good"))
     seen, over = [], threading.Event()
@@ -226,7 +226,7 @@ def test_storage_that_refuses_is_named_before_anything_starts(places, monkeypatc
     with pytest.raises(StorageError, match=r"_lock\.json: cannot write: .*AccessDenied"):
         score(settings(places))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
-    with pytest.raises(StorageError, match="cannot list: .*SignatureDoesNotMatch"):
+    with pytest.raises(StorageError, match=r"cannot list: .*SignatureDoesNotMatch"):
         score(settings(places))
     with pytest.raises(PipelineError):
         open_output(places["output"])
