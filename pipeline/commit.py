@@ -154,7 +154,10 @@ def output_identity(output: Storage) -> dict[str, Any] | None:
     if not any(file.path == IDENTITY for file in output.files(IDENTITY)):
         return None
     try:
-        return json.loads(output.read(IDENTITY))
+        identity = json.loads(output.read(IDENTITY))
+        if not isinstance(identity, dict):
+            raise ValueError("it is no mapping")
+        return identity
     except ValueError as error:
         raise StorageError(f"{output.uri}/{IDENTITY}: damaged: {error}") from error
 
@@ -202,5 +205,5 @@ def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
     if not names:
         return pyarrow.dataset.dataset(pa.table({name: [] for name in ("shard", "row", "id", "reason", "detail")}))
     # Not the output's own file system object: that one leaves retries to Storage.
-    fs, root = fsspec.core.url_to_fs(output.uri)
+    fs, root = (output.fs, output.root) if output.is_local else fsspec.core.url_to_fs(output.uri)
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], format="parquet", filesystem=fs)

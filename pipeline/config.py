@@ -60,17 +60,19 @@ class ScoreConfig:
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")
 
     def __post_init__(self):
-        for name in ("input", "output", "model"):
+        for name in ("input", "output", "model", "text_column"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is required")
         for name, least in (("split_bytes", 1), ("num_actors", 1), ("threads_per_actor", 1), ("progress_interval", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN is neither
                 raise UsageError(f"{name} {value} must be at least {least}")
         for name in ("gpus_per_actor", "wait_for_resources", "max_bad_rows", "stop_grace", "storage_retry_seconds"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise UsageError(f"{name} {value} must not be negative")
+        if isinstance(self.keep_columns, str):
+            raise UsageError(f"keep_columns {self.keep_columns!r} must be a tuple of names")
         passed = [*([self.id_column] if self.id_column else []), *self.keep_columns]
         if twice := sorted({name for name in passed if passed.count(name) > 1}):
             raise UsageError(f"columns {twice} are named more than once in id_column and keep_columns")

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from .errors import UsageError
-from .storage import Storage, StoredFile
+from .storage import Storage, StoredFile, glob_root
 
 MARKERS = "_shards"
 QUARANTINE = "_quarantine"
@@ -60,13 +60,18 @@ def list_shards(storage: Storage) -> list[Shard]:
     Names that begin with '_' or '.', in any directory, are other programs' markers and temporary files: not shards.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or one whose name is not UTF-8.
         StorageError: the input cannot be listed.
     """
     files = storage.glob() if "*" in storage.uri else storage.files()
     shards = [Shard(file.path, file.version, file.size) for file in files if _is_shard(file)]
     if not shards:
         raise UsageError(f"{storage.uri}: no Parquet files there ({len(files)} other files)")
+    for shard in shards:
+        try:
+            shard.path.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{storage.uri}: the name {shard.path!a} is not UTF-8; rename it") from error
     return shards
 
 
@@ -74,7 +79,7 @@ def input_root(input_uri: str) -> str:
     """What shard paths are relative to: the prefix, a single file's directory, a glob's fixed part."""
     storage = Storage(input_uri)
     if "*" in input_uri:
-        return storage.uri.split("*", 1)[0].rsplit("/", 1)[0]
+        return glob_root(storage.uri)
     if storage.uri.endswith(".parquet") and not storage.fs.isdir(storage.root):
         return storage.uri.rsplit("/", 1)[0] if "/" in storage.uri else "."
     return storage.uri

@@ -3,6 +3,7 @@
 Every split becomes one row of the Ray Data pipeline (`rows.py`).
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -15,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
+from trbert_model.configuration import TRBertConfig
 from trbert_model.engine import EngineOptions
 from trbert_model.tasks.classification import ClassificationTask
 
@@ -163,7 +165,7 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
     """
     with options.input.open(shard.path) as file:
         try:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             if not _is_damage(error):
                 raise
@@ -176,6 +178,8 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             raise ShardError(
                 f"no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, names))}"
             )
+        if twice := [column for column in dict.fromkeys(columns) if names.count(column) > 1]:
+            raise ShardError(f"column {', '.join(map(repr, twice))} is there {names.count(twice[0])} times")
         rows = parquet.metadata.num_rows
         split, row = RawSplit(0), 0
         for batch in parquet.iter_batches(batch_size=_batch_rows(parquet, options), columns=columns):
@@ -204,6 +208,8 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
                     yield split, rows
                     split = RawSplit(split.index + 1)
             split.passed.append(passed.slice(start))
+        if row != rows:
+            raise ShardError(f"it has {row} rows where its footer says {rows}")
         if split.rows:
             yield split, rows
 
@@ -217,7 +223,8 @@ def _is_damage(error: BaseException | None) -> bool:
     a bare OSError without a number; what file systems and networks raise is more specific."""
     if isinstance(error, StorageError):
         error = error.__cause__
-    return isinstance(error, (ShardError, pa.ArrowException)) or (type(error) is OSError and error.errno is None)
+    kinds = (ShardError, pa.ArrowException, UnicodeDecodeError)  # the last one of column names
+    return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
 
 
 def _batch_rows(parquet: pq.ParquetFile, options: EncodeOptions) -> int:
@@ -275,17 +282,25 @@ def _rejected_row(shard: str, row: int, identifier: pa.Scalar | None, reason: st
     if identifier is not None and identifier.is_valid:
         try:
             name = str(identifier.as_py())
-        except UnicodeDecodeError:
-            name = repr(identifier.cast(pa.large_binary()).as_py())
+        except (ValueError, OverflowError):  # not UTF-8, or beyond Python's calendar
+            name = _raw(identifier)
     return {"shard": shard, "row": row, "id": name, "reason": reason, "detail": detail}
+
+
+def _raw(value: pa.Scalar) -> str:
+    """A value that Python cannot hold, as bytes or as the number that it is stored as."""
+    for kind in (pa.large_binary(), pa.int64()):
+        with contextlib.suppress(pa.ArrowException):
+            return repr(value.cast(kind).as_py())
+    return f"a {value.type}"
 
 
 @functools.lru_cache(maxsize=2)
 def _load_task(model: str, engine: EngineOptions) -> ClassificationTask:
     """The model's tokenizer and windows, once a worker process."""
     directory = fetch_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
-    positions = AutoConfig.from_pretrained(directory).max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
+    positions = TRBertConfig.from_pretrained(directory).max_position_embeddings
     return ClassificationTask(tokenizer, positions, overflow=engine.overflow, stride=engine.stride)
 
 
@@ -346,13 +361,15 @@ def _tokenize_each(split: RawSplit, task: ClassificationTask, entry: Entry) -> l
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dictionaries decoded; string views, large strings and columns of nothing but null (of no type, as pandas writes
+    """Dictionaries decoded; views, large strings and columns of nothing but null (of no type, as pandas writes
     them) as strings: so that all shards' results have one schema whichever way a shard stores the same values."""
     if pa.types.is_dictionary(column.type):
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
     kind = column.type
     if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())
+    if pa.types.is_binary_view(kind):
+        return column.cast(pa.binary())
     return column
 
 

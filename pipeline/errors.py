@@ -6,6 +6,9 @@ class PipelineError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # paths may hold line breaks
+
 
 class UsageError(PipelineError, ValueError):
     """An option, a configuration file or an output that does not fit; found before any work started."""

@@ -16,6 +16,7 @@ from .storage import Storage
 SUCCESS = "_SUCCESS"
 
 Marker = dict[str, Any]  # as `commit.write_marker` makes it
+_OF_A_MARKER = {"shard", "written", "rows", "results", "quarantined", "splits"}
 
 
 def read_markers(output: Storage, paths: Iterable[str]) -> Iterator[tuple[str, Marker]]:
@@ -26,9 +27,18 @@ def read_markers(output: Storage, paths: Iterable[str]) -> Iterator[tuple[str, M
     """
     for path, data in output.read_many(paths):
         try:
-            yield path, json.loads(data)
+            marker = _entries(data, _OF_A_MARKER)
         except ValueError as error:
             raise StorageError(f"{output.uri}/{path}: a damaged marker: {error}") from error
+        yield path, marker
+
+
+def _entries(data: bytes, names: set[str]) -> dict[str, Any]:
+    """A JSON object that has these entries; else a ValueError."""
+    values = json.loads(data)
+    if not isinstance(values, dict) or not names <= values.keys():
+        raise ValueError(f"{', '.join(sorted(names))} are not all there")
+    return values
 
 
 def newest(markers: Iterable[Marker]) -> list[Marker]:
@@ -43,7 +53,7 @@ def newest(markers: Iterable[Marker]) -> list[Marker]:
 def read_manifest(output: Storage) -> dict[str, Any] | None:
     """The manifest of a complete output; None if it is not complete."""
     try:
-        return json.loads(output.read(SUCCESS))
+        return _entries(output.read(SUCCESS), {"shards"})
     except ValueError as error:
         raise StorageError(f"{output.uri}/{SUCCESS}: damaged: {error}; delete it and run again") from error
     except StorageError as error:

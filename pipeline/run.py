@@ -103,7 +103,7 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
     """Everything that can be known before Ray starts."""
     output = config.storage(config.output)
     root = Storage(input_root(config.input))
-    inside, around = (f"{place.protocol}:{place.root}/" for place in (output, root))
+    inside, around = (f"{place.protocol}:{_real(place)}/" for place in (output, root))
     if inside.startswith(around) or around.startswith(inside):
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
     directory = fetch_model(config.model)
@@ -113,6 +113,11 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
     except TRBertError as error:
         raise UsageError(str(error)) from error
     return output, list_shards(config.storage(config.input)), model_digest(directory)
+
+
+def _real(place: Storage) -> str:
+    """A place's root without symbolic links."""
+    return os.path.realpath(place.root) if place.is_local else place.root
 
 
 def _identity(config: ScoreConfig, digest: str) -> dict[str, Any]:

@@ -87,10 +87,8 @@ class Storage:
         self.uri = uri.rstrip("/") if uri.strip("/") else uri
         if protocol == "memory":
             raise UsageError(f"{uri}: memory:// is private to one process and cannot be shared with Ray's workers")
-        if "@" in urlsplit(uri).netloc:
-            raise UsageError(
-                "credentials do not belong in a URI: put them into the environment or the AWS configuration"
-            )
+        if protocol not in ("file", "local"):
+            _check_authority(uri)
         self.protocol = protocol
         self.retry_seconds = retry_seconds
         self.retries = 0  # attempts beyond the first of each request, by this object
@@ -111,8 +109,11 @@ class Storage:
         """The file system, made on first use in each process."""
         if self._fs is None:
             try:
-                fs, root = fsspec.core.url_to_fs(self.uri, **self._options())
-            except (ValueError, ImportError) as error:
+                if self.is_local:  # url_to_fs would take what follows a "::" in a path for another URL
+                    fs, root = fsspec.filesystem("file"), self.uri
+                else:
+                    fs, root = fsspec.core.url_to_fs(self.uri, **self._options())
+            except (ValueError, ImportError, OSError) as error:
                 raise UsageError(f"{self.uri}: {error}") from error
             if self.is_s3:
                 fs.retries = 1  # its own would multiply with ours, and they have no budget of time
@@ -190,14 +191,26 @@ class Storage:
         if not found and self.is_s3:  # where a missing bucket lists as an empty one
             bucket = self.root.split("/", 1)[0]
             self._call("list", below, lambda: self.fs.call_s3("head_bucket", Bucket=bucket))
+        found = self._regular(found)
         return sorted((self._stored_file(name, info) for name, info in found.items()), key=lambda file: file.path)
 
     def glob(self) -> list[StoredFile]:
         """The files that the prefix, read as a pattern, matches."""
-        fixed = self.location("").split("*", 1)[0].rsplit("/", 1)[0]
+        fixed = glob_root(self.location(""))
         found = self._call("list", "", lambda: self.fs.glob(self.root, detail=True))
-        files = {name: info for name, info in found.items() if info["type"] == "file"}
+        files = self._regular(found)
         return sorted((self._stored_file(n, i, base=fixed) for n, i in files.items()), key=lambda file: file.path)
+
+    def _regular(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Of what was listed the files and, with what they link to, the links; a pipe would block who opens it."""
+        files = {}
+        for name, info in found.items():
+            if info.get("islink"):  # the listing has the link's own time, `version` its target's
+                with contextlib.suppress(FileNotFoundError):
+                    info = self.fs.info(name)
+            if info["type"] == "file" or info.get("islink"):
+                files[name] = info
+        return files
 
     def _stored_file(self, name: str, info: dict[str, Any], base: str | None = None) -> StoredFile:
         base = self.root if base is None else base
@@ -227,9 +240,9 @@ class Storage:
         for start in range(0, len(paths), _FILES_AT_ONCE):
             some = {self.location(path): path for path in paths[start : start + _FILES_AT_ONCE]}
             with self.errors("read"):
-                contents = self.fs.cat(list(some), on_error="return")
-            for location, path in some.items():
-                data = contents.get(location)
+                # Not `cat`, which takes "[", "?" and "*" in the prefix for a pattern.
+                contents = self.fs.cat_ranges(list(some), None, None, on_error="return")
+            for path, data in zip(some.values(), contents):
                 yield path, data if isinstance(data, bytes) else self.read(path)
 
     def fetch(self, path: str, to: Path) -> None:
@@ -318,6 +331,29 @@ class _RetryingFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _check_authority(uri: str) -> None:
+    """Refuse URIs without a bucket and URIs with credentials. A secret key may hold a "/", so that what is before it
+    looks like a host with a port that is no number."""
+    for part in uri.split("::"):
+        try:
+            url = urlsplit(part)
+        except ValueError as error:
+            raise UsageError(f"{uri}: {error}") from error
+        host, _, port = url.netloc.partition(":")
+        if "@" in url.netloc or (port and not port.isdigit()):
+            place = f"{url.scheme}://…" + ("@" + part.rpartition("@")[2] if "@" in part else "")
+            raise UsageError(
+                f"{place}: credentials do not belong in a URI: put them into the environment or the AWS configuration"
+            )
+        if url.scheme in ("s3", "s3a") and not host:
+            raise UsageError(f"{uri}: it names no bucket")
+
+
+def glob_root(pattern: str) -> str:
+    """The directory of a pattern before its first wildcard."""
+    return re.split(r"[*?[]", pattern, maxsplit=1)[0].rsplit("/", 1)[0]
 
 
 def is_passing(error: BaseException) -> bool:

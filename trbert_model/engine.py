@@ -6,6 +6,7 @@ bounded by that budget, not by the documents' lengths or number.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import time
@@ -267,23 +268,54 @@ def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, 
                 f"{directory}: its architecture is {config.architectures}, not TRBertForSequenceClassification; "
                 "convert it with jobs/convert.py or train it with jobs/train.py"
             )
+        _check_labels(config)
+        _check_index(directory)
         with _without_progress_bars():
             model, loading = TRBertForSequenceClassification.from_pretrained(
-                directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+                directory,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True)
-    except TRBertError:
+        # Not even when somebody answers "y" to the question that transformers would ask.
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
+    except CheckpointError:
         raise
+    except TRBertError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {str(error).splitlines()[0]}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
         raise CheckpointError(f"{directory}: weights missing or of another shape: {bad[:5]}")
-    if len(tokenizer) > config.vocab_size:
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise CheckpointError(f"{directory}: weights that are not finite: {bad[:5]}")
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if tokens > config.vocab_size:
         raise CheckpointError(
-            f"{directory}: its tokenizer has {len(tokenizer)} tokens, the model's embeddings only {config.vocab_size}"
+            f"{directory}: its tokenizer has {tokens} tokens, the model's embeddings only {config.vocab_size}"
         )
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise CheckpointError(f"{directory}: its tokenizer names no cls or sep token (tokenizer_config.json)")
     return model, tokenizer
+
+
+def _check_labels(config: TRBertConfig) -> None:
+    """Raises ConfigurationError."""
+    names = config.id2label
+    if sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+        raise ConfigurationError(f"id2label {names} must give each label from 0 to {len(names) - 1} a name")
+
+
+def _check_index(directory: Path) -> None:
+    """Raises ConfigurationError. `use_safetensors` chooses the index, but not the files that it names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        if pickled := sorted(name for name in files if not name.endswith(".safetensors")):
+            raise ConfigurationError(f"{index.name} names {pickled[:5]}; only safetensors are read")
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def parse_options(cls: type[Options], arguments: Sequence[str] | None, descripti
 def _from_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: must be a mapping of option names to values")

@@ -47,10 +47,11 @@ def arm() -> None:
 def main() -> int:
     """Score with armed workers: `python -m tests.integration.poison CONFIG.json`, on RAY_ADDRESS."""
     config = ScoreConfig(**json.loads(Path(sys.argv[1]).read_text()))
-    ray.init(logging_level="warning", runtime_env={"worker_process_setup_hook": "tests.integration.poison.arm"})
-    report = score(config)
-    print(json.dumps(report))
-    return report["exit_code"]
+    # A worker that cannot import its hook exits, and Ray starts another one, for ever.
+    where = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    hook = {"worker_process_setup_hook": "tests.integration.poison.arm", "env_vars": where}
+    ray.init(logging_level="warning", runtime_env=hook)
+    return score(config)["exit_code"]
 
 
 if __name__ == "__main__":

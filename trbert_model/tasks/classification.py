@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
 
-# A longer text is tokenised in pieces cut at white space, so that the tokenizer's working memory (some hundred bytes
-# a token) stays bounded. BERT's pre-tokenizer never looks across white space, so the tokens are the same.
+# A longer text is tokenised in pieces, so that the tokenizer's working memory (some hundred bytes a token) is bounded:
+# 3 GB for 20 MB of Chinese otherwise. They are cut before white space, punctuation and CJK characters, which BERT's
+# pre-tokenizer always takes for words of their own, so the tokens are the same. No bracket: "[MASK]" is one token.
 _PIECE_CHARACTERS = 200_000
-_WHITESPACE = re.compile(r"\s")
+_CUT = re.compile(r"[\s.,;:!?\u3001\u3002\uff0c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 @dataclass
@@ -55,17 +56,26 @@ class ClassificationTask:
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""
-        pieces = [list(_pieces(text)) for text in texts]
         if self.overflow == "truncate":
-            # The first piece has at least as many tokens as a sequence takes, unless it is the whole text.
-            pieces = [of_text[:1] for of_text in pieces]
+            return self._first_tokens(texts)
+        pieces = [list(_pieces(text)) for text in texts]
+        ids = iter(self._encode([piece for of_text in pieces for piece in of_text]))
+        return [np.concatenate([next(ids) for _ in of_text]) for of_text in pieces]
+
+    def _first_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As many tokens of each text as a sequence takes."""
+        capacity = self.max_positions - 2
+        pieces = [_pieces(text) for text in texts]
+        documents = self._encode([next(of_text) for of_text in pieces])
+        for i, rest in enumerate(pieces):
+            # Hardly ever: a piece of white space, or of an endless word, has fewer tokens than a sequence takes.
+            while len(documents[i]) < capacity and (piece := next(rest, None)) is not None:
+                documents[i] = np.concatenate([documents[i], *self._encode([piece])])
+        return [ids[:capacity] for ids in documents]
+
+    def _encode(self, pieces: list[str]) -> list[np.ndarray]:
         encode = self.tokenizer.backend_tokenizer.encode_batch_fast
-        encodings = iter(encode([piece for of_text in pieces for piece in of_text], add_special_tokens=False))
-        documents = []
-        for of_text in pieces:
-            ids = np.concatenate([np.asarray(next(encodings).ids, dtype=np.int32) for _ in of_text])
-            documents.append(ids[: self.max_positions - 2] if self.overflow == "truncate" else ids)
-        return documents
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encode(pieces, add_special_tokens=False)]
 
     def windows(self, tokens: np.ndarray) -> Iterator[Window]:
         """A document's windows, from its token ids."""
@@ -92,7 +102,7 @@ def check_overflow(overflow: str, stride: int | None) -> None:
 
 def _pieces(text: str) -> Iterator[str]:
     start = 0
-    while cut := _WHITESPACE.search(text, start + _PIECE_CHARACTERS):
+    while cut := _CUT.search(text, start + _PIECE_CHARACTERS):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
