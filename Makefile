@@ -15,7 +15,7 @@ test: .venv/installed
 
 # Two hundred faults on a real Ray and a real S3 server; an hour on two cores. Goes on where it was stopped.
 chaos: .venv/installed
-	$(BIN)/python -m tests.chaos --faults 200 --seed 1 --report build/chaos.json
+	$(BIN)/python -m tests.chaos --faults 200 --seed 1 $(if $(wildcard build/chaos/report.json),--resume)
 
 # Known vulnerabilities of the pinned dependencies; says so where there is no network to ask.
 audit:

@@ -4,8 +4,9 @@
         --text-column text --id-column id
 
 Exit codes: 0 the output is complete; 1 the run failed, run it again to finish; 2 an option, the input, the model or
-the output does not fit, nothing was started; 3 complete, but with unreadable shards or more bad rows than
---max-bad-rows.
+the output does not fit, nothing was started; 3 done, but with unreadable shards or more bad rows than
+--max-bad-rows; 4 stopped by SIGTERM or --stop-after, run it again to go on; 5 another run is at work on the output,
+nothing was started.
 """
 
 import json

@@ -245,13 +245,24 @@ def summary(report: dict[str, Any]) -> str:
             f"{faults['storage_retries']} storage requests were made again"
         )
     if removed := shards["removed"]:
-        more = f" and {len(removed) - 10} more" if len(removed) > 10 else ""
-        lines.append(
-            f"  removed     {len(removed)} shards are no longer in the corpus: {', '.join(removed[:10])}{more}"
-        )
-    lines += [f"  unreadable  {path}: {reason}" for path, reason in sorted(shards["unreadable"].items())]
-    lines += [f"  failed      {split}: {reason}" for split, reason in sorted(report["splits"]["failed"].items())]
+        lines.append(f"  removed     {len(removed)} shards are no longer in the corpus, their results are still here")
+    lines += _listed("removed", dict.fromkeys(removed, ""))
+    lines += _listed("unreadable", shards["unreadable"])
+    lines += _listed("failed", report["splits"]["failed"])
     return "\n".join(lines)
+
+
+def _listed(what: str, reasons: dict[str, str], most: int = 50) -> list[str]:
+    """Lines for shards or splits with their reasons, not all of very many."""
+    rows = [(_printable(name), f": {reason}" if reason else "") for name, reason in sorted(reasons.items())]
+    lines = [f"  {what:11} {name}{reason}" for name, reason in rows]
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"  {what:11} … and {more:,} more, in the run report"]
+
+
+def _printable(name: str) -> str:
+    """A name as it is, unless it would do things to a terminal."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _clock(seconds: float) -> str:

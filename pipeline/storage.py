@@ -82,6 +82,8 @@ class Storage:
 
     def __init__(self, uri: str, retry_seconds: float = RETRY_SECONDS):
         protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+        if protocol == "file" and re.match(r"[a-z][a-z0-9+.-]+:/[^/]", uri):
+            raise UsageError(f"{uri}: a URI has two slashes after its protocol (a local path of this name: ./{uri})")
         if protocol in ("file", "local"):  # absolute: Ray's workers have working directories of their own
             uri = os.path.abspath(os.path.expanduser(uri.removeprefix(f"{protocol}://")))
         self.uri = uri.rstrip("/") if uri.strip("/") else uri
@@ -342,7 +344,9 @@ def _check_authority(uri: str) -> None:
         except ValueError as error:
             raise UsageError(f"{uri}: {error}") from error
         host, _, port = url.netloc.partition(":")
-        if "@" in url.netloc or (port and not port.isdigit()):
+        # Azure's own form is abfs://container@account…: a name, where credentials would be a name and a secret.
+        named = url.scheme in ("abfs", "abfss", "wasb", "wasbs") and ":" not in url.netloc
+        if ("@" in url.netloc and not named) or (port and not port.isdigit()):
             place = f"{url.scheme}://…" + ("@" + part.rpartition("@")[2] if "@" in part else "")
             raise UsageError(
                 f"{place}: credentials do not belong in a URI: put them into the environment or the AWS configuration"

@@ -286,7 +286,8 @@ def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, 
     except TRBertError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     except Exception as error:
-        raise CheckpointError(f"{directory}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{directory}: cannot be loaded: {reason}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
         raise CheckpointError(f"{directory}: weights missing or of another shape: {bad[:5]}")

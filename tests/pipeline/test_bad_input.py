@@ -802,6 +802,12 @@ BAD_PLACES = {
     "no such protocol": ({"input": "nosuch://x"}, "^nosuch://x: Protocol not known"),
     "a protocol without its package": ({"output": "gs://bucket/x"}, "^gs://bucket/x: .*gcsfs"),
     "no bucket": ({"output": "s3://"}, "^s3://: "),
+    "one slash": ({"output": "s3:/bucket/x"}, "^s3:/bucket/x: a URI has two slashes after its protocol"),
+    "secret for Azure": ({"output": "abfs://me:secret@account/x"}, "account/x: credentials do not belong in a URI"),
+    "Azure without its package": (
+        {"output": "abfs://container@account.dfs/x"},
+        "^abfs://container@account.dfs/x: .*adlfs",
+    ),
     "half an IPv6 address": ({"input": "s3://["}, r"^s3://\["),
     "a chain to nowhere": ({"input": "zip://x::{tmp}/nowhere.zip"}, r"^zip://x::.*nowhere\.zip: "),
     "input not there": ({"input": "{tmp}/nowhere"}, r"nowhere: no Parquet files there \(0 other files\)"),
