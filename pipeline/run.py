@@ -162,25 +162,29 @@ def _start_ray() -> bool:
     else:
         # With a single core, reader and actor would not fit beside each other.
         cpus = max(os.cpu_count() or 1, 2)
-        with _on_loopback():
+        with _local_settings():
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
     return True
 
 
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray of one machine needs no other address. There is no documented option for it; a test sees that it holds."""
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+def _local_settings() -> Iterator[None]:
+    """For a Ray of this machine alone. It listens on loopback: there is no documented option, and a test sees that it
+    holds. And it keeps workers that wait for a minute: ended after a second, as they are by default beyond the number
+    of CPUs, the readers' and writers' imports would be most of what a small machine's second core does."""
+    settings = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}
+    before = {name: os.environ.get(name) for name in settings}
+    constant, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(settings)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @dataclass

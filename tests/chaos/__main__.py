@@ -158,7 +158,7 @@ def table(report: dict[str, Any]) -> str:
             "Requests that were hit: "
             + (", ".join(f"{kind} {n}" for kind, n in sorted(requests.items())) or "none")
             + f"; {sum(requests.values())} in all.",
-            "Not injected, for want of a victim or because the run was over: "
+            "Not injected, for want of a victim or a request to hit, or because the run was over: "
             + (", ".join(f"{kind} {n}" for kind, n in sorted(missed.items())) or "none")
             + ".",
             *(f"Unexpected: {text}" for text in unexpected),

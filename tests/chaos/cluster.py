@@ -34,6 +34,8 @@ SETTINGS = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_health_check_period_ms": "1000",
     "RAY_worker_niceness": "0",
+    # Workers beyond a node's CPUs are ended after a second without work, and starting one takes seconds of imports.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 

@@ -68,7 +68,12 @@ class Strike:
     results: int  # that were there
     recovery: float | None = None  # to the next new results object; None: there were none to come
     reruns: int = 0
-    requests: dict[str, int] = field(default_factory=dict)  # faults by kind, of a window
+    requests: dict[str, int] = field(default_factory=dict)  # that a window has hit, by kind
+
+    @property
+    def has_hit(self) -> bool:
+        """A window in whose time no request came is no fault."""
+        return self.kind not in WINDOW_KINDS or bool(self.requests)
 
 
 @dataclass
@@ -221,6 +226,8 @@ class EpisodeRun:
         finally:
             self._close_window()
         outcome.missed += [fault.kind for fault in self.todo]
+        outcome.missed += [strike.kind for strike in outcome.strikes if not strike.has_hit]
+        outcome.strikes = [strike for strike in outcome.strikes if strike.has_hit]
         outcome.findings = verify(world.server, BUCKET, self.prefix, world.rows, world.reference)
         outcome.findings.wrong += [self.early_success] if self.early_success else []
         outcome.seconds = time.monotonic() - self.started
@@ -232,7 +239,7 @@ class EpisodeRun:
     def _run(self, number: int) -> int:
         """Start the driver and strike while it runs; its exit code."""
         outcome, before = self.outcome, len(self.outcome.strikes)
-        windows = {self.window.strike.kind} if self.window and self.world.proxy.share else set()
+        open_windows = [self.window.strike] if self.window and self.window.is_open else []
         driver = self.world.start_driver(self.prefix, self._log(number))
         self.progressed = time.monotonic()
         hung = False
@@ -253,9 +260,10 @@ class EpisodeRun:
         outcome.exits.append(code)
         self._look()
         if code and not hung:
-            if outcome.strikes:
-                outcome.strikes[-1].reruns += 1
-            if not _explains(code, {strike.kind for strike in outcome.strikes[before:]} | windows):
+            if hits := [strike for strike in outcome.strikes if strike.has_hit]:
+                hits[-1].reruns += 1
+            now = {strike.kind for strike in [*open_windows, *outcome.strikes[before:]] if strike.has_hit}
+            if not _explains(code, now):
                 outcome.unexpected.append(f"run {number} ended with {code}: {last_line(self._log(number))}")
         return code
 
@@ -278,7 +286,7 @@ class EpisodeRun:
         """Whether a fault strikes now; those that wait for something do not hold up others."""
         if len(self.results) < math.ceil(fault.after * self.world.num_splits):
             return False
-        if fault.kind in WINDOW_KINDS and self.window and self.window.is_new:
+        if fault.kind in WINDOW_KINDS and self.window and self.window.is_busy:
             return False  # one window after the other, so that each one's faults are known
         if fault.kind in VICTIMS and not self.world.cluster.processes(VICTIMS[fault.kind]):
             return False
@@ -327,26 +335,45 @@ class EpisodeRun:
 
 
 class Window:
-    """Some seconds in which a share of the requests is hit."""
+    """Some seconds in which a share of the requests is hit: longer while none has been, but not for ever."""
 
     def __init__(self, proxy: FaultProxy, fault: Fault, strike: Strike):
-        self.proxy, self.strike = proxy, strike
-        self._opened, self._before = time.monotonic(), Counter(proxy.counts)
-        self._timer = threading.Timer(fault.seconds, proxy.hit, (0.0,))
-        self._timer.daemon = True
+        self.strike, self._proxy, self._seconds = strike, proxy, fault.seconds
+        self._opened, self._before = time.monotonic(), self._counts()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         proxy.hit(fault.share, REQUEST_KINDS if fault.kind == "mix" else (fault.kind,))
-        self._timer.start()
+        self._thread.start()
+
+    def _watch(self) -> None:
+        elapsed = 0.0
+        while elapsed < self._seconds or (not self.strike.requests and elapsed < 6 * self._seconds):
+            if self._over.wait(0.2):
+                break
+            elapsed = time.monotonic() - self._opened
+            self._count()
+        self._proxy.hit(0.0)
+        self._count()
+
+    def _counts(self) -> Counter[str]:
+        return Counter(dict(self._proxy.counts))  # a copy made at once: another thread counts on
+
+    def _count(self) -> None:
+        counts = self._counts() - self._before
+        self.strike.requests = {kind: counts[kind] for kind in REQUEST_KINDS if counts[kind]}
 
     @property
-    def is_new(self) -> bool:
-        return bool(self.proxy.share) and time.monotonic() - self._opened < WINDOW_LEAST_SECONDS
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has not had its time yet."""
+        return self.is_open and (not self.strike.requests or time.monotonic() - self._opened < WINDOW_LEAST_SECONDS)
 
     def close(self) -> None:
-        """End it, if it has not ended, and count what it did."""
-        self._timer.cancel()
-        self.proxy.hit(0.0)
-        counts = self.proxy.counts - self._before
-        self.strike.requests = {kind: counts[kind] for kind in REQUEST_KINDS if counts[kind]}
+        self._over.set()
+        self._thread.join()
 
 
 def _results(names: set[str]) -> set[str]:
