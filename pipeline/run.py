@@ -84,7 +84,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         differences = _differences(config, output, digest)
         if differences and not config.overwrite:
             raise refusal(output, differences)
-        if not differences and not (plan := make_plan(shards, output)).pending:
+        plan = None if differences else make_plan(shards, output)
+        if plan is not None and not plan.pending:
             return _Run(config, output, plan, None, digest, run_id, started, stop).execute()
         started_ray = _start_ray()
         install_handler()
@@ -92,7 +93,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             placement = place(config, spare_cpus=READER_CPUS + COMMIT_CPUS)
             config = replace(config, dtype=placement.dtype if config.dtype == "auto" else config.dtype)
             bind_output(output, _identity(config, digest), overwrite=config.overwrite)
-            plan = make_plan(shards, output)
+            plan = plan or make_plan(shards, output)
             return _Run(config, output, plan, placement, digest, run_id, started, stop).execute()
         finally:
             if started_ray:
@@ -253,8 +254,7 @@ class _Run:
     def _open_manifest(self) -> dict[str, Any] | None:
         """Remember what `_SUCCESS` says of the shards, and take it away if the output is about to change."""
         manifest = read_manifest(self.output)
-        removed = sorted(self._removed_shards())
-        self.statistics.removed = removed
+        removed = self.statistics.removed = sorted(self._removed_shards())
         if manifest is None:
             return None
         if not self.plan.pending and manifest["removed"] == removed and not (removed and self.config.delete_removed):
@@ -264,13 +264,12 @@ class _Run:
         self.output.delete([SUCCESS])
         return None
 
-    def _removed_shards(self) -> Iterator[str]:
+    def _removed_shards(self) -> list[str]:
         """The shards with results in the output that the corpus no longer has; keys where there is no marker."""
-        for key, files in self.plan.removed.items():
-            markers = [path for path in files[:1] if path.startswith(f"{MARKERS}/")]
-            yield from (marker["shard"] for _, marker in read_markers(self.output, markers))
-            if not markers:
-                yield key
+        first = {key: files[0] for key, files in self.plan.removed.items()}  # markers come first
+        marked = {key: path for key, path in first.items() if path.startswith(f"{MARKERS}/")}
+        names = [marker["shard"] for _, marker in read_markers(self.output, marked.values())]
+        return names + [key for key in first if key not in marked]
 
     def _close_manifest(self, manifest: dict[str, Any] | None) -> None:
         """`_SUCCESS` for an output that is complete, unless it is there."""

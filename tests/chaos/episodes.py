@@ -21,7 +21,16 @@ from tests.chaos.cluster import ACTOR, READER, ROOT, RayCluster
 from tests.chaos.corpus import SPLIT_BYTES, make_corpus, put_corpus, put_model
 from tests.chaos.fault_proxy import KINDS as REQUEST_KINDS
 from tests.chaos.fault_proxy import FaultProxy
-from tests.chaos.verification import SUCCESS, Contents, Findings, read_prefix, top_names, verify
+from tests.chaos.verification import (
+    SUCCESS,
+    Contents,
+    Findings,
+    only_results,
+    read_prefix,
+    result_keys,
+    top_names,
+    verify,
+)
 from tests.integration.s3_server import S3Server
 
 PROCESS_KINDS = ("kill_actor", "kill_reader", "kill_raylet", "kill_driver", "kill_cluster")
@@ -172,7 +181,7 @@ class World:
 
     @property
     def num_splits(self) -> int:
-        return len(_results({name for name in self.reference.objects if "/" not in name}))
+        return len(only_results(set(self.reference.objects)))
 
     def start_driver(self, prefix: str, log: Path) -> subprocess.Popen:
         """`jobs/score.py` against the cluster, in a process group of its own."""
@@ -273,7 +282,7 @@ class EpisodeRun:
             names = top_names(self.world.server, BUCKET, self.prefix)
         except (BotoCoreError, ClientError):  # down: nothing to see
             return
-        now, results = time.monotonic(), _results(names)
+        now, results = time.monotonic(), only_results(names)
         if SUCCESS in names and len(results) < self.world.num_splits and not self.early_success:
             self.early_success = f"{SUCCESS} was there beside {len(results)} of {self.world.num_splits} splits"
         if results != self.results:
@@ -301,7 +310,7 @@ class EpisodeRun:
         self.outcome.strikes.append(strike)
         # What was under way when it struck is no recovery from it.
         with contextlib.suppress(BotoCoreError, ClientError):
-            strike.results = len(_results(top_names(self.world.server, BUCKET, self.prefix)))
+            strike.results = len(result_keys(self.world.server, BUCKET, self.prefix))
         self.progressed = time.monotonic()
 
     def _inject(self, fault: Fault, strike: Strike, driver: subprocess.Popen) -> bool:
@@ -374,10 +383,6 @@ class Window:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
-
-
-def _results(names: set[str]) -> set[str]:
-    return {name for name in names if name.endswith(".parquet")}
 
 
 def _explains(code: int, kinds: set[str]) -> bool:

@@ -69,6 +69,15 @@ def top_names(server: S3Server, bucket: str, prefix: str) -> set[str]:
     return {item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])}
 
 
+def result_keys(server: S3Server, bucket: str, prefix: str) -> set[str]:
+    """The results objects of an output: the Parquet files at its top."""
+    return only_results(top_names(server, bucket, prefix))
+
+
+def only_results(names: set[str]) -> set[str]:
+    return {name for name in names if name.endswith(".parquet") and "/" not in name}
+
+
 def read_prefix(server: S3Server, bucket: str, prefix: str) -> Contents:
     """What lies at a prefix, object by object: for results what `pandas.read_parquet` and its like would read."""
     contents = Contents()
