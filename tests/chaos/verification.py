@@ -128,11 +128,19 @@ def verify(server: S3Server, bucket: str, prefix: str, rows: Mapping[str, int], 
     output."""
     contents = read_prefix(server, bucket, prefix)
     findings = Findings(partial=contents.partial)
-    _compare(contents, rows, reference, findings, "prefix")
+    compare_rows(contents, rows, reference, findings, "prefix")
     try:
-        _compare(read_by_markers(server, f"s3://{bucket}/{prefix}"), rows, reference, findings, "markers")
+        by_markers = read_by_markers(server, f"s3://{bucket}/{prefix}")
     except (ValueError, OSError) as error:
         findings.lost.append(f"everything, by markers: {error}")
+    else:
+        compare_rows(by_markers, rows, reference, findings, "markers")
+    compare_files(contents, reference, findings)
+    return findings
+
+
+def compare_files(contents: Contents, reference: Contents, findings: Findings) -> None:
+    """The same objects and markers as in the reference; markers and `_SUCCESS` that tell what is there."""
     ours, its = {*contents.objects, *contents.json}, {*reference.objects, *reference.json}
     findings.wrong += [f"{name} is missing" for name in sorted(its - ours)]
     findings.wrong += [f"{name} is one too many" for name in sorted(ours - its)]
@@ -145,10 +153,12 @@ def verify(server: S3Server, bucket: str, prefix: str, rows: Mapping[str, int], 
     manifest = contents.json.get(SUCCESS, {"shards": []})["shards"]
     if sorted(manifest, key=_shard) != sorted(markers, key=_shard):
         findings.wrong.append(f"{SUCCESS} is not there or does not hold the markers that are there")
-    return findings
 
 
-def _compare(contents: Contents, rows: Mapping[str, int], reference: Contents, findings: Findings, way: str) -> None:
+def compare_rows(
+    contents: Contents, rows: Mapping[str, int], reference: Contents, findings: Findings, way: str
+) -> None:
+    """Every row of the input once, as a result or quarantined, and as the reference has it."""
     expected = {(shard, row) for shard, count in rows.items() for row in range(count)}
     found: dict[Place, int] = {}
     for part in (contents.results, contents.quarantined):
