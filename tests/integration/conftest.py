@@ -25,8 +25,10 @@ def ray_cluster(s3):
     import ray
     from ray.cluster_utils import Cluster
 
-    # The dashboard is where jobs are submitted; it listens on loopback.
-    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_ports(1)[0]}
+    # The dashboard is where jobs are submitted; it listens on loopback. Its agent's port is by default the same for
+    # every Ray of a machine, and without the agent no job starts.
+    ports = dict(zip(("dashboard_port", "dashboard_agent_listen_port"), free_ports(2), strict=True))
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", **ports}
     head = {"num_cpus": 2, "object_store_memory": 200 << 20, **dashboard}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
