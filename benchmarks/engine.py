@@ -35,9 +35,9 @@ def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
     """Keep these fractions of each sequence's first length, evenly spread over the tokens that are left."""
     previous = (1.0, *fractions)
 
-    def policy(reduction: int, probabilities: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def policy(reduction: int, logits: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         lengths = cu_seqlens.diff().long()
-        places = torch.arange(len(probabilities)) - cu_seqlens[:-1].long().repeat_interleave(lengths)
+        places = torch.arange(len(logits)) - cu_seqlens[:-1].long().repeat_interleave(lengths)
         share = fractions[reduction] / previous[reduction]
         return torch.floor((places + 1) * share) > torch.floor(places * share)
 

@@ -2,7 +2,7 @@
 
 from .configuration import TRBertConfig
 from .convert import convert_checkpoint
-from .errors import CheckpointError, ConfigurationError, InputError, TRBertError
+from .errors import CheckpointError, ConfigurationError, InputError, TrainingError, TRBertError
 from .modeling import TRBertForQuestionAnswering, TRBertForSequenceClassification, TRBertModel
 from .varlen import VarlenBatch
 
@@ -15,6 +15,7 @@ __all__ = [
     "TRBertForQuestionAnswering",
     "TRBertForSequenceClassification",
     "TRBertModel",
+    "TrainingError",
     "VarlenBatch",
     "convert_checkpoint",
 ]

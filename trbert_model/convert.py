@@ -53,6 +53,7 @@ def convert_checkpoint(
     task: str | None = None,
     labels: Sequence[str] | None = None,
     reduction_layers: list[int] | None = None,
+    selector_size: int | None = None,
 ) -> TRBertPreTrainedModel:
     """Read a checkpoint directory as a TR-BERT model, in eval mode and fp32.
 
@@ -61,11 +62,13 @@ def convert_checkpoint(
 
     Args:
         src: a directory with config.json and safetensors weights: transformers BERT or DistilBERT, or the original
-            TR-BERT (BERT classification, BERT span QA, DistilBERT classification).
+            TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a model saved by this package,
+            whose selectors are replaced by fresh ones.
         task: "classification", "question-answering" or "none"; default: the head the checkpoint has.
         labels: give the model a fresh classification head with these labels, whatever head the checkpoint has.
         reduction_layers: zero-based layers with a selector; default: the paper's. The original's checkpoints fix
             their own.
+        selector_size: width of fresh selectors' hidden layer; default: 32, the paper's.
 
     Raises:
         CheckpointError: no safetensors weights, another architecture, tensors missing or left over, or a task the
@@ -74,8 +77,10 @@ def convert_checkpoint(
     src = Path(src)
     raw_config, tensors = _read(src)
     kind = str(raw_config.get("model_type", "bert"))
-    if kind not in ("bert", "distilbert"):  # others may have the same tensors and mean something else by them
+    if kind not in ("bert", "distilbert", TRBertConfig.model_type):  # others may mean something else by the same names
         raise CheckpointError(f"{src}: a {kind} checkpoint, not a BERT, DistilBERT or original TR-BERT to convert")
+    if kind == TRBertConfig.model_type:
+        tensors = {name: value for name, value in tensors.items() if ".selectors." not in name}
     selectors_stored = any(".linear_1." in name for name in tensors)
     if selectors_stored and reduction_layers is not None:
         raise CheckpointError(f"{src}: its selectors belong to its own layers; reduction_layers cannot be chosen")
@@ -98,6 +103,8 @@ def convert_checkpoint(
         )
 
     config = _config(raw_config, state, task, labels, reduction_layers)
+    if selector_size is not None and not selectors_stored:
+        config.selector_size = selector_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same fresh selectors and head at every conversion
         model = _HEADS[task](config)
@@ -205,6 +212,7 @@ def _config(
         state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, words.shape[1])
     else:
         fields["classifier_dropout"] = raw.get("classifier_dropout")
+        fields["pooler_activation"] = raw.get("pooler_activation", "tanh")
     fields["type_vocab_size"] = state["bert.embeddings.token_type_embeddings.weight"].shape[0]
     selector = state.get("bert.encoder.selectors.0.linear_1.weight")
     if selector is not None:

@@ -15,3 +15,7 @@ class CheckpointError(TRBertError, ValueError):
 
 class InputError(TRBertError, ValueError):
     """A batch the model cannot compute on."""
+
+
+class TrainingError(TRBertError, RuntimeError):
+    """A training stage that cannot go on: its selectors have stopped choosing."""

@@ -22,8 +22,8 @@ from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, varlen_attention
 # those over 32 MB are mapped and unmapped by glibc at every operation.
 LAYER_TOKENS = 1024
 
-# Called at each reduction with its index, the keep probabilities (tokens entering,) and their cu_seqlens; returns
-# the tokens that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
+# Called at each reduction with its index, the keep logits (tokens entering,) and their cu_seqlens; returns the tokens
+# that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
 SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -31,10 +31,12 @@ SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
 class Selection:
     """What one reduction saw and did.
 
-    logits: fp32 (tokens entering,); keep: bool, the same shape; token_index: int64, the same shape, the tokens'
-    places in the varlen batch; cu_seqlens: int32 (sequences + 1,) of the tokens entering.
+    hidden: the states it judged, (tokens entering, hidden); logits: fp32 (tokens entering,); keep: bool, the same
+    shape; token_index: int64, the same shape, the tokens' places in the varlen batch, which is repeated end to end if
+    there are several samples; cu_seqlens: int32 (sequences + 1,) of the tokens entering.
     """
 
+    hidden: Tensor
     logits: Tensor
     keep: Tensor
     token_index: Tensor
@@ -149,6 +151,7 @@ class TRBertEncoder(nn.Module):
         *,
         reduce: bool = True,
         selection_policy: SelectionPolicy | None = None,
+        samples: int = 1,
         token_states: bool = True,
         output_hidden_states: bool = False,
         output_selections: bool = False,
@@ -156,8 +159,7 @@ class TRBertEncoder(nn.Module):
         """hidden: (total tokens, hidden) with its cu_seqlens; the options are `TRBertModel.forward`'s."""
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if reduce else {}
         policy = selection_policy or self._threshold_policy
-        total = hidden.shape[0]
-        alive = torch.arange(total, device=hidden.device)
+        alive = torch.arange(hidden.shape[0], device=hidden.device)
         skipped: list[tuple[Tensor, Tensor]] = []
         kept_tokens: list[Tensor] = []
         hidden_states: list[Tensor] = []
@@ -166,11 +168,14 @@ class TRBertEncoder(nn.Module):
         for index, layer in enumerate(self.layer):
             if index in reductions:
                 reduction = reductions[index]
+                if reduction == 0 and samples > 1:
+                    hidden, cu_seqlens = _repeated(hidden, cu_seqlens, samples)
+                    alive = torch.arange(hidden.shape[0], device=hidden.device)
                 logits = self.selectors[reduction](hidden)
-                keep = policy(reduction, torch.sigmoid(logits), cu_seqlens).clone()
+                keep = policy(reduction, logits, cu_seqlens).clone()
                 keep[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
                 if output_selections:
-                    selections.append(Selection(logits, keep, alive, cu_seqlens))
+                    selections.append(Selection(hidden, logits, keep, alive, cu_seqlens))
                 kept_before = F.pad(keep.cumsum(0), (1, 0))
                 cu_seqlens = kept_before[cu_seqlens.long()].to(torch.int32)
                 # The one device-to-host copy of a reduction; nonzero would add another.
@@ -214,8 +219,14 @@ class TRBertEncoder(nn.Module):
                 first = last
         return torch.cat(outputs)
 
-    def _threshold_policy(self, reduction: int, probabilities: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return probabilities >= self.config.selector_thresholds[reduction]
+    def _threshold_policy(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return torch.sigmoid(logits) >= self.config.selector_thresholds[reduction]
+
+
+def _repeated(hidden: Tensor, cu_seqlens: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """A varlen batch laid end to end with itself."""
+    lengths = cu_seqlens.diff().repeat(times)
+    return hidden.repeat(times, 1), F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 class TRBertPooler(nn.Module):
@@ -278,6 +289,7 @@ class TRBertModel(TRBertPreTrainedModel):
         max_seqlen: int | None = None,
         reduce: bool = True,
         selection_policy: SelectionPolicy | None = None,
+        samples: int = 1,
         token_states: bool = True,
         output_hidden_states: bool = False,
         output_selections: bool = False,
@@ -291,6 +303,9 @@ class TRBertModel(TRBertPreTrainedModel):
             max_seqlen: tokens of the longest sequence, with `cu_seqlens` only. Default: computed from it.
             reduce: False runs the dense model.
             selection_policy: chooses the tokens that go on instead of the thresholds.
+            samples: with a selection policy that chooses at random: repeat the batch this often at the first
+                reduction, so that the samples share what is before it. The output then has samples · sequences
+                sequences, the whole batch after the whole batch. With `cu_seqlens` only.
             token_states: False leaves `last_hidden_state` out, and with it the cost of collecting skipped tokens.
             output_hidden_states, output_selections: fill these fields of the output.
 
@@ -319,6 +334,7 @@ class TRBertModel(TRBertPreTrainedModel):
             batch.max_seqlen,
             reduce=reduce,
             selection_policy=selection_policy,
+            samples=samples,
             token_states=token_states,
             output_hidden_states=output_hidden_states,
             output_selections=output_selections,

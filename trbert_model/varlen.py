@@ -86,6 +86,17 @@ class VarlenBatch:
         return batch, indices
 
 
+def model_inputs(sequences: Sequence, device=None) -> dict[str, Tensor]:
+    """Token id sequences as one varlen batch, by the names of a model's arguments."""
+    batch = VarlenBatch.from_sequences(sequences, device=device)
+    return {
+        "input_ids": batch.input_ids,
+        "token_type_ids": batch.token_type_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+    }
+
+
 def first_tokens(cu_seqlens: Tensor) -> Tensor:
     """The index of each sequence's first token, int64 (sequences,)."""
     return cu_seqlens.narrow(0, 0, cu_seqlens.shape[0] - 1).long()

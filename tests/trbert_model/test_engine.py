@@ -146,8 +146,8 @@ def test_bfloat16_is_close_to_fp32():
 
 
 def test_a_forced_selection_policy():
-    def keep_first_half(reduction, probabilities, cu_seqlens):
-        return torch.arange(len(probabilities)) < len(probabilities) / 2
+    def keep_first_half(reduction, logits, cu_seqlens):
+        return torch.arange(len(logits)) < len(logits) / 2
 
     results = engine(policy=keep_first_half).score(documents([18]))
     assert results.kept_tokens.tolist() == [[10, 5]]

@@ -185,6 +185,31 @@ def test_the_selectors_choose_in_these_tests():
     assert 1 < int(kept[1]) < int(kept[0]) < 30
 
 
+@pytest.mark.parametrize("layers", [[0, 2], [1, 3]])
+def test_samples_are_the_batch_repeated(layers):
+    """Each sample with its own selection, everything before the first reduction computed once."""
+    model = question_answerer(reduction_layers=layers)
+    ids = [torch.randint(5, TINY["vocab_size"], (length,)) for length in (9, 1, 14)]
+    chosen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def at_random(reduction, logits, cu_seqlens):
+        keep = torch.rand(len(logits)) < 0.5
+        keep[cu_seqlens[:-1].long()] = True
+        chosen[reduction] += keep.split(cu_seqlens.diff().tolist())
+        return keep
+
+    with torch.inference_mode():
+        together = varlen(model.bert, ids, selection_policy=at_random, samples=3, output_hidden_states=True)
+        for sample in range(3):
+            mine = {r: torch.cat(chosen[r][3 * sample : 3 * sample + 3]) for r in (0, 1)}
+            alone = varlen(model.bert, ids, selection_policy=lambda r, logits, cu: mine[r])  # noqa: B023
+            states = together.last_hidden_state.split(24)[sample]
+            torch.testing.assert_close(states, alone.last_hidden_state, atol=1e-5, rtol=0)
+            for kept, expected in zip(together.kept_tokens, alone.kept_tokens):
+                assert torch.equal(kept[3 * sample : 3 * sample + 3], expected)
+    assert all(len(states) == 24 for states in together.hidden_states[: layers[0]])
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_shortest_sequences(length):
     everything_goes = tiny_classifier()

@@ -1,4 +1,4 @@
-"""Training: the guide, its targets, the kept fractions, and a whole run that resumes."""
+"""Training: whole runs through all stages, that resume, start from a fine-tuned model, and stop when they collapse."""
 
 import dataclasses
 import json
@@ -8,113 +8,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from tests.conftest import TINY, tiny_classifier, tiny_tokenizer
-from trbert_model import ConfigurationError, InputError, TRBertConfig
-from trbert_model.convert import apply_adapter
+from tests.conftest import TINY, tiny_tokenizer
+from trbert_model import ConfigurationError, TrainingError
+from trbert_model.convert import apply_adapter, convert_checkpoint
 from trbert_model.engine import Engine, EngineOptions, load_model
-from trbert_model.flops import dense_flops, reduced_flops
-from trbert_model.training import (
-    LabelledCorpus,
-    TrainingConfig,
-    WindowDataset,
-    calibrate_thresholds,
-    collate,
-    guide,
-    kept_fractions_for,
-    read_labelled,
-    top_tokens,
-    train,
-)
-
-
-@pytest.mark.parametrize("speedup", [1.5, 2.0, 3.0, 5.0])
-def test_kept_fractions_spend_what_was_asked_for(speedup):
-    config, lengths = TRBertConfig(), np.array([100, 512, 300, 512])
-    fractions = np.array(kept_fractions_for(speedup, config, lengths))
-    assert fractions[1] == pytest.approx(fractions[0] ** 2)
-    kept = np.round(np.outer(lengths, fractions))
-    reached = dense_flops(config, lengths).sum() / reduced_flops(config, lengths, kept).sum()
-    assert reached == pytest.approx(speedup, rel=0.02)
-
-
-def test_a_speedup_out_of_reach_is_refused_with_the_ceiling():
-    with pytest.raises(ConfigurationError, match=r"keeping one token after each gives 5\.\d+; reduce earlier"):
-        kept_fractions_for(6.5, TRBertConfig(num_hidden_layers=6), np.array([500]))
-    assert kept_fractions_for(6.5, TRBertConfig(num_hidden_layers=6, reduction_layers=[0, 3]), np.array([500]))
-
-
-def test_top_tokens_are_the_highest_scored_and_the_first():
-    scores = torch.tensor([0.0, 5, 4, 3, 0.0, 1, 2])
-    chosen = top_tokens(scores, torch.tensor([0, 4, 7]), torch.tensor([3, 2]))
-    assert chosen.tolist() == [True, True, True, False, True, False, True]
-    assert top_tokens(scores, torch.tensor([0, 4, 7]), torch.tensor([9, 1])).tolist() == [True] * 5 + [False] * 2
-
-
-def test_the_guide_is_the_originals_saliency():
-    """abs⟨∂loss/∂h_d, h_d − h_i⟩ of one document at a time, by autograd from its definition."""
-    model = tiny_classifier(num_hidden_layers=6, reduction_layers=[1, 3]).requires_grad_(False)
-    model.enable_input_require_grads()
-    documents = [np.arange(5, 14), np.arange(6, 20)]
-    inputs = collate(list(zip(documents, [0, 2])))
-    together = [scores.split(inputs["cu_seqlens"].diff().tolist()) for scores in guide(model, inputs)]
-    for place, (document, label) in enumerate(zip(documents, [0, 2])):
-        output = model(**collate([(document, label)]), reduce=False, output_hidden_states=True)
-        h = output.hidden_states
-        (gradient,) = torch.autograd.grad(output.loss, h[5])
-        for reduction, layer in enumerate([1, 3]):
-            expected = (gradient * (h[5] - h[layer])).sum(-1).abs()
-            torch.testing.assert_close(together[reduction][place], expected, atol=1e-5, rtol=1e-3)
-
-
-def test_calibrated_thresholds_keep_the_fractions_asked_for():
-    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(5, 20, 28).astype(np.int32) for _ in range(200)]
-    dataset = WindowDataset(LabelledCorpus(documents, [0] * 200, ["x", "y"]), task)
-    model = tiny_classifier()
-    for selector in model.bert.encoder.selectors:
-        torch.nn.init.normal_(selector.linear_2.weight, std=0.1)  # wider ones saturate the probabilities
-    calibrate_thresholds(model, dataset, [0.4, 0.2])
-    results = Engine(model, tiny_tokenizer(), EngineOptions(device="cpu")).score(documents)
-    np.testing.assert_allclose(results.kept_tokens.sum(0) / results.num_tokens.sum(), [0.4, 0.2], atol=0.02)
-
-
-def test_a_long_document_gives_any_of_its_windows():
-    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
-    dataset = WindowDataset(LabelledCorpus([np.arange(100) % 15 + 5], [1], ["x", "y"]), task)
-    torch.manual_seed(0)
-    assert {len(dataset[0][0]) for _ in range(40)} == {32, 12}
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"body": ["a"], "label": ["x"]}, "no column 'text'"),
-        ({"text": ["a", None], "label": ["x", "y"]}, "1 rows have no 'text'"),
-        ({"text": ["a", "b"], "label": ["x", "x"]}, "fewer than two different labels"),
-    ],
-)
-def test_a_corpus_that_cannot_be_trained_on_is_refused(tmp_path, columns, message):
-    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=message):
-        read_labelled(str(tmp_path / "train.parquet"), "text", "label")
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "text.parquet").write_text("not Parquet")
-    for name in ("text.parquet", "nowhere.parquet"):
-        with pytest.raises(InputError, match=f"{name}: cannot be read as Parquet"):
-            read_labelled(str(tmp_path / name), "text", "label")
+from trbert_model.labelled import read_labelled
+from trbert_model.objectives import Joint
+from trbert_model.training import TrainingConfig, train
 
 
 def test_options_out_of_range_are_refused():
     places = {"train": "t", "backbone": "b", "output": "o"}
     for wrong, message in [
         ({"speedup": 1.0}, "speedup 1.0"),
+        ({"speed_range": (2.0,)}, "speed_range"),
+        ({"speed_range": (3.0, 2.0)}, "two rising numbers"),
         ({"dtype": "int8"}, "dtype"),
         ({"train": ""}, "train is"),
+        ({"samples": 1}, "compares at least 2"),
+        ({"length_penalty": float("nan")}, "length_penalty nan"),
+        ({"joint_epochs": -1.0}, "joint_epochs -1.0"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             TrainingConfig(**places | wrong)
@@ -138,22 +53,28 @@ def corpus(tmp_path):
     return tmp_path
 
 
+def options(corpus, **changes) -> TrainingConfig:
+    values = {
+        "train": str(corpus / "train.parquet"),
+        "evaluation": str(corpus / "evaluation.parquet"),
+        "backbone": str(corpus / "backbone"),
+        "output": str(corpus / "model"),
+        "fine_tune_epochs": 30.0,
+        "imitation_epochs": 8.0,
+        "selectors_epochs": 2.0,
+        "joint_epochs": 2.0,
+        "learning_rate": 2e-3,
+        "speedup": 1.8,
+        "samples": 3,
+    }
+    return TrainingConfig(**values | changes)
+
+
 @pytest.mark.parametrize("adapter_rank", [None, 4])
-def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, caplog):
-    config = TrainingConfig(
-        train=str(corpus / "train.parquet"),
-        evaluation=str(corpus / "evaluation.parquet"),
-        backbone=str(corpus / "backbone"),
-        output=str(corpus / "model"),
-        adapter_rank=adapter_rank,
-        fine_tune_epochs=30.0 if adapter_rank is None else 2.0,
-        imitation_epochs=8.0,
-        joint_epochs=2.0,
-        learning_rate=2e-3,
-        speedup=1.8,
-    )
+def test_a_run_trains_saves_and_resumes(corpus, adapter_rank):
+    config = options(corpus, adapter_rank=adapter_rank, fine_tune_epochs=30.0 if adapter_rank is None else 2.0)
     measured = train(config)["stages"]
-    assert set(measured) == {"fine_tune", "imitation", "joint", "joint_without_reduction"}
+    assert set(measured) == {"fine_tune", "imitation", "selectors", "joint", "joint_without_reduction"}
     assert measured["fine_tune"]["flops_speedup"] == 1.0
     assert measured["joint"]["flops_speedup"] == pytest.approx(1.8, rel=0.15)
     if adapter_rank is None:
@@ -174,6 +95,109 @@ def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, caplog):
 
     # Run again, as after a kill: every stage goes on from its last checkpoint, and the result is the same.
     again = train(config)["stages"]
-    assert again["fine_tune"] == measured["fine_tune"]
+    assert {stage: values.get("accuracy") for stage, values in again.items()} == {
+        stage: values.get("accuracy") for stage, values in measured.items()
+    }
     with pytest.raises(ConfigurationError, match="trained with other options"):
         train(dataclasses.replace(config, speedup=1.5))
+
+
+def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(corpus, monkeypatch):
+    """Killed in the joint stage, and run again: what an undisturbed run ends with."""
+    settings = {"fine_tune_epochs": 4.0, "joint_epochs": 30.0, "selectors_epochs": 0.0, "imitation_epochs": 2.0}
+    whole = train(options(corpus, output=str(corpus / "whole"), **settings))["stages"]
+
+    forward, calls = Joint.forward, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 70:  # the first checkpoint is at step 50
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    config = options(corpus, **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(Joint, "forward", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert (corpus / "model/stages/joint/checkpoint-50").is_dir()
+    assert train(config)["stages"]["joint"]["accuracy"] == pytest.approx(whole["joint"]["accuracy"], abs=0.1)
+
+
+def test_one_model_for_many_speeds_from_a_fine_tuned_backbone(corpus):
+    """Fine-tuned once; with other reduction layers, layer 0 among them, and no fine-tune, it trains on from there."""
+    none = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
+    dense = train(options(corpus, output=str(corpus / "dense"), **none))["stages"]
+    assert set(dense) == {"fine_tune"}
+    config = options(
+        corpus,
+        backbone=str(corpus / "dense"),
+        fine_tune_epochs=0.0,
+        reduction_layers=(0, 1, 2),
+        selector_size=8,
+        speed_range=(1.3, 3.0),
+        speedup=2.0,
+        joint_epochs=8.0,
+        teacher_cache=str(corpus / "cache"),
+    )
+    measured = train(config)["stages"]
+    assert measured["fine_tune"]["accuracy"] == dense["fine_tune"]["accuracy"]
+    assert measured["joint"]["flops_speedup"] == pytest.approx(2.0, rel=0.2)
+    assert len(list((corpus / "cache").glob("teacher-*.safetensors"))) == 1
+    model, _ = load_model(corpus / "model")
+    assert model.config.reduction_layers == [0, 1, 2]
+    assert model.config.selector_size == 8
+    table = pq.read_table(corpus / "train.parquet")
+    renamed = pa.array([{"bad": "x", "good": "y"}[label] for label in table["label"].to_pylist()])
+    pq.write_table(table.set_column(1, "label", renamed), corpus / "other.parquet")
+    other = dataclasses.replace(config, train=str(corpus / "other.parquet"), output=str(corpus / "other"))
+    with pytest.raises(ConfigurationError, match=r"dense: its labels do not have \['x', 'y'\]"):
+        train(other)
+
+
+def test_the_papers_recipe_leaves_the_threshold_alone(corpus):
+    train(options(corpus, fine_tune_epochs=1.0, imitation_epochs=0.0, speedup=None))
+    model, _ = load_model(corpus / "model")
+    assert model.config.selector_thresholds == [0.5, 0.5]
+
+
+def test_a_distilbert_trains(corpus):
+    shape = {"vocab_size": TINY["vocab_size"], "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64}
+    torch.manual_seed(0)
+    DistilBertModel(DistilBertConfig(**shape, max_position_embeddings=32)).save_pretrained(corpus / "backbone")
+    measured = train(options(corpus, fine_tune_epochs=2.0, imitation_epochs=1.0))["stages"]
+    assert measured["joint"]["flops_speedup"] == pytest.approx(1.8, rel=0.2)
+    assert load_model(corpus / "model")[0].config.pooler_activation == "relu"
+
+
+@pytest.mark.parametrize(("penalty", "what"), [(1e4, "keeps nothing"), (-0.0, "keeps everything")])
+def test_a_collapse_is_said_and_stops_the_stage(corpus, monkeypatch, penalty, what):
+    if penalty <= 0:  # fresh selectors let nearly everything through, and nothing costs anything
+        monkeypatch.setattr("trbert_model.training._COLLAPSED", (0.0, 0.6))
+    config = options(
+        corpus,
+        fine_tune_epochs=1.0,
+        imitation_epochs=0.0,
+        selectors_epochs=200.0,
+        length_penalty=penalty,
+        guide_rate=0.0,
+        selector_learning_rate=3e-2 if penalty else 1e-5,
+        speedup=None,
+    )
+    with pytest.raises(TrainingError, match=rf"selector \d {what} .* the length penalty"):
+        train(config)
+
+
+def test_a_dense_model_that_this_package_fine_tuned_converts_with_other_reduction_layers(corpus):
+    none = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
+    train(options(corpus, fine_tune_epochs=1.0, evaluation=None, **none))
+    model = convert_checkpoint(corpus / "model", reduction_layers=[2])
+    assert model.config.reduction_layers == [2]
+    assert [model.config.id2label[i] for i in range(2)] == ["bad", "good"]
+    again, _ = load_model(corpus / "model")
+    texts, _ = read_labelled(str(corpus / "evaluation.parquet"), "text", "label")
+    scored = [
+        Engine(each, tiny_tokenizer(), EngineOptions(device="cpu", reduce=False)).score_texts(texts).logits
+        for each in (model, again)
+    ]
+    np.testing.assert_allclose(*scored, atol=1e-5)

@@ -1,0 +1,68 @@
+"""Labelled corpora: what cannot be trained on is refused by name, and windows keep their labels."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.conftest import tiny_classifier, tiny_tokenizer
+from trbert_model import InputError
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.labelled import LabelledCorpus, WindowDataset, read_labelled
+from trbert_model.teacher import TeacherSignals
+
+
+def test_a_long_document_gives_any_of_its_windows():
+    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
+    dataset = WindowDataset(LabelledCorpus([np.arange(100) % 15 + 5], [1], ["x", "y"]), task)
+    torch.manual_seed(0)
+    assert {len(dataset[0][0]) for _ in range(40)} == {32, 12}
+
+
+def test_windows_keep_their_documents_labels_and_teachers():
+    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
+    dataset = WindowDataset(LabelledCorpus([np.arange(5, 15), np.arange(100) % 15 + 5], [2, 1], ["x", "y", "z"]), task)
+    assert dataset.labels == [2, 1, 1, 1, 1]
+    bounds = torch.tensor([0, *(len(window) for window in dataset.windows)]).cumsum(0)
+    owner = torch.arange(5).repeat_interleave(bounds.diff())
+    dataset.teacher = TeacherSignals(torch.arange(5.0)[:, None], owner[None].half(), bounds)
+    items = [dataset[1], dataset[0], dataset[1]]
+    batch = dataset.collate(items)
+    assert batch["labels"].tolist() == [1, 2, 1]
+    assert batch["teacher_logits"].flatten().tolist() == [float(place) for _, _, place in items]
+    assert batch["guide"].shape == (1, len(batch["input_ids"]))
+    lengths = batch["cu_seqlens"].diff().tolist()
+    assert [set(part.flatten().tolist()) for part in batch["guide"].split(lengths, 1)] == [
+        {float(place)} for _, _, place in items
+    ]
+
+
+def test_labels_that_the_model_does_not_have_are_refused(tmp_path):
+    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
+    path = tmp_path / "corpus.parquet"
+    pq.write_table(pa.table({"text": ["a", "news"], "label": ["x", "y"]}), path)
+    assert LabelledCorpus.read(str(path), task, names=["z", "y", "x"]).labels == [2, 1]
+    with pytest.raises(InputError, match=r"corpus.parquet: labels \['y'\] are none of the model's"):
+        LabelledCorpus.read(str(path), task, names=["x", "z"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"], "label": ["x"]}, "no column 'text'"),
+        ({"text": ["a", None], "label": ["x", "y"]}, "1 rows have no 'text'"),
+        ({"text": ["a", "b"], "label": ["x", "x"]}, "fewer than two different labels"),
+    ],
+)
+def test_a_corpus_that_cannot_be_trained_on_is_refused(tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=message):
+        read_labelled(str(tmp_path / "train.parquet"), "text", "label")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "text.parquet").write_text("not Parquet")
+    for name in ("text.parquet", "nowhere.parquet"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read as Parquet"):
+            read_labelled(str(tmp_path / name), "text", "label")

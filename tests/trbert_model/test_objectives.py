@@ -1,0 +1,199 @@
+"""What the stages minimise: against the same quantities computed one sequence and one sample at a time."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import tiny_classifier
+from trbert_model.flops import dense_flops, reduced_flops
+from trbert_model.objectives import Imitation, Joint, OperatingPoints, Reinforcement, SamplingPolicy
+from trbert_model.teacher import TeacherSignals, teacher_signals
+from trbert_model.varlen import model_inputs
+
+RNG = np.random.default_rng(0)
+DOCUMENTS = [RNG.integers(5, 20, n).astype(np.int32) for n in (12, 30, 7, 21)]
+LABELS = [0, 1, 2, 1]
+
+
+def batch(model, places=(0, 1, 2, 3)) -> dict[str, torch.Tensor]:
+    signals: TeacherSignals = teacher_signals(model, DOCUMENTS, LABELS)
+    logits, guide = signals.of_windows(places)
+    labels = torch.tensor([LABELS[place] for place in places])
+    inputs = model_inputs([DOCUMENTS[place] for place in places])
+    return {**inputs, "labels": labels, "teacher_logits": logits, "guide": guide}
+
+
+def single_cut(reductions: int = 2) -> OperatingPoints:
+    return OperatingPoints([], [], reductions)
+
+
+def recorded_policies(monkeypatch):
+    """Every selection a SamplingPolicy makes, in order: (probabilities' logits, keep, lengths)."""
+    made = []
+    original = SamplingPolicy.__call__
+
+    def record(self, reduction, logits, cu_seqlens):
+        keep = original(self, reduction, logits, cu_seqlens)
+        made.append(keep.clone())
+        return keep
+
+    monkeypatch.setattr(SamplingPolicy, "__call__", record)
+    return made
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
+    """Reward, baseline and log-probability of each sample of each document, from their definitions."""
+    model = tiny_classifier().requires_grad_(False)
+    model.bert.encoder.selectors.requires_grad_(True)
+    data = batch(model)
+    objective = Reinforcement(model, single_cut(), samples=3, length_penalty=0.7, distillation=distillation)
+    made = recorded_policies(monkeypatch)
+    found = objective(**data)
+
+    lengths = data["cu_seqlens"].diff().tolist()
+    rewards, log_probabilities = torch.zeros(3, 4), [[None] * 4 for _ in range(3)]
+    keeps = [list(made[0].split(lengths * 3))]
+    kept_lengths = []
+    for keep in keeps[0]:
+        keep[0] = True
+        kept_lengths.append(int(keep.sum()))
+    keeps.append(list(made[1].split(kept_lengths)))
+    for sample in range(3):
+        for i in range(4):
+            mine = [keeps[reduction][sample * 4 + i] for reduction in (0, 1)]
+            output = model(
+                **model_inputs([DOCUMENTS[i]]),
+                selection_policy=lambda reduction, logits, cu: mine[reduction],  # noqa: B023
+                output_selections=True,
+            )
+            if distillation:
+                target = data["teacher_logits"][i].softmax(-1)
+            else:
+                target = F.one_hot(torch.tensor(LABELS[i]), 3).float()
+            task_loss = -(target * output.logits[0].log_softmax(-1)).sum()
+            fractions = [int(kept) / lengths[i] for kept in output.kept_tokens]
+            rewards[sample, i] = -task_loss - 0.7 * sum(fractions) / 2
+            total = torch.zeros(())
+            for selection in output.selections:
+                p = torch.sigmoid(selection.logits)
+                chosen = torch.where(selection.keep, p, 1 - p).log()
+                total = total + chosen[1:].sum() / len(p)  # [CLS] was not chosen
+            log_probabilities[sample][i] = total
+    advantage = rewards - rewards.mean(0)
+    expected = -sum(advantage[s, i] * log_probabilities[s][i] for s in range(3) for i in range(4)) / 12
+    torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["reward"], rewards.mean(), atol=1e-5, rtol=1e-4)
+
+    mine = torch.autograd.grad(found["loss"], list(model.bert.encoder.selectors.parameters()))
+    theirs = torch.autograd.grad(expected, list(model.bert.encoder.selectors.parameters()))
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_a_guided_sample_keeps_what_the_guide_ranks_highest(monkeypatch):
+    model = tiny_classifier()
+    data = batch(model, places=(1,))
+    objective = Reinforcement(model, single_cut(), samples=2, length_penalty=0.5, guided_steps=1)
+    made = recorded_policies(monkeypatch)
+    objective(**data)
+    guided, tokens = made[0].split([30, 30])[0], data["guide"][model.config.reduction_layers[0]]
+    probability = torch.sigmoid(model(**model_inputs([DOCUMENTS[1]]), output_selections=True).selections[0].logits)
+    assert guided.sum() == max(int(probability.sum().round()), 1)
+    others = guided.clone()
+    others[0] = False
+    assert tokens[others].min() >= tokens[~guided].max()
+    made.clear()
+    objective(**data)  # the guided steps are over
+    assert not torch.equal(made[0].split([30, 30])[0], guided)
+
+
+def test_imitation_teaches_each_selector_the_guides_choice():
+    model = tiny_classifier(num_hidden_layers=6, reduction_layers=[0, 2]).requires_grad_(False)
+    model.bert.encoder.selectors.requires_grad_(True)
+    data = batch(model)
+    points = OperatingPoints([[0.5, 0.2]], [[0.0, 0.0]], 2)
+    optimizer = torch.optim.Adam(model.bert.encoder.selectors.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(150):
+        loss = Imitation(model, points)(**data)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_cost_counts_what_samples_share_once():
+    model = tiny_classifier(reduction_layers=[2, 3])
+    objective = Reinforcement(model, single_cut(), samples=4, length_penalty=0.5)
+    lengths, kept = torch.tensor([20, 10]), torch.tensor([[10, 5], [4, 2]] * 4)
+    config, tokens = model.config, lengths.numpy()
+    one = reduced_flops(config, tokens, kept[:2].numpy()).sum()
+    first = dense_flops(config, tokens).sum() * 2 / 4
+    expected = (first + 4 * (one - first)) / dense_flops(config, tokens).sum()
+    assert objective._cost(lengths, kept, 4) == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_gradient_reaches_the_backbone_from_the_selectors_stage():
+    model = tiny_classifier()
+    Reinforcement(model, single_cut(), samples=2, length_penalty=0.5)(**batch(model))["loss"].backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient
+    assert all(".selectors." in name for name in with_gradient)
+
+
+def test_the_joint_stage_trains_everything_and_restores_the_mode():
+    model = tiny_classifier()
+    objective = Joint(model, single_cut(), samples=2, length_penalty=0.5).train()
+    measured = objective(**batch(model))
+    measured["loss"].backward()
+    assert model.training
+    assert {name for name, p in model.named_parameters() if p.grad is None} == set()
+    assert {"reward", "task_loss", "policy_entropy", "kept_0", "kept_1", "dense_passes"} <= set(measured)
+
+
+def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
+    model = tiny_classifier()
+    nothing = Joint(
+        model,
+        single_cut(),
+        samples=0,
+        length_penalty=0.5,
+        selection_policy=lambda reduction, logits, cu_seqlens: torch.zeros_like(logits, dtype=torch.bool),
+    )
+    measured = nothing(**batch(model))
+    assert float(measured["kept_0"]) == 0.0
+    measured["loss"].backward()
+
+
+def test_cuts_follow_the_tokens_they_let_through():
+    """From cuts that keep everything to the fractions asked for, each point its own."""
+    model = tiny_classifier().requires_grad_(False)
+    fractions = [[0.6, 0.4], [0.3, 0.1]]
+    points = OperatingPoints(fractions, [[-9.0, -9.0], [-9.0, -9.0]], 2)
+    inputs = model_inputs([RNG.integers(5, 20, 30).astype(np.int32) for _ in range(64)])
+    lengths = inputs["cu_seqlens"].diff()
+    torch.manual_seed(0)
+    history = []
+    for _ in range(300):
+        drawn = points.draw(64, torch.device("cpu"))
+        policy = SamplingPolicy(points.cuts_at(drawn, sampled=False), at_random=False)
+        kept = torch.stack(model(**inputs, selection_policy=policy).kept_tokens, 1)
+        points.follow(drawn, lengths, kept, policy.spreads(), sampled=False)
+        history.append([(kept[drawn == i].sum(0) / lengths[drawn == i].sum()).tolist() for i in (0, 1)])
+    np.testing.assert_allclose(np.mean(history[-100:], axis=0), fractions, atol=0.05)
+    assert torch.equal(points.cuts[0], torch.full((2, 2), -9.0)), "the cuts for random choices are others"
+
+
+def test_the_originals_single_cut_stays():
+    points = single_cut()
+    points.follow(
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor([10, 10]),
+        torch.tensor([[9, 9]] * 2),
+        torch.ones(2),
+        sampled=True,
+    )
+    assert float(points.cuts.abs().max()) == 0.0

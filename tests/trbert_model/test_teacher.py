@@ -1,0 +1,66 @@
+"""The guide, its targets, and the teacher's signals by window."""
+
+import numpy as np
+import torch
+
+from tests.conftest import tiny_classifier
+from trbert_model.teacher import TeacherSignals, guide, signals_digest, teacher_signals, top_tokens
+from trbert_model.varlen import model_inputs
+
+
+def test_top_tokens_are_the_highest_scored_and_the_first():
+    scores = torch.tensor([0.0, 5, 4, 3, 0.0, 1, 2])
+    chosen = top_tokens(scores, torch.tensor([0, 4, 7]), torch.tensor([3, 2]))
+    assert chosen.tolist() == [True, True, True, False, True, False, True]
+    assert top_tokens(scores, torch.tensor([0, 4, 7]), torch.tensor([9, 1])).tolist() == [True] * 5 + [False] * 2
+
+
+def test_the_guide_is_the_originals_saliency():
+    """abs⟨∂loss/∂h_d, h_d − h_i⟩ of one document at a time, by autograd from its definition."""
+    model = tiny_classifier(num_hidden_layers=6, reduction_layers=[1, 3]).requires_grad_(False)
+    model.enable_input_require_grads()
+    documents, labels = [np.arange(5, 14), np.arange(6, 20)], torch.tensor([0, 2])
+    logits, scores = guide(model, {**model_inputs(documents), "labels": labels})
+    together = scores.split([9, 14], dim=1)
+    for place, document in enumerate(documents):
+        output = model(
+            **model_inputs([document]), labels=labels[place : place + 1], reduce=False, output_hidden_states=True
+        )
+        h = output.hidden_states
+        (gradient,) = torch.autograd.grad(output.loss, h[5])
+        for layer in range(5):
+            expected = (gradient * (h[5] - h[layer])).sum(-1).abs()
+            torch.testing.assert_close(together[place][layer], expected, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(logits[place : place + 1], output.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path):
+    model = tiny_classifier(num_hidden_layers=6)
+    rng = np.random.default_rng(0)
+    windows = [rng.integers(5, 20, n).astype(np.int32) for n in (12, 30, 7, 21, 3)]
+    labels = [0, 1, 2, 1, 0]
+    together = teacher_signals(model, windows, labels)
+    alone = teacher_signals(model, windows, labels, tokens_per_batch=1)
+    together.save(tmp_path / "teacher.safetensors")
+    loaded = TeacherSignals.load(tmp_path / "teacher.safetensors")
+    for places in ([3, 0], [4, 4, 2]):
+        for signals in (alone, loaded):
+            logits, scores = signals.of_windows(places)
+            assert scores.shape == (5, sum(len(windows[place]) for place in places))
+            expected, expected_scores = together.of_windows(places)
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(scores, expected_scores, atol=2e-3, rtol=1e-2)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_another_dense_model_or_corpus_has_other_signals():
+    model, windows = tiny_classifier(), [np.arange(5, 9), np.arange(6, 12)]
+    digest = signals_digest(model, windows, [0, 1])
+    with torch.no_grad():
+        model.bert.encoder.selectors[0].linear_1.weight += 1  # no part of the dense model
+    assert signals_digest(model, windows, [0, 1]) == digest
+    assert signals_digest(model, windows, [1, 1]) != digest
+    assert signals_digest(model, [np.arange(5, 10), np.arange(6, 12)], [0, 1]) != digest
+    with torch.no_grad():
+        model.classifier.bias += 1
+    assert signals_digest(model, windows, [0, 1]) != digest

@@ -1,0 +1,306 @@
+"""The choice between speed and accuracy: thresholds for a speed-up, and the table of what each choice gives.
+
+`calibration.json` lies beside a model's `config.json` and holds a table for each model digest, dtype and window
+length it was measured with. `jobs/evaluate.py` writes it, `jobs/score.py --speedup/--max-drop` picks from it.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .configuration import TRBertConfig
+from .engine import DocumentResults, Engine
+from .errors import CheckpointError, ConfigurationError
+from .flops import dense_flops, reduced_flops
+from .varlen import first_tokens
+
+logger = logging.getLogger(__name__)
+
+FILE = "calibration.json"
+# Kept fractions are r^e at the reductions: the paper's two selectors were trained with (1, 2); a first reduction that
+# keeps more leaves the choice to selectors that have seen more layers.
+SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+
+
+def schedules(reductions: int) -> list[tuple[float, ...]]:
+    """The exponents tried: kept fractions r^e, falling evenly, late, and early."""
+    even = np.arange(1, reductions + 1, dtype=float)
+    return [tuple(even), tuple(even - 0.5), tuple(even**1.5)] if reductions > 1 else [(1.0,)]
+
+
+def kept_fractions_for(
+    speedup: float, config: TRBertConfig, lengths: np.ndarray, exponents: Sequence[float] | None = None
+) -> list[float]:
+    """Kept fractions r^e that spend 1/speedup of the dense FLOPs on sequences of these lengths.
+
+    Args:
+        exponents: e of each reduction; default: 1, 2, …
+
+    Raises:
+        ConfigurationError: the layers before the first reduction alone cost more than that.
+    """
+    powers = np.arange(1, len(config.reduction_layers) + 1) if exponents is None else np.asarray(exponents)
+    dense = dense_flops(config, lengths).sum()
+
+    def speedup_at(r: float) -> float:
+        kept = np.maximum(np.round(np.outer(lengths, r**powers)), 1)
+        return float(dense / reduced_flops(config, lengths, kept).sum())
+
+    if not len(powers) or speedup_at(0.0) < speedup:
+        raise ConfigurationError(
+            f"a FLOPs speed-up of {speedup} is out of reach with reduction layers {config.reduction_layers}: "
+            f"keeping one token after each gives {speedup_at(0.0):.2f}; reduce earlier (layer 0 is allowed)"
+        )
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if speedup_at(middle) > speedup else (low, middle)
+    return [float(low**power) for power in powers]
+
+
+def cuts_for(engine: Engine, documents: Sequence[np.ndarray], fractions: Sequence[float]) -> list[float]:
+    """Keep logits above which these documents' tokens are `fractions` of all, one a reduction.
+
+    One reduction after the other, because what a selector sees depends on the ones before it.
+    """
+    cuts: list[float] = []
+    for fraction in fractions:
+        recorder = _Recorder(cuts)
+        results = _with_policy(engine, documents, recorder)
+        # [CLS] stays whatever its probability, so it counts as kept and the quantile is over the others.
+        logits = torch.cat(recorder.logits).sort(descending=True).values
+        keep = round(fraction * int(results.num_tokens.sum())) - int(results.num_windows.sum())
+        keep = min(max(keep, 1), len(logits) - 1)
+        cuts.append(float(logits[keep - 1 : keep + 1].mean()))
+    return cuts
+
+
+class _Recorder:
+    """A selection policy that cuts at the first reductions and records the next one's keep logits."""
+
+    def __init__(self, cuts: Sequence[float]):
+        self.cuts = list(cuts)
+        self.logits: list[Tensor] = []
+
+    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if reduction < len(self.cuts):
+            return logits >= self.cuts[reduction]
+        if reduction == len(self.cuts):
+            others = torch.ones_like(logits, dtype=torch.bool)
+            others[first_tokens(cu_seqlens)] = False
+            self.logits.append(logits[others].cpu())
+        return torch.zeros_like(logits, dtype=torch.bool)  # what comes after is not looked at
+
+
+def thresholds_of(cuts: Sequence[float]) -> list[float]:
+    """Keep logits → keep probabilities, as `TRBertConfig.selector_thresholds` has them."""
+    return torch.sigmoid(torch.tensor(list(cuts))).tolist()
+
+
+class _Thresholds:
+    """The model's own rule with other thresholds."""
+
+    def __init__(self, thresholds: Sequence[float]):
+        self.thresholds = list(thresholds)
+
+    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return torch.sigmoid(logits) >= self.thresholds[reduction]
+
+
+def _with_policy(engine: Engine, documents: Sequence[np.ndarray], policy: Any) -> DocumentResults:
+    before, engine.selection_policy = engine.selection_policy, policy
+    try:
+        return engine.score(documents)
+    finally:
+        engine.selection_policy = before
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What one choice of thresholds gave on the labelled documents.
+
+    thresholds, kept_fractions: one a reduction; kept_spread: the 5th and 95th percentile of the documents' own kept
+    fractions, one pair a reduction; flops_speedup, measured_speedup: over the dense model, all documents together;
+    accuracy, drop: in percent and percentage points, with 95% bootstrap intervals, the drop's over paired documents.
+    """
+
+    thresholds: tuple[float, ...]
+    kept_fractions: tuple[float, ...]
+    kept_spread: tuple[tuple[float, float], ...]
+    flops_speedup: float
+    measured_speedup: float
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    drop: float
+    drop_interval: tuple[float, float]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "OperatingPoint":
+        return cls(**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model's table: its points by rising FLOPs speed-up, none of them slower and worse than another.
+
+    key: model digest, dtype and window length in tokens, the conditions it was measured under.
+    """
+
+    key: str
+    corpus: str
+    documents: int
+    dense_accuracy: float
+    points: tuple[OperatingPoint, ...]
+    default: OperatingPoint | None = None
+
+    def pick(self, *, speedup: float | None = None, max_drop: float | None = None) -> OperatingPoint:
+        """The most accurate point of at least this FLOPs speed-up, or the fastest that loses at most this many points.
+
+        Raises:
+            ConfigurationError: there is none; says what there is.
+        """
+        if speedup is not None:
+            fast = [point for point in self.points if point.flops_speedup >= speedup * 0.99]
+            if fast:
+                return min(fast, key=lambda point: point.drop)
+            raise ConfigurationError(
+                f"speedup {speedup:g} is beyond the calibration table, which ends at "
+                f"{self.points[-1].flops_speedup:.2f}x"
+            )
+        good = [point for point in self.points if point.drop <= (max_drop or 0.0)]
+        if good:
+            return good[-1]
+        least = min(self.points, key=lambda point: point.drop)
+        raise ConfigurationError(
+            f"max_drop {max_drop:g}: the calibration table's smallest drop is {least.drop:.2f} points, at "
+            f"{least.flops_speedup:.2f}x; --no-reduce runs the dense model"
+        )
+
+
+def calibration_key(digest: str, dtype: str, window: int) -> str:
+    """A model digest (`pipeline.storage.model_digest`), a dtype and a window's tokens as one name."""
+    return f"{digest[:16]}-{dtype}-{window}"
+
+
+def read_calibration(directory: str | Path, key: str) -> Calibration | None:
+    """A model directory's table for these conditions; None if it has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = Path(directory) / FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text()).get(key)
+        if values is None:
+            return None
+        points = tuple(OperatingPoint.from_json(point) for point in values.pop("points"))
+        default = values.pop("default")
+        return Calibration(
+            **values, points=points, default=None if default is None else OperatingPoint.from_json(default)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); make it anew with jobs/evaluate.py") from error
+
+
+def write_calibration(directory: str | Path, table: Calibration) -> None:
+    """Add a table to the model directory's file, or replace the one for the same conditions."""
+    path = Path(directory) / FILE
+    tables = json.loads(path.read_text()) if path.is_file() else {}
+    tables[table.key] = dataclasses.asdict(table)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tables, indent=1) + "\n")
+    partial.rename(path)
+
+
+def calibrate(
+    engine: Engine,
+    documents: Sequence[np.ndarray],
+    labels: Sequence[int],
+    *,
+    key: str,
+    corpus: str,
+    speedups: Sequence[float] = SPEEDUPS,
+) -> Calibration:
+    """Measure the dense model, the default thresholds and, for each speed-up in reach, thresholds of each schedule.
+
+    The engine must reduce. Time is the model's own, dense and reduced on the same documents in the same process.
+    """
+    config, truth = engine.config, np.asarray(labels)
+    dense, dense_seconds = _timed(engine, documents, lambda reduction, logits, _: torch.ones_like(logits).bool())
+    right = dense.logits.argmax(1) == truth
+    windows = np.array([len(w.input_ids) for document in documents for w in engine.task.windows(document)])
+
+    def measure(thresholds: Sequence[float]) -> OperatingPoint:
+        results, seconds = _timed(engine, documents, _Thresholds(thresholds))
+        correct = results.logits.argmax(1) == truth
+        own = results.kept_tokens / results.num_tokens[:, None]
+        drop = 100 * (right.astype(float) - correct)
+        return OperatingPoint(
+            thresholds=tuple(float(t) for t in thresholds),
+            kept_fractions=tuple((results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist()),
+            kept_spread=tuple((float(low), float(high)) for low, high in np.percentile(own, [5, 95], axis=0).T),
+            flops_speedup=float(results.dense_flops.sum() / results.flops.sum()),
+            measured_speedup=dense_seconds / seconds,
+            accuracy=100 * float(correct.mean()),
+            accuracy_interval=bootstrap_interval(100.0 * correct),
+            drop=float(drop.mean()),
+            drop_interval=bootstrap_interval(drop),
+        )
+
+    points = []
+    for speedup in speedups:
+        for exponents in schedules(len(config.reduction_layers)):
+            try:
+                fractions = kept_fractions_for(speedup, config, windows, exponents)
+            except ConfigurationError:
+                continue  # out of reach
+            points.append(measure(thresholds_of(cuts_for(engine, documents, fractions))))
+            logger.info(
+                "%.2fx: %.2f%% (dense %.2f%%)", points[-1].flops_speedup, points[-1].accuracy, 100 * right.mean()
+            )
+    return Calibration(
+        key=key,
+        corpus=corpus,
+        documents=len(truth),
+        dense_accuracy=100 * float(right.mean()),
+        points=tuple(pareto_front(points)),
+        default=measure(config.selector_thresholds),
+    )
+
+
+def _timed(engine: Engine, documents: Sequence[np.ndarray], policy: Any) -> tuple[DocumentResults, float]:
+    before = engine.statistics.model_seconds
+    results = _with_policy(engine, documents, policy)
+    return results, engine.statistics.model_seconds - before
+
+
+def pareto_front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
+    """The points that no other beats in both speed and accuracy, by rising speed."""
+    front: list[OperatingPoint] = []
+    for point in sorted(points, key=lambda point: (-point.flops_speedup, -point.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front[::-1]
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean over documents, seeded."""
+    rng = np.random.default_rng(0)
+    values = np.asarray(values, dtype=np.float64)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,308 @@
+"""What each stage of training minimises, as modules around the model, in the order of the stages.
+
+A stage's loss may take several passes through the model. As a module of its own it can be trained by transformers'
+Trainer on one device or replicated over many: all that a step computes happens in the one forward that is replicated.
+Every forward takes `WindowDataset.collate`'s batch and returns `{"loss": (), **measurements}`; measurements are ()
+too, and `dense_passes` among them says what the step cost: in units of the dense model's forward pass over the same
+windows, a gradient counted as two more.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .flops import dense_flops, layer_flops, reduced_flops
+from .modeling import SelectionPolicy, TRBertEncoder
+from .teacher import top_tokens
+from .varlen import first_tokens
+
+_INPUTS = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")
+
+
+class Objective(nn.Module):
+    """A stage's loss around a TRBertForSequenceClassification or peft's wrapper around one."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    @property
+    def encoder(self) -> TRBertEncoder:
+        return next(module for module in self.model.modules() if isinstance(module, TRBertEncoder))
+
+    def _cost(self, lengths: Tensor, kept: Tensor, samples: int = 1) -> float:
+        """FLOPs of a pass with these kept tokens, (samples · sequences, reductions), over those of the dense pass."""
+        config, tokens = self.model.config, lengths.cpu().numpy()
+        spent = reduced_flops(config, np.tile(tokens, samples), kept.cpu().numpy()).sum()
+        shared = config.reduction_layers[0] * layer_flops(config, tokens).sum() * (samples - 1)
+        return float((spent - shared) / dense_flops(config, tokens).sum())
+
+
+class FineTune(Objective):
+    """The dense model on the task."""
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        output = self.model(**_inputs(batch), labels=labels, reduce=False)
+        return {"loss": output.loss, "task_loss": output.loss.detach(), "dense_passes": torch.tensor(3.0)}
+
+
+class OperatingPoints(nn.Module):
+    """Where the keep logits are cut for each of several speed-ups while the selectors still change.
+
+    Each document of a step is reduced as for a speed-up drawn at random, so that one model learns all of them; after
+    each step the cuts follow the tokens that they let through.
+
+    Args:
+        fractions: kept fractions, (points, reductions); none for the original's single cut at p = 0.5.
+        cuts: keep logits to start with, (points, reductions).
+    """
+
+    GAIN = 0.1  # in the logits' standard deviations, for a kept fraction e times too high
+
+    def __init__(self, fractions: Sequence[Sequence[float]], cuts: Sequence[Sequence[float]], reductions: int):
+        super().__init__()
+        points = max(len(fractions), 1)
+        self.follows = bool(fractions)
+        self.fractions = nn.Buffer(torch.tensor(fractions or [[0.5] * reductions]))
+        # For choosing at random with probability p, and for choosing what is above the cut: the same cut keeps
+        # different numbers.
+        self.cuts = nn.Buffer(torch.tensor(cuts or [[0.0] * reductions]).repeat(2, 1, 1))
+        assert self.cuts.shape == (2, points, reductions)
+
+    def draw(self, sequences: int, device: torch.device) -> Tensor:
+        """A point for each sequence, int64 (sequences,)."""
+        return torch.randint(len(self.fractions), (sequences,), device=device)
+
+    def cuts_at(self, points: Tensor, *, sampled: bool) -> Tensor:
+        """(sequences, reductions)."""
+        return self.cuts[0 if sampled else 1, points]
+
+    def follow(self, points: Tensor, lengths: Tensor, kept: Tensor, spreads: Tensor, *, sampled: bool) -> None:
+        """Move the cuts of the points that were used towards their kept fractions.
+
+        points: (sequences,); lengths: (sequences,); kept: (sequences, reductions); spreads: the keep logits' standard
+        deviations, (reductions,).
+        """
+        if not self.follows:
+            return
+        table = self.cuts[0 if sampled else 1]
+        tokens = torch.zeros(len(table), device=table.device).index_add_(0, points, lengths.float())
+        alive = torch.zeros_like(table).index_add_(0, points, kept.float())
+        used = tokens > 0
+        ratio = (alive[used] / tokens[used, None]).clamp(min=1e-4) / self.fractions[used]
+        table[used] += self.GAIN * spreads * ratio.log().clamp(-2, 2)
+
+
+class Imitation(Objective):
+    """Each selector alone, by binary cross-entropy to the tokens that the guide ranks highest.
+
+    The selectors meet the tokens that they themselves rank highest, as they will when they are used.
+    """
+
+    def __init__(self, model: Any, points: OperatingPoints):
+        super().__init__(model)
+        self.points = points
+
+    def forward(self, guide: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        self.model.eval()  # the states to be judged are those of inference
+        lengths = batch["cu_seqlens"].diff()
+        points = self.points.draw(len(lengths), lengths.device)
+        counts = (lengths[:, None] * self.points.fractions[points]).round().long().clamp(min=1)
+
+        def highest(reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+            return top_tokens(logits.detach(), cu_seqlens, counts[:, reduction])
+
+        output = self.model(**_inputs(batch), selection_policy=highest, output_selections=True)
+        losses = []
+        for reduction, selection in enumerate(output.selections):
+            scores = guide[self.model.config.reduction_layers[reduction]]
+            chosen = top_tokens(scores, batch["cu_seqlens"], counts[:, reduction])
+            target = chosen[selection.token_index].float()
+            losses.append(F.binary_cross_entropy_with_logits(selection.logits, target))
+        loss = torch.stack(losses).sum()
+        kept = torch.stack(output.kept_tokens, 1)
+        cost = torch.tensor(self._cost(lengths, kept))
+        return {"loss": loss, "imitation_loss": loss.detach(), "dense_passes": cost}
+
+
+class Reinforcement(Objective):
+    """The selectors alone, by policy gradient (the paper's section 3.3): several random selections of each document,
+    rewarded with −task loss − λ · mean kept fraction, against their mean.
+
+    Args:
+        samples: selections of each document in a step; they share everything before the first reduction.
+        length_penalty: λ.
+        guided_steps: for this many steps one of the samples keeps the tokens that the guide ranks highest, as many as
+            the probabilities add up to.
+        distillation: the task loss is the cross-entropy to the dense model's probabilities, not to the labels.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        points: OperatingPoints,
+        *,
+        samples: int,
+        length_penalty: float,
+        guided_steps: int = 0,
+        distillation: bool = False,
+    ):
+        super().__init__(model)
+        self.points, self.samples, self.length_penalty = points, samples, length_penalty
+        self.guided_steps, self.distillation = guided_steps, distillation
+        self.step = nn.Buffer(torch.zeros((), dtype=torch.int64))
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        points = self.points.draw(len(labels), labels.device)
+        loss, measured = self.policy_loss(labels, batch, points)
+        return {"loss": loss, **measured}
+
+    def policy_loss(self, labels: Tensor, batch: dict[str, Tensor], points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The selectors' loss, which has no gradient in anything but them, and what was seen on the way."""
+        self.model.eval()
+        lengths, count = batch["cu_seqlens"].diff(), self.samples
+        cuts = self.points.cuts_at(points, sampled=True).repeat(count, 1)
+        guided = torch.zeros(count * len(labels), dtype=torch.bool, device=labels.device)
+        guided[: len(labels)] = bool(self.step < self.guided_steps)
+        self.step.add_(1)
+        layers = self.model.config.reduction_layers
+        policy = SamplingPolicy(cuts, guided, batch["guide"][layers].repeat(1, count) if guided.any() else None)
+        with torch.no_grad():
+            output = self.model(**_inputs(batch), samples=count, selection_policy=policy, output_selections=True)
+            task_loss = self.task_losses(output.logits, labels.repeat(count), batch, count)
+            kept = torch.stack(output.kept_tokens, 1)
+            fractions = kept / lengths.repeat(count)[:, None]
+            reward = -task_loss - self.length_penalty * fractions.mean(1)
+            advantage = reward - reward.view(count, -1).mean(0).repeat(count)
+        # Guided selections would move the cuts by what the guide keeps.
+        free = ~guided
+        self.points.follow(
+            points.repeat(count)[free], lengths.repeat(count)[free], kept[free], policy.spreads(), sampled=True
+        )
+
+        log_probability, entropy = torch.zeros_like(reward), torch.zeros((), device=labels.device)
+        for reduction, selection in enumerate(output.selections):
+            entering = selection.cu_seqlens.diff().long()
+            logits = self.encoder.selectors[reduction](selection.hidden)
+            logits = logits - cuts[:, reduction].repeat_interleave(entering)
+            chosen = torch.where(selection.keep, F.logsigmoid(logits), F.logsigmoid(-logits))
+            was_choice = torch.ones_like(chosen)
+            was_choice[first_tokens(selection.cu_seqlens)] = 0.0  # [CLS] stays whatever its probability
+            log_probability = log_probability + _sequence_sums(chosen * was_choice, entering) / entering
+            probability = torch.sigmoid(logits.detach())
+            entropy += F.binary_cross_entropy(probability, probability) / len(output.selections)
+        measured = {
+            "reward": reward.mean(),
+            "task_loss": task_loss.mean(),
+            "policy_entropy": entropy,
+            "dense_passes": torch.tensor(self._cost(lengths, kept, count)),
+            **_kept_measurements(kept[free], lengths.repeat(count)[free]),
+        }
+        return -(advantage * log_probability).mean(), measured
+
+    def task_losses(self, logits: Tensor, labels: Tensor, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        """The task's loss of each sequence."""
+        if self.distillation:
+            teacher = batch["teacher_logits"].softmax(-1).repeat(repeats, 1)
+            return -(teacher * logits.log_softmax(-1)).sum(-1)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+
+class Joint(Reinforcement):
+    """Everything together: the task's loss of the model as it reduces, and the selectors' policy gradient.
+
+    Args:
+        samples: 0 leaves the selectors as they are.
+        selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        points: OperatingPoints,
+        *,
+        samples: int,
+        length_penalty: float,
+        distillation: bool = True,
+        selection_policy: SelectionPolicy | None = None,
+    ):
+        super().__init__(model, points, samples=samples, length_penalty=length_penalty, distillation=distillation)
+        self.selection_policy = selection_policy
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        points, lengths = self.points.draw(len(labels), labels.device), batch["cu_seqlens"].diff()
+        loss, measured = torch.zeros((), device=labels.device), {"dense_passes": torch.zeros(())}
+        if self.samples:
+            loss, measured = self.policy_loss(labels, batch, points)
+            self.model.train(self.training)
+        # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
+        # many, those that it will be used with.
+        cuts = self.points.cuts_at(points, sampled=not self.points.follows)
+        selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
+        output = self.model(**_inputs(batch), selection_policy=self.selection_policy or selectors)
+        kept = torch.stack(output.kept_tokens, 1)
+        if self.selection_policy is None and self.points.follows:
+            self.points.follow(points, lengths, kept, selectors.spreads(), sampled=False)
+        task_loss = self.task_losses(output.logits, labels, batch).mean()
+        measured |= {
+            "task_loss": task_loss.detach(),
+            "dense_passes": measured["dense_passes"] + 3 * self._cost(lengths, kept),
+            **_kept_measurements(kept, lengths),
+        }
+        return {"loss": loss + task_loss, **measured}
+
+
+class SamplingPolicy:
+    """Keeps each token with its probability; for one forward pass.
+
+    Args:
+        cuts: what is taken off the keep logits, (sequences, reductions).
+        guided: the sequences whose tokens the guide chooses instead, bool (sequences,).
+        guide: (reductions, total tokens), needed where a sequence is guided.
+        at_random: False keeps what is more likely kept than not.
+    """
+
+    def __init__(self, cuts: Tensor, guided: Tensor | None = None, guide: Tensor | None = None, at_random: bool = True):
+        self.cuts, self.guided, self.guide, self.at_random = cuts, guided, guide, at_random
+        self.alive: Tensor | None = None
+        self._spreads: list[Tensor] = []
+
+    def spreads(self) -> Tensor:
+        """The standard deviations of the keep logits that were judged, (reductions,)."""
+        return torch.stack(self._spreads)
+
+    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+        self._spreads.append(logits.detach().std(correction=0))
+        lengths = cu_seqlens.diff().long()
+        probability = torch.sigmoid(logits.detach() - self.cuts[:, reduction].repeat_interleave(lengths))
+        keep = torch.rand_like(probability) < probability if self.at_random else probability >= 0.5
+        if self.guide is None or self.guided is None:
+            return keep
+        if self.alive is None:
+            self.alive = torch.arange(len(logits), device=logits.device)
+        counts = _sequence_sums(probability, lengths).round().long().clamp(min=1)
+        chosen = top_tokens(self.guide[reduction][self.alive], cu_seqlens, counts)
+        keep = torch.where(self.guided.repeat_interleave(lengths), chosen, keep)
+        keep[first_tokens(cu_seqlens)] = True
+        self.alive = self.alive[keep]
+        return keep
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in _INPUTS}
+
+
+def _sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """(tokens,) → (sequences,)."""
+    sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, sequence, values)
+
+
+def _kept_measurements(kept: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Kept fractions of all tokens but [CLS], which always stays."""
+    others = (kept - 1).sum(0) / (lengths - 1).sum().clamp(min=1)
+    return {f"kept_{reduction}": fraction for reduction, fraction in enumerate(others)}
