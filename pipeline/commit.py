@@ -133,7 +133,7 @@ def bind_output(output: Storage, identity: dict[str, Any], *, overwrite: bool) -
     Raises:
         UsageError: the output was made with another model or other options and `overwrite` is not set.
     """
-    if differences := output_differences(output, identity):
+    if differences := identity_differences(output_identity(output) or identity, identity):
         if not overwrite:
             raise refusal(output, differences)
         clear_output(output)
@@ -162,11 +162,8 @@ def output_identity(output: Storage) -> dict[str, Any] | None:
         raise StorageError(f"{output.uri}/{IDENTITY}: damaged: {error}") from error
 
 
-def output_differences(output: Storage, identity: dict[str, Any]) -> list[str]:
-    """In words, what an output was made with and a run is not; empty if nothing, or nothing is there."""
-    recorded = output_identity(output)
-    if recorded is None:
-        return []
+def identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """In words, what an output was made with and a run is not."""
     names = sorted(set(recorded) | set(identity))
     return [
         f"{name} {recorded.get(name)!r} where this run has {identity.get(name)!r}"

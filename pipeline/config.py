@@ -39,6 +39,13 @@ class ScoreConfig:
     overflow: str = option("windows", "documents longer than the model's positions: windows or truncate", identity=True)
     stride: int | None = option(None, "tokens a window shares with the one before it", identity=True)
     reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model", identity=True)
+    speedup: float | None = option(None, "least FLOPs speed-up, its thresholds from the model's calibration table")
+    max_drop: float | None = option(None, "most points of accuracy to lose for speed, from the calibration table")
+    thresholds: tuple[float, ...] | None = option(
+        None,
+        "keep probability from which on a token stays, one a reduction (default: the model's)",
+        identity=True,
+    )
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32", identity=True)
     split_bytes: int = option(8 << 20, "text bytes in one unit of work and of commit", identity=True)
     max_tokens_per_batch: int | None = option(None, "tokens in one batch of an actor")
@@ -71,6 +78,14 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UsageError(f"{name} {value} must not be negative")
+        choices = [name for name in ("speedup", "max_drop", "thresholds") if getattr(self, name) is not None]
+        if len(choices) > 1 or (choices and not self.reduce):
+            names = choices if self.reduce else ["no_reduce", *choices]
+            raise UsageError(f"{' and '.join(names)} cannot go together: each of them decides the speed")
+        if self.speedup is not None and not self.speedup >= 1:
+            raise UsageError(f"speedup {self.speedup} must be at least 1")
+        if self.max_drop is not None and not self.max_drop == self.max_drop:
+            raise UsageError(f"max_drop {self.max_drop} is no number")
         if isinstance(self.keep_columns, str):
             raise UsageError(f"keep_columns {self.keep_columns!r} must be a tuple of names")
         passed = [*([self.id_column] if self.id_column else []), *self.keep_columns]
@@ -102,13 +117,15 @@ class ScoreConfig:
             overflow=self.overflow,
             stride=self.stride,
             reduce=self.reduce,
+            thresholds=self.thresholds,
         )
 
     def identity(self) -> dict[str, Any]:
         """The options that decide the results."""
         fields = dataclasses.fields(self)
         values = {field.name: getattr(self, field.name) for field in fields if field.metadata.get("identity")}
-        return values | {"keep_columns": list(self.keep_columns)}  # as JSON gives it back
+        lists = {"keep_columns": list(self.keep_columns), "thresholds": self.thresholds and list(self.thresholds)}
+        return values | lists  # as JSON gives them back
 
 
 def _seconds(name: str, text: str) -> float:

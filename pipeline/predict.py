@@ -17,12 +17,13 @@ import torch
 from trbert_model.engine import DocumentResults, Engine, EngineOptions
 from trbert_model.tasks.classification import softmax
 
+from .choice import Model, pick
 from .encode import check_text, killed_row, rejected_table
 from .errors import PipelineError, UsageError
 from .ledger import NO_LEDGER, WHOLE, Entry, LedgerClient, Stop
 from .report import SplitStats
 from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
-from .storage import fetch_model
+from .storage import fetch_model, model_digest
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class TRBertPredictor:
         text_column: the column with the documents.
         probabilities: add every label's probability.
         threads: torch threads; default: torch's own.
+        speedup, max_drop: take the thresholds from the model's calibration table, as jobs/score.py does.
         options: the further arguments of `trbert_model.engine.EngineOptions`.
     """
 
@@ -82,12 +84,20 @@ class TRBertPredictor:
         text_column: str = "text",
         probabilities: bool = False,
         threads: int | None = None,
+        speedup: float | None = None,
+        max_drop: float | None = None,
         **options: Any,
     ):
         started = time.perf_counter()
         if threads:
             torch.set_num_threads(threads)
-        self.engine = Engine.from_pretrained(fetch_model(model), EngineOptions(**options))
+        directory = fetch_model(model)
+        self.engine = Engine.from_pretrained(directory, EngineOptions(**options))
+        if speedup is not None or max_drop is not None:
+            known = Model(directory, model_digest(directory), self.engine.config.max_position_embeddings)
+            self.expectation = pick(known, self.engine.dtype, speedup=speedup, max_drop=max_drop)
+            self.engine.config.selector_thresholds = list(self.expectation.point.thresholds)
+            logger.info("%s", self.expectation)
         self.text_column, self.probabilities = text_column, probabilities
         self.loaded_seconds = time.perf_counter() - started
 

@@ -174,6 +174,8 @@ class RunStatistics:
                 "failed": self.failed_splits,
             },
             "faults": {"process_deaths": self.deaths, "storage_retries": total.storage_retries},
+            "warnings": [],
+            "expectation": None,
             "documents": total.documents,
             "bad_rows": total.bad_rows,
             "labels": total.labels,
@@ -238,6 +240,14 @@ def summary(report: dict[str, Any]) -> str:
             f"computing {100 * report['actors']['computing_share']:.0f}% of steady state",
             "  busy        " + ", ".join(f"{stage} {busy:.1f} s" for stage, busy in report["busy_seconds"].items()),
         ]
+        if expected := report["expectation"]:
+            low, high = expected["drop_interval"]
+            lines.append(
+                f"  expected    {expected['flops_speedup']:.2f}x fewer FLOPs, kept "
+                + ", then ".join(f"{100 * fraction:.1f}%" for fraction in expected["kept_fractions"])
+                + f", {expected['drop']:+.2f} points lost ({low:+.2f} to {high:+.2f}): {expected['asked']}"
+            )
+    lines += [f"  warning     {warning}" for warning in report["warnings"]]
     if any(report["faults"].values()):
         faults = report["faults"]
         lines.append(

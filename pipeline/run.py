@@ -20,15 +20,16 @@ from ray._private import ray_constants
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
-from trbert_model.engine import load_model
+from trbert_model.engine import check_thresholds, load_model
 from trbert_model.errors import TRBertError
 from trbert_model.tasks.classification import ClassificationTask
 
+from .choice import Expectation, Model, choose, kept_drift, label_drift, last_labels
 from .commit import (
     Committed,
     bind_output,
+    identity_differences,
     inspect_object,
-    output_differences,
     output_identity,
     publish_splits,
     refusal,
@@ -72,35 +73,38 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         PipelineError: the run broke off; what was committed stays, and running again finishes it.
     """
     started = time.time()
-    output, shards, digest = _check(config)
+    output, shards, model = _check(config)
     if config.dry_run:
-        return plan_of(config, output, shards, digest)
+        return plan_of(config, output, shards, model)
     run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3)
     stop = StopRequest()
     with (
         stop.on_sigterm() as install_handler,
         OutputLock(output, run_id, lambda: stop.request("another run has taken the output over")),
     ):
-        differences = _differences(config, output, digest)
+        differences = _differences(config, output, model)
         if differences and not config.overwrite:
             raise refusal(output, differences)
         plan = None if differences else make_plan(shards, output)
         if plan is not None and not plan.pending:
-            return _Run(config, output, plan, None, digest, run_id, started, stop).execute()
+            return _Run(config, output, plan, None, None, model.digest, run_id, started, stop).execute()
         started_ray = _start_ray()
         install_handler()
         try:
             placement = place(config, spare_cpus=READER_CPUS + COMMIT_CPUS)
             config = replace(config, dtype=placement.dtype if config.dtype == "auto" else config.dtype)
-            bind_output(output, _identity(config, digest), overwrite=config.overwrite)
+            config, expectation = choose(config, model)
+            if expectation:
+                _say(str(expectation))
+            bind_output(output, _identity(config, model.digest), overwrite=config.overwrite)
             plan = plan or make_plan(shards, output)
-            return _Run(config, output, plan, placement, digest, run_id, started, stop).execute()
+            return _Run(config, output, plan, placement, expectation, model.digest, run_id, started, stop).execute()
         finally:
             if started_ray:
                 ray.shutdown()
 
 
-def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
+def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], Model]:
     """Everything that can be known before Ray starts."""
     output = config.storage(config.output)
     root = Storage(input_root(config.input))
@@ -109,11 +113,16 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], str]:
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
     directory = fetch_model(config.model)
     try:
-        model, tokenizer = load_model(directory)
-        ClassificationTask(tokenizer, model.config.max_position_embeddings, config.overflow, config.stride)
+        loaded, tokenizer = load_model(directory)
+        ClassificationTask(tokenizer, loaded.config.max_position_embeddings, config.overflow, config.stride)
+        if config.thresholds is not None:
+            check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:
         raise UsageError(str(error)) from error
-    return output, list_shards(config.storage(config.input)), model_digest(directory)
+    model = Model(directory, model_digest(directory), loaded.config.max_position_embeddings)
+    if config.dtype != "auto":  # else the cluster decides on the dtype, and with it on the table
+        choose(config, model)
+    return output, list_shards(config.storage(config.input)), model
 
 
 def _real(place: Storage) -> str:
@@ -126,17 +135,26 @@ def _identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
     return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
 
 
-def _differences(config: ScoreConfig, output: Storage, digest: str) -> list[str]:
-    """What the output was made with and this run is not, as far as that is known before a cluster is."""
-    differences = output_differences(output, _identity(config, digest))
+def _differences(config: ScoreConfig, output: Storage, model: Model) -> list[str]:
+    """What the output was made with and this run is not. A dtype that the cluster decides on is taken to be the
+    output's, until there is a cluster."""
+    recorded = output_identity(output)
+    if recorded is None:
+        return []
     if config.dtype == "auto":
-        differences = [difference for difference in differences if not difference.startswith("dtype ")]
-    return differences
+        config = replace(config, dtype=recorded.get("dtype", "float32"))
+    try:
+        config, _ = choose(config, model)
+    except UsageError as error:
+        if not config.overwrite:
+            raise
+        return [str(error)]  # what is there goes away: its dtype is not this run's
+    return identity_differences(recorded, _identity(config, model.digest))
 
 
-def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], digest: str) -> dict[str, Any]:
+def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], model: Model) -> dict[str, Any]:
     """What a run would do: shards and bytes to read, what is done, and whether the output would be refused."""
-    differences = _differences(config, output, digest)
+    differences = _differences(config, output, model)
     plan = Plan(pending=[(shard, frozenset()) for shard in shards]) if differences else make_plan(shards, output)
     return {
         "dry_run": True,
@@ -210,13 +228,15 @@ class _Run:
         output: Storage,
         plan: Plan,
         placement: Placement | None,
+        expectation: Expectation | None,
         digest: str,
         run_id: str,
         started: float,
         stop: StopRequest,
     ):
         self.config, self.output, self.plan, self.placement, self.digest = config, output, plan, placement, digest
-        self.run_id, self.started, self.stop = run_id, started, stop
+        self.expectation, self.run_id, self.started, self.stop = expectation, run_id, started, stop
+        self.labels_before = last_labels(output, digest) if plan.pending else {}
         self.ledger = start_ledger() if plan.pending else NO_LEDGER
         self.statistics = RunStatistics(self.run_id, plan, started)
         self.progress = {shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending}
@@ -245,6 +265,8 @@ class _Run:
             self.marker_writers.shutdown(wait=True)
             self.statistics.stopped = self.stop.reason
             report = self.statistics.report(status=status, exit_code=code, settings=self._settings())
+            report["warnings"] = kept_drift(report["kept_fractions"], self.expectation)
+            report["warnings"] += label_drift(report["labels"], self.labels_before)
             try:
                 self.output.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
             except StorageError as error:  # the report is returned all the same, and an error under way is not hidden
@@ -438,6 +460,7 @@ class _Run:
             "output": self.config.output,
             "model": {"uri": self.config.model, "digest": self.digest},
             "options": self.config.identity(),
+            "expectation": self.expectation.as_dict() if self.expectation else None,
             "placement": self.placement.as_dict() if self.placement else None,
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         }

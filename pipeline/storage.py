@@ -60,6 +60,8 @@ _PASSING_NUMBERS = {
 
 # Files of a model directory; whatever else lies there (pickled weights, optimizer states) is not fetched.
 _MODEL_FILES = (".json", ".safetensors", ".txt")
+# Of these, the ones that say something about the model and change nothing in its results.
+_ABOUT_A_MODEL = ("training.json", "calibration.json")
 
 
 @dataclass(frozen=True)
@@ -474,7 +476,7 @@ def model_digest(directory: Path) -> str:
     """SHA-256 over the files of a model directory that decide its results."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name.endswith(_MODEL_FILES) and path.name != "training.json":
+        if path.is_file() and path.name.endswith(_MODEL_FILES) and path.name not in _ABOUT_A_MODEL:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while block := file.read(1 << 20):

@@ -142,6 +142,9 @@ class OperatingPoint:
     drop: float
     drop_interval: tuple[float, float]
 
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "OperatingPoint":
         return cls(**{name: _tuples(value) for name, value in values.items()})
@@ -153,17 +156,19 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A model's table: its points by rising FLOPs speed-up, none of them slower and worse than another.
+    """A model's table: its own thresholds' point, and points by rising FLOPs speed-up, none of them beaten by another
+    in both speed and accuracy.
 
-    key: model digest, dtype and window length in tokens, the conditions it was measured under.
+    key: model digest, dtype and window length in tokens, the conditions it was measured under; corpus: the labelled
+    documents' name, and documents their number; dense_accuracy: in percent.
     """
 
     key: str
     corpus: str
     documents: int
     dense_accuracy: float
+    default: OperatingPoint
     points: tuple[OperatingPoint, ...]
-    default: OperatingPoint | None = None
 
     def pick(self, *, speedup: float | None = None, max_drop: float | None = None) -> OperatingPoint:
         """The most accurate point of at least this FLOPs speed-up, or the fastest that loses at most this many points.
@@ -208,22 +213,25 @@ def read_calibration(directory: str | Path, key: str) -> Calibration | None:
         if values is None:
             return None
         points = tuple(OperatingPoint.from_json(point) for point in values.pop("points"))
-        default = values.pop("default")
-        return Calibration(
-            **values, points=points, default=None if default is None else OperatingPoint.from_json(default)
-        )
+        default = OperatingPoint.from_json(values.pop("default"))
+        return Calibration(**values, default=default, points=points)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); make it anew with jobs/evaluate.py") from error
 
 
-def write_calibration(directory: str | Path, table: Calibration) -> None:
-    """Add a table to the model directory's file, or replace the one for the same conditions."""
+def with_table(directory: str | Path, table: Calibration) -> bytes:
+    """The directory's `calibration.json` with a table added, or put in the place of the one for its conditions.
+
+    Raises:
+        CheckpointError: the file that is there is damaged.
+    """
     path = Path(directory) / FILE
-    tables = json.loads(path.read_text()) if path.is_file() else {}
-    tables[table.key] = dataclasses.asdict(table)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tables, indent=1) + "\n")
-    partial.rename(path)
+    try:
+        tables = json.loads(path.read_text()) if path.is_file() else {}
+        tables[table.key] = dataclasses.asdict(table)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); remove it") from error
+    return (json.dumps(tables, indent=1) + "\n").encode()
 
 
 def calibrate(
@@ -277,8 +285,8 @@ def calibrate(
         corpus=corpus,
         documents=len(truth),
         dense_accuracy=100 * float(right.mean()),
-        points=tuple(pareto_front(points)),
         default=measure(config.selector_thresholds),
+        points=tuple(pareto_front(points)),
     )
 
 

@@ -48,6 +48,7 @@ class EngineOptions:
     dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
     overflow, stride: what becomes of documents longer than the positions, see `ClassificationTask`.
     reduce: False runs the dense model.
+    thresholds: keep probabilities from which on a token stays, one a reduction; default: the model's own.
     """
 
     max_tokens_per_batch: int | None = None
@@ -56,8 +57,11 @@ class EngineOptions:
     overflow: str = "windows"
     stride: int | None = None
     reduce: bool = True
+    thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        if self.thresholds is not None and not all(0 <= threshold <= 1 for threshold in self.thresholds):
+            raise ConfigurationError(f"thresholds {self.thresholds} must be probabilities from 0 to 1")
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
         check_overflow(self.overflow, self.stride)
@@ -128,6 +132,10 @@ class Engine:
         selection_policy: SelectionPolicy | None = None,
     ):
         self.options = options
+        self.config: TRBertConfig = model.config
+        if options.thresholds is not None:
+            check_thresholds(self.config, options.thresholds)
+            self.config.selector_thresholds = list(options.thresholds)
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = options.dtype
         if dtype == "auto":
@@ -137,7 +145,6 @@ class Engine:
         fuse_for_inference(self.model)
         for selector in self.model.bert.encoder.selectors:
             selector.float()
-        self.config: TRBertConfig = model.config
         self.task = ClassificationTask(
             tokenizer, self.config.max_position_embeddings, overflow=options.overflow, stride=options.stride
         )
@@ -244,6 +251,15 @@ class Engine:
         )
         kept = [counts.cpu().numpy() for counts in output.kept_tokens]
         return output.logits.float().cpu().numpy(), np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
+
+
+def check_thresholds(config: TRBertConfig, thresholds: Sequence[float]) -> None:
+    """Raises ConfigurationError if they are not one a reduction."""
+    if len(thresholds) != len(config.reduction_layers):
+        raise ConfigurationError(
+            f"thresholds {tuple(thresholds)} must be one for each of the model's reduction layers "
+            f"{config.reduction_layers}"
+        )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -55,8 +55,7 @@ def read_labelled(uri: str, text_column: str, label_column: str) -> tuple[list[s
     """Texts and labels (as strings) of a labelled Parquet file.
 
     Raises:
-        InputError: the file cannot be read, a column is missing, a text or label is null, or there are fewer than two
-            labels.
+        InputError: the file cannot be read, a column is missing, or a text or label is null.
     """
     try:
         with fsspec.open(uri, "rb") as file:
@@ -70,8 +69,6 @@ def read_labelled(uri: str, text_column: str, label_column: str) -> tuple[list[s
         if table[column].null_count:
             raise InputError(f"{uri}: {table[column].null_count} rows have no {column!r}; remove them first")
     labels = [str(label) for label in table[label_column].to_pylist()]
-    if len(set(labels)) < 2:
-        raise InputError(f"{uri}: column {label_column!r} has fewer than two different labels")
     texts = table[text_column].to_pylist()
     return [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts], labels
 

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .calibration import cuts_for, kept_fractions_for, schedules, thresholds_of
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
 from .engine import Engine, EngineOptions
-from .errors import ConfigurationError, TrainingError
+from .errors import ConfigurationError, InputError, TrainingError
 from .labelled import LabelledCorpus, WindowDataset, read_labelled
 from .modeling import SelectionPolicy, TRBertForSequenceClassification
 from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
@@ -158,6 +158,8 @@ def _model(config: TrainingConfig) -> TRBertForSequenceClassification:
     layers = None if config.reduction_layers is None else list(config.reduction_layers)
     _, labels = read_labelled(config.train, config.text_column, config.label_column)
     names = sorted(set(labels))
+    if len(names) < 2:
+        raise InputError(f"{config.train}: column {config.label_column!r} has fewer than two different labels")
     selectors: dict[str, Any] = {"reduction_layers": layers, "selector_size": config.selector_size}
     if config.fine_tune_epochs:
         model: Model = convert_checkpoint(config.backbone, labels=names, **selectors)

@@ -21,7 +21,7 @@ from trbert_model.calibration import (
     read_calibration,
     schedules,
     thresholds_of,
-    write_calibration,
+    with_table,
 )
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.flops import dense_flops, reduced_flops
@@ -77,7 +77,9 @@ def test_the_front_has_no_point_that_another_beats():
 
 
 def test_a_choice_takes_the_best_point_that_keeps_the_promise():
-    table = Calibration("k", "c", 100, 92.0, (point(2, 91.8, 0.2), point(3, 91, 1.0), point(4, 89, 3.0)))
+    table = Calibration(
+        "k", "c", 100, 92.0, point(2.2, 91), (point(2, 91.8, 0.2), point(3, 91, 1.0), point(4, 89, 3.0))
+    )
     assert table.pick(speedup=2).flops_speedup == 2
     assert table.pick(speedup=2.5).flops_speedup == 3
     assert table.pick(max_drop=1.0).flops_speedup == 3
@@ -121,12 +123,11 @@ def test_a_table_is_measured_written_and_read_again(tmp_path):
         np.testing.assert_allclose(each.kept_fractions, fractions)
         assert all(low <= fraction <= high for fraction, (low, high) in zip(fractions, each.kept_spread))
     assert 1.3 < table.points[0].flops_speedup < 3
-    assert table.default is not None
     assert table.default.thresholds == (0.5, 0.5)
 
-    write_calibration(tmp_path, table)
     other = dataclasses.replace(table, key=calibration_key("0123456789abcdef0123", "bfloat16", 32))
-    write_calibration(tmp_path, other)
+    for each in (dataclasses.replace(table, corpus="an older one"), other, table):
+        (tmp_path / "calibration.json").write_bytes(with_table(tmp_path, each))
     assert read_calibration(tmp_path, key) == table
     assert read_calibration(tmp_path, other.key) == other
     assert read_calibration(tmp_path, "another model's") is None
@@ -134,3 +135,6 @@ def test_a_table_is_measured_written_and_read_again(tmp_path):
     (tmp_path / "calibration.json").write_text(json.dumps({key: {"points": [{}]}}))
     with pytest.raises(CheckpointError, match=r"calibration.json: damaged .* jobs/evaluate.py"):
         read_calibration(tmp_path, key)
+    (tmp_path / "calibration.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"calibration.json: damaged .* remove it"):
+        with_table(tmp_path, table)

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from tests.conftest import TINY, tiny_tokenizer
-from trbert_model import ConfigurationError, TrainingError
+from trbert_model import ConfigurationError, InputError, TrainingError
 from trbert_model.convert import apply_adapter, convert_checkpoint
 from trbert_model.engine import Engine, EngineOptions, load_model
 from trbert_model.labelled import read_labelled
@@ -153,6 +153,12 @@ def test_one_model_for_many_speeds_from_a_fine_tuned_backbone(corpus):
     other = dataclasses.replace(config, train=str(corpus / "other.parquet"), output=str(corpus / "other"))
     with pytest.raises(ConfigurationError, match=r"dense: its labels do not have \['x', 'y'\]"):
         train(other)
+
+
+def test_one_label_is_none_to_learn(corpus):
+    pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "x"]}), corpus / "one.parquet")
+    with pytest.raises(InputError, match="column 'label' has fewer than two different labels"):
+        train(options(corpus, train=str(corpus / "one.parquet")))
 
 
 def test_the_papers_recipe_leaves_the_threshold_alone(corpus):

@@ -1,0 +1,91 @@
+"""Measure what a model gives at every speed, on a labelled corpus, and write its calibration table.
+
+    python jobs/evaluate.py --model model --corpus labelled.parquet
+
+The table goes into the model directory as calibration.json, where jobs/score.py --speedup and --max-drop look for it,
+and is drawn as calibration.png. The documents should be none of the training's. With --no-write the model directory
+is left alone: a test set, for instance, is for looking at the table, not for choosing from it.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.command import run_command
+from pipeline.errors import UsageError
+from pipeline.storage import Storage, fetch_model, model_digest
+from trbert_model.calibration import FILE, SPEEDUPS, Calibration, OperatingPoint, calibrate, calibration_key, with_table
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.labelled import LabelledCorpus
+from trbert_model.options import option, parse_options
+from trbert_model.plotting import draw_calibration
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The options of an evaluation."""
+
+    model: str = option("", "directory or URI of a TR-BERT model")
+    corpus: str = option("", "Parquet file or URI with labelled documents")
+    text_column: str = option("text", "column with the documents")
+    label_column: str = option("label", "column with the labels")
+    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
+    speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
+    plot: str | None = option(None, "PNG or SVG file for the picture (default: calibration.png in the model directory)")
+    write: bool = option(True, "write table and picture into the model directory")
+
+    def __post_init__(self):
+        for name in ("model", "corpus"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is required")
+        if not self.speedups or not min(self.speedups) > 1:
+            raise UsageError(f"speedups {self.speedups} must be more than 1 each")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = parse_options(EvaluateConfig, arguments, __doc__ or "")
+    logging.getLogger("trbert_model").setLevel(logging.INFO)
+    directory = fetch_model(config.model)
+    engine = Engine.from_pretrained(directory, EngineOptions(dtype=config.dtype))
+    if not engine.config.reduction_layers:
+        raise UsageError(f"{config.model}: it has no reduction layers, so there is no speed to choose")
+    columns = (config.text_column, config.label_column)
+    corpus = LabelledCorpus.read(config.corpus, engine.task, *columns, names=engine.labels)
+    key = calibration_key(model_digest(directory), engine.dtype, engine.config.max_position_embeddings)
+    name = Path(config.corpus).name
+    table = calibrate(engine, corpus.documents, corpus.labels, key=key, corpus=name, speedups=config.speedups)
+    print(as_text(table))
+    if config.write:
+        Storage(config.model).write(FILE, with_table(directory, table))
+        print(f"\nwritten to {config.model}/{FILE}")
+    plot = config.plot or (str(Path(config.model) / "calibration.png") if config.write else None)
+    if plot is not None and "://" not in plot:
+        draw_calibration(table, plot)
+        print(f"drawn in {plot}")
+    return 0
+
+
+def as_text(table: Calibration) -> str:
+    """The table for a terminal."""
+    lines = [
+        f"{table.documents:,} documents of {table.corpus}, dense {table.dense_accuracy:.2f}%",
+        f"{'':10} {'FLOPs':>7} {'time':>7} {'accuracy':>9} {'drop':>7} {'95% interval':>16}  kept",
+    ]
+    for label, point in [*(("", point) for point in table.points), ("default", table.default)]:
+        lines.append(_line(label, point))
+    return "\n".join(lines)
+
+
+def _line(label: str, point: OperatingPoint) -> str:
+    low, high = point.drop_interval
+    kept = " / ".join(f"{100 * fraction:.0f}%" for fraction in point.kept_fractions)
+    return (
+        f"{label:10} {point.flops_speedup:6.2f}x {point.measured_speedup:6.2f}x {point.accuracy:8.2f}% "
+        f"{point.drop:+7.2f} {low:+7.2f} to {high:+5.2f}  {kept}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

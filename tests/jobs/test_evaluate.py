@@ -1,0 +1,73 @@
+"""jobs/evaluate.py: the table it measures, writes and draws, and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.evaluate import main
+from pipeline.errors import UsageError
+from pipeline.predict import TRBertPredictor
+from pipeline.storage import model_digest
+from tests.pipeline.stages import texts
+from trbert_model.calibration import calibration_key, read_calibration
+from trbert_model.engine import Engine, EngineOptions
+
+
+@pytest.fixture
+def labelled(model_directory, tmp_path):
+    """A model of its own, and documents with the labels it gives them."""
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    engine = Engine.from_pretrained(model, EngineOptions(device="cpu", reduce=False))
+    documents = texts(40)
+    labels = [engine.labels[i] for i in engine.score_texts(documents).logits.argmax(1)]
+    pq.write_table(pa.table({"text": documents, "label": labels}), tmp_path / "labelled.parquet")
+    return model, tmp_path / "labelled.parquet"
+
+
+def test_a_table_is_written_drawn_and_used(labelled, capsys):
+    model, corpus = labelled
+    digest = model_digest(model)
+    assert main(["--model", str(model), "--corpus", str(corpus), "--speedups", "1.2,1.5,2"]) == 0
+    printed = capsys.readouterr().out
+    assert "40 documents of labelled.parquet, dense 100.00%" in printed
+    assert "default" in printed
+    assert (model / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert model_digest(model) == digest, "a table changes nothing in the model's results"
+    table = read_calibration(model, calibration_key(digest, "float32", 32))
+    assert table is not None
+    assert table.dense_accuracy == 100.0
+
+    fastest = table.points[-1]
+    predictor = TRBertPredictor(str(model), speedup=fastest.flops_speedup, device="cpu")
+    batch = predictor({"text": np.array(pq.read_table(corpus)["text"].to_pylist(), dtype=object)})
+    kept = np.stack(batch["kept_tokens"]).sum(0) / batch["num_tokens"].sum()
+    np.testing.assert_allclose(kept, fastest.kept_fractions, rtol=1e-6)
+    with pytest.raises(UsageError, match="max_drop -200"):
+        TRBertPredictor(str(model), max_drop=-200, device="cpu")
+
+
+def test_no_write_leaves_the_model_alone(labelled, tmp_path):
+    model, corpus = labelled
+    before = sorted(path.name for path in model.iterdir())
+    plot = tmp_path / "plot.svg"
+    arguments = ["--model", str(model), "--corpus", str(corpus), "--speedups", "1.5", "--no-write"]
+    assert main([*arguments, "--plot", str(plot)]) == 0
+    assert sorted(path.name for path in model.iterdir()) == before
+    assert "<svg" in plot.read_text()
+
+
+def test_what_cannot_be_measured_is_refused(labelled, tmp_path):
+    model, corpus = labelled
+    with pytest.raises(UsageError, match="corpus is required"):
+        main(["--model", str(model)])
+    with pytest.raises(UsageError, match=r"speedups .* more than 1"):
+        main(["--model", str(model), "--corpus", str(corpus), "--speedups", "0.5"])
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"reduction_layers": [], "selector_thresholds": []}))
+    with pytest.raises(UsageError, match="no reduction layers"):
+        main(["--model", str(model), "--corpus", str(corpus)])

@@ -1,0 +1,124 @@
+"""The speed a run is asked for: what is picked from a table, what is refused, and when a corpus has drifted."""
+
+import json
+
+import pytest
+
+from pipeline.choice import Expectation, Model, choose, kept_drift, label_drift, last_labels
+from pipeline.config import ScoreConfig
+from pipeline.errors import UsageError
+from pipeline.storage import Storage
+from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, with_table
+
+DIGEST = "0123456789abcdef0123"
+
+
+def point(speedup: float, drop: float, thresholds: tuple[float, ...]) -> OperatingPoint:
+    spread = ((0.2, 0.5), (0.1, 0.3))
+    return OperatingPoint(thresholds, (0.3, 0.2), spread, speedup, speedup, 90 - drop, (80, 95), drop, (-1, 3))
+
+
+@pytest.fixture
+def model(tmp_path) -> Model:
+    """A model directory with a table for float32, and the digest it was made for."""
+    table = Calibration(
+        key=calibration_key(DIGEST, "float32", 512),
+        corpus="dev.parquet",
+        documents=1000,
+        dense_accuracy=90.0,
+        default=point(2.9, 1.0, (0.5, 0.5)),
+        points=(point(2.0, 0.1, (0.2, 0.2)), point(3.1, 0.9, (0.4, 0.4)), point(5.0, 3.0, (0.7, 0.7))),
+    )
+    (tmp_path / "calibration.json").write_bytes(with_table(tmp_path, table))
+    return Model(tmp_path, DIGEST, 512)
+
+
+def config(**options) -> ScoreConfig:
+    return ScoreConfig(**{"input": "in", "output": "out", "model": "m", "dtype": "float32"} | options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "thresholds"),
+    [
+        ({"speedup": 3.0}, (0.4, 0.4)),
+        ({"speedup": 1.0}, (0.2, 0.2)),
+        ({"max_drop": 1.0}, (0.4, 0.4)),
+        ({"max_drop": 50.0}, (0.7, 0.7)),
+        ({"thresholds": (0.7, 0.7)}, (0.7, 0.7)),
+    ],
+)
+def test_thresholds_come_from_the_table(model, asked, thresholds):
+    chosen, expectation = choose(config(**asked), model)
+    assert chosen.thresholds == thresholds
+    assert (chosen.speedup, chosen.max_drop) == (None, None)
+    assert expectation is not None
+    assert expectation.point.thresholds == thresholds
+    assert chosen.identity()["thresholds"] == list(thresholds)
+
+
+def test_without_a_choice_the_models_own_thresholds_are_expected(model):
+    chosen, expectation = choose(config(), model)
+    assert chosen == config()
+    assert expectation is not None
+    assert expectation.point.flops_speedup == 2.9
+    assert "the model's own thresholds: thresholds 0.5, 0.5; expect 2.90x fewer FLOPs" in str(expectation)
+    assert "+1.00 points lost (-1.00 to +3.00; on 1,000 documents of dev.parquet)" in str(expectation)
+    for unmeasured in (config(dtype="bfloat16"), config(reduce=False), config(thresholds=(0.3, 0.3))):
+        assert choose(unmeasured, model) == (unmeasured, None)
+
+
+def test_what_no_table_can_promise_is_refused_with_the_command_that_makes_one(model, tmp_path):
+    with pytest.raises(
+        UsageError,
+        match=r"speedup 3: .* no calibration table for bfloat16 and windows of 512 tokens; "
+        r"make it with: python jobs/evaluate.py --model .* --dtype bfloat16 --corpus LABELLED.parquet",
+    ):
+        choose(config(speedup=3.0, dtype="bfloat16"), model)
+    with pytest.raises(UsageError, match=r"max_drop 0.5: .* no calibration table"):
+        choose(config(max_drop=0.5), Model(tmp_path, "another digest 01234", 512))
+    with pytest.raises(UsageError, match=r"speedup 6 is beyond the calibration table, which ends at 5\.00x"):
+        choose(config(speedup=6.0), model)
+    (tmp_path / "calibration.json").write_text("{")
+    with pytest.raises(UsageError, match=r"calibration.json: damaged"):
+        choose(config(speedup=3.0), model)
+
+
+def test_a_corpus_that_keeps_other_fractions_is_said(model):
+    _, expectation = choose(config(speedup=3.0), model)
+    assert kept_drift([0.3, 0.2], expectation) == []
+    assert kept_drift([0.3, 0.2], None) == []
+    (warning,) = kept_drift([0.6, 0.2], expectation)
+    assert "reduction 0 kept 60.0% of tokens, outside the 20.0% to 50.0%" in warning
+
+
+def test_label_shares_that_moved_are_said_beyond_chance():
+    before = {"a": 5000, "b": 3000, "c": 2000}
+    assert label_drift({"a": 490, "b": 310, "c": 200}, before) == []
+    assert label_drift({"a": 3, "b": 5, "c": 2}, before) == [], "ten documents say little"
+    assert label_drift({}, before) == []
+    assert label_drift(before, {}) == []
+    (warning,) = label_drift({"a": 2500, "b": 5000, "c": 2500}, before)
+    assert warning == "label shares have moved by 25.0% of documents since the last run, 'a' by -25.0 points"
+    assert label_drift({"new": 1000}, before)
+
+
+def test_the_last_run_is_the_newest_that_scored_with_this_model(tmp_path):
+    output = Storage(str(tmp_path / "out"))
+    assert last_labels(output, DIGEST) == {}
+    for name, report in {
+        "20261101T000000Z-a": {"documents": 5, "labels": {"a": 5}, "model": {"digest": DIGEST}},
+        "20261102T000000Z-b": {"documents": 6, "labels": {"a": 6}, "model": {"digest": DIGEST}},
+        "20261103T000000Z-c": {"documents": 7, "labels": {"a": 7}, "model": {"digest": "another"}},
+        "20261104T000000Z-d": {"documents": 0, "labels": {}, "model": {"digest": DIGEST}},
+    }.items():
+        output.write(f"_runs/{name}.json", json.dumps(report).encode())
+    output.write("_runs/20261105T000000Z-e.json", b"{")
+    assert last_labels(output, DIGEST) == {"a": 6}
+
+
+def test_an_expectation_is_part_of_a_report_as_json(model):
+    _, expectation = choose(config(speedup=3.0), model)
+    assert isinstance(expectation, Expectation)
+    values = json.loads(json.dumps(expectation.as_dict()))
+    assert values["asked"] == "speedup 3"
+    assert values["thresholds"] == [0.4, 0.4]

@@ -1,0 +1,44 @@
+"""A calibration table as a picture: accuracy over FLOPs speed-up and over measured speed-up."""
+
+from pathlib import Path
+
+from .calibration import Calibration, OperatingPoint
+
+
+def draw_calibration(table: Calibration, path: str | Path) -> None:
+    """Two panels side by side, dense and default thresholds marked, with 95% intervals, as a PNG or SVG file."""
+    import matplotlib  # late: only who draws needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, name, title in (
+        (panels[0], "flops_speedup", "FLOPs speed-up over dense"),
+        (panels[1], "measured_speedup", "measured speed-up over dense"),
+    ):
+        points = sorted(table.points, key=lambda point: getattr(point, name))
+        panel.errorbar(
+            [getattr(point, name) for point in points],
+            [point.accuracy for point in points],
+            yerr=_errors(points),
+            marker="o",
+            capsize=3,
+            label="calibration table",
+        )
+        panel.plot(1, table.dense_accuracy, "k*", markersize=12, label="dense")
+        panel.plot(getattr(table.default, name), table.default.accuracy, "rs", label="default thresholds")
+        panel.axhline(table.dense_accuracy, color="gray", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"accuracy, % of {table.documents:,} documents")
+    panels[0].legend(loc="lower left")
+    figure.suptitle(table.corpus)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _errors(points: list[OperatingPoint]) -> list[list[float]]:
+    low = [max(point.accuracy - point.accuracy_interval[0], 0.0) for point in points]
+    high = [max(point.accuracy_interval[1] - point.accuracy, 0.0) for point in points]
+    return [low, high]
