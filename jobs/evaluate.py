@@ -33,7 +33,7 @@ class EvaluateConfig:
     label_column: str = option("label", "column with the labels")
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
     speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
-    plot: str | None = option(None, "PNG or SVG file for the picture (default: calibration.png in the model directory)")
+    plot: str | None = option(None, "PNG or SVG file for the picture (default: a local model directory's calibration.png)")
     write: bool = option(True, "write table and picture into the model directory")
 
     def __post_init__(self):
@@ -57,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = Path(config.corpus).name
     table = calibrate(engine, corpus.documents, corpus.labels, key=key, corpus=name, speedups=config.speedups)
     print(as_text(table))
+    place = Storage(config.model)
     if config.write:
-        Storage(config.model).write(FILE, with_table(directory, table))
+        place.write(FILE, with_table(directory, table))
         print(f"\nwritten to {config.model}/{FILE}")
-    plot = config.plot or (str(Path(config.model) / "calibration.png") if config.write else None)
-    if plot is not None and "://" not in plot:
+    plot = config.plot or (f"{place.root}/calibration.png" if config.write and place.is_local else None)
+    if plot is not None:
         draw_calibration(table, plot)
         print(f"drawn in {plot}")
     return 0

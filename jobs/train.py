@@ -2,10 +2,12 @@
 
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 
-Fine-tunes the dense model, teaches the token selectors by imitation, fine-tunes both together; run again after a kill,
-it resumes. The model directory is what jobs/score.py --model takes.
+Fine-tunes the dense model, teaches the token selectors by imitation and by reinforcement, trains both together; run
+again after a kill, it resumes. With --num-workers it trains data-parallel through Ray Train. The model directory is
+what jobs/score.py --model takes.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,14 +18,25 @@ from trbert_model.training import TrainingConfig, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    config = parse_options(TrainingConfig, arguments, __doc__ or "")
+    workers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    workers.add_argument("--num-workers", type=int, default=1)
+    ours, rest = workers.parse_known_args(arguments)
+    config = parse_options(
+        TrainingConfig, rest, (__doc__ or "") + "\n--num-workers N: Ray Train's workers (default: 1)"
+    )
     logging.getLogger("trbert_model").setLevel(logging.INFO)
-    measured = train(config)
+    if ours.num_workers > 1:
+        from pipeline.train import train_distributed  # late: who trains alone needs no Ray
+
+        measured = train_distributed(config, ours.num_workers)
+    else:
+        measured = train(config)
     for stage, result in measured["stages"].items():
-        print(
-            f"{stage:24} accuracy {100 * result['accuracy']:.2f}% on {result['documents']} documents, "
-            f"{result['flops_speedup']:.2f}x fewer FLOPs than dense"
-        )
+        if "accuracy" in result:
+            print(
+                f"{stage:24} accuracy {100 * result['accuracy']:.2f}% on {result['documents']} documents, "
+                f"{result['flops_speedup']:.2f}x fewer FLOPs than dense"
+            )
     print(f"saved to {config.output}")
     return 0
 

@@ -13,6 +13,7 @@ is 0.5. Each stage starts from the last one's result; what each minimises is in 
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 from collections import defaultdict
@@ -124,19 +125,26 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
         selection_policy: chooses the tokens of the joint stage and its evaluation instead of the selectors, for
             comparisons with simpler rules.
 
+    In a process group of torch.distributed it trains data-parallel; the output must be a directory that all
+    processes share.
+
     Returns the measurements, also written to `output/training.json`: each stage's accuracy and FLOPs speed-up on
-    `evaluation` where one is given, and its cost in dense forward passes a document.
+    `evaluation` where one is given, its cost in dense forward passes a document, and a digest of the parameters that
+    each process ended with.
 
     Raises:
         ConfigurationError: options that do not go together, or stages in the output that were trained with others.
         InputError: a corpus that cannot be read or has other labels.
-        TrainingError: a stage's selectors keep everything, or nothing.
+        TrainingError: a stage's selectors keep everything, or nothing; processes that ended with other parameters.
     """
     torch.manual_seed(config.seed)
+    if config.batch_size % _world_size():
+        raise ConfigurationError(f"batch_size {config.batch_size} must be a multiple of the {_world_size()} workers")
     output = Path(config.output)
     tokenizer = AutoTokenizer.from_pretrained(config.backbone, local_files_only=True)
     model = _model(config)
-    _bind_stages(output / "stages", config)
+    if _is_main_process():
+        _bind_stages(output / "stages", config)
     task = ClassificationTask(tokenizer, model.config.max_position_embeddings)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     columns = (config.text_column, config.label_column)
@@ -309,7 +317,7 @@ class _Run:
             parameter.requires_grad_(True)
         arguments = TrainingArguments(
             output_dir=str(directory),
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // _world_size(),
             num_train_epochs=config.epochs(name),
             learning_rate=config.learning_rate if name == "fine_tune" else config.selector_learning_rate,
             warmup_steps=config.warmup,
@@ -337,6 +345,7 @@ class _Run:
         )
         checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         trainer.train(resume_from_checkpoint=checkpoint)
+        self.measurements["replicas"] = _replicas(self.model)
         history = [entry["dense_passes"] for entry in trainer.state.log_history if "dense_passes" in entry]
         if history:
             self.measurements["stages"].setdefault(name, {})["dense_passes_per_document"] = float(np.mean(history))
@@ -387,6 +396,27 @@ class StageTrainer(Trainer):
 
 def _is_main_process() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _replicas(model: Model) -> list[str]:
+    """A digest of every process's parameters.
+
+    Raises:
+        TrainingError: they are not the same.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+    digests = [digest.hexdigest()[:16]] * _world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(digests, digest.hexdigest()[:16])
+    if len(set(digests)) > 1:
+        raise TrainingError(f"the workers' parameters are not the same: {digests}")
+    return digests
 
 
 def _bind_stages(stages: Path, config: TrainingConfig) -> None:

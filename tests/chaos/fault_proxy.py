@@ -84,7 +84,7 @@ class FaultProxy:
             auto_decompress=False,
             skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE),
         )
-        self._server = web.Server(self._handle, auto_decompress=False, access_log=None)
+        self._server = web.Server(self._serve, auto_decompress=False, access_log=None)
         self._runner = web.ServerRunner(self._server, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -94,6 +94,12 @@ class FaultProxy:
     async def _stop(self) -> None:
         await self._runner.cleanup()
         await self._session.close()
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._handle(request)
+        except ConnectionError:  # the client was killed: nobody is left to answer
+            return self._reset(request)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":  # botocore waits a second for it

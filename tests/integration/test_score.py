@@ -254,3 +254,34 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     for stage in ("MapBatches(read_shards)", "MapBatches(SplitPredictor)", "MapBatches(publish_splits)"):
         assert f" {stage}: " in stages
     assert ray.data.DataContext.get_current().target_max_block_size != 1
+
+
+def test_a_speed_is_chosen_from_the_models_table(corpus, model_directory, s3, tmp_path, capsys):
+    """Refused without a table; with one the run says what it picked, keeps to it, and the output is bound to it."""
+    from jobs.evaluate import main as evaluate
+
+    model = f"{corpus}/model"
+    for path in model_directory.iterdir():
+        Storage(model).write(path.name, path.read_bytes())
+    with pytest.raises(UsageError, match=r"speedup 1.5: .* no calibration table for float32 .* jobs/evaluate.py"):
+        score(config(corpus, model, speedup=1.5, dtype="float32"))
+    assert not Storage(f"{corpus}/out").files()
+
+    documents = shard_table("a.parquet", 60).to_pandas()["text"].dropna().tolist()
+    engine = Engine.from_pretrained(model_directory, EngineOptions(device="cpu", reduce=False))
+    labels = [engine.labels[i] for i in engine.score_texts(documents).logits.argmax(1)]
+    pq.write_table(pa.table({"text": documents, "label": labels}), tmp_path / "labelled.parquet")
+    arguments = ["--model", model, "--corpus", str(tmp_path / "labelled.parquet"), "--speedups", "1.5"]
+    assert evaluate([*arguments, "--dtype", "float32"]) == 0
+    assert b"flops_speedup" in Storage(model).read("calibration.json")
+
+    report = score(config(corpus, model, speedup=1.2))
+    expected = report["expectation"]
+    assert expected["asked"] == "speedup 1.2"
+    assert report["options"]["thresholds"] == expected["thresholds"]
+    assert report["flops"]["speedup"] == pytest.approx(expected["flops_speedup"], rel=0.15)
+    assert "speedup 1.2: thresholds" in capsys.readouterr().err
+    again = score(config(corpus, model, speedup=1.2))
+    assert again["status"] == "complete already: nothing to do"
+    with pytest.raises(UsageError, match=r"thresholds .* where this run has None"):
+        score(config(corpus, model))

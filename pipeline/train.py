@@ -1,0 +1,64 @@
+"""Training on several workers with Ray Train: the same recipe, data-parallel."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from trbert_model.errors import TRBertError
+from trbert_model.training import TrainingConfig, train
+
+from .errors import PipelineError, UsageError
+
+
+def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any]:
+    """`trbert_model.training.train` on this many workers, one GPU each if the cluster has that many, else CPUs.
+
+    Backbone, corpora and output must be places that all workers share. Returns the measurements.
+
+    Raises:
+        UsageError: the batch cannot be shared out evenly, or the cluster has no room.
+        PipelineError: a worker failed; says why.
+    """
+    if config.batch_size % num_workers:
+        raise UsageError(f"batch_size {config.batch_size} must be a multiple of num_workers {num_workers}")
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False)
+    try:
+        available = ray.cluster_resources()
+        use_gpu = available.get("GPU", 0) >= num_workers
+        if not use_gpu and available.get("CPU", 0) < num_workers:
+            raise UsageError(f"num_workers {num_workers}: the cluster has {available.get('CPU', 0):g} CPUs")
+        output = Path(config.output).absolute()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config=dataclasses.asdict(config) | {"output": str(output)},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            run_config=ray.train.RunConfig(name="ray", storage_path=str(output / "stages")),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise PipelineError(f"training on {num_workers} workers failed: {_reason(error)}") from error
+        return json.loads((output / "training.json").read_text())  # without a checkpoint Ray Train keeps no metrics
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _worker(options: dict[str, Any]) -> None:
+    tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    train(TrainingConfig(**options | tuples))
+
+
+def _reason(error: BaseException) -> str:
+    """The project's own error in what Ray Train wraps around it, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if any(f"{kind.__name__}: " in line for kind in TRBertError.__subclasses__())]
+    return (named or lines or [type(error).__name__])[-1]
