@@ -33,7 +33,7 @@ class EvaluateConfig:
     label_column: str = option("label", "column with the labels")
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
     speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
-    plot: str | None = option(None, "PNG or SVG file for the picture (default: a local model directory's calibration.png)")
+    plot: str | None = option(None, "PNG or SVG file to draw (default: a local model directory's calibration.png)")
     write: bool = option(True, "write table and picture into the model directory")
 
     def __post_init__(self):
