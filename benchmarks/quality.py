@@ -40,8 +40,10 @@ from trbert_model.calibration import (
 from trbert_model.engine import DocumentResults, Engine, EngineOptions, load_model
 from trbert_model.labelled import LabelledCorpus
 from trbert_model.modeling import SelectionPolicy
+from trbert_model.options import parse_options
 from trbert_model.training import TrainingConfig, train
 
+RECIPES = Path(__file__).parent / "recipes"
 DEV = 1000
 TARGETS = (2.0, 3.0, 4.0, 6.0)
 
@@ -126,28 +128,12 @@ class Run:
 
 
 NONE: dict[str, Any] = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
-# Fine-tuned once; everything else starts from there.
-DENSE: dict[str, dict[str, Any]] = {
-    "20news": {"fine_tune_epochs": 3.0},
-    "imdb": {"fine_tune_epochs": 3.0},
-    **{f"hyperpartisan-{fold}": {"fine_tune_epochs": 4.0} for fold in range(5)},
-}
-RECIPE: dict[str, Any] = {
-    "fine_tune_epochs": 0.0,
-    "reduction_layers": (0, 1, 3),
-    "speed_range": (1.5, 7.0),
-    "imitation_epochs": 0.25,
-    "selectors_epochs": 0.25,
-    "joint_epochs": 1.0,
-    "samples": 4,
-}
-SMALL: dict[str, Any] = {"imitation_epochs": 3.0, "selectors_epochs": 2.0, "joint_epochs": 5.0}
 AT_3 = (3.0,)
 RUNS: dict[str, Run] = {
     "20news": Run("20news", "full recipe, seed 0"),
     "20news-seed1": Run("20news", "full recipe, seed 1", {"seed": 1}),
-    "imdb": Run("imdb", "full recipe", {"imitation_epochs": 0.5, "selectors_epochs": 0.5, "joint_epochs": 2.0}),
-    **{f"hyperpartisan-{fold}": Run(f"hyperpartisan-{fold}", f"fold {fold}", SMALL, (2.0, 3.0)) for fold in range(5)},
+    "imdb": Run("imdb", "full recipe"),
+    **{f"hyperpartisan-{fold}": Run(f"hyperpartisan-{fold}", f"fold {fold}", targets=(2.0, 3.0)) for fold in range(5)},
     "20news-imitation": Run(
         "20news", "imitation only", {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5}, AT_3
     ),
@@ -180,20 +166,20 @@ class Workshop:
         return self.work / "corpora" / corpus / f"{part}.parquet"
 
     def dense(self, corpus: str) -> Path:
-        """The fine-tuned dense model of a corpus, trained if it is not there."""
+        """The fine-tuned dense model of a corpus, which all its runs share, trained if it is not there."""
         output = self.work / "dense" / corpus
         if not (output / "training.json").exists():
-            train(
-                TrainingConfig(
-                    train=str(self.file(corpus, "train")),
-                    backbone=self.backbone,
-                    output=str(output),
-                    speedup=None,
-                    **NONE,
-                    **DENSE[corpus],
-                )
-            )
+            train(self._config(corpus, self.backbone, output, speedup=None, speed_range=None, **NONE))
         return output
+
+    def _config(self, corpus: str, backbone: str | Path, output: Path, **changes: Any) -> TrainingConfig:
+        """The corpus's recipe with changes."""
+        recipe = RECIPES / f"{corpus.split('-')[0]}.yaml"
+        dev = self.file(corpus, "dev")
+        places = ["--train", str(self.file(corpus, "train")), "--backbone", str(backbone), "--output", str(output)]
+        places += ["--evaluation", str(dev)] if dev.exists() else []
+        config = parse_options(TrainingConfig, ["--config", str(recipe), *places], "")
+        return dataclasses.replace(config, teacher_cache=str(self.work / "teachers"), **changes)
 
     def run(self, name: str) -> None:
         """Train, choose, measure; nothing if its result is there."""
@@ -202,9 +188,8 @@ class Workshop:
             return
         run = RUNS[name]
         dense, output = self.dense(run.corpus), self.work / "runs" / name
-        options = {**RECIPE, **run.options}
         measured: dict[str, Any] = {"run": name, **{k: getattr(run, k) for k in ("corpus", "title")}}
-        model_directory = self._train(run, dense, output, options)
+        model_directory = self._train(run, dense, output)
         measured["training"] = json.loads((output / "training.json").read_text())
         reference = self._engine(dense, reduce=False)
         parts = [part for part in ("dev", "test") if self.file(run.corpus, part).exists()]
@@ -237,30 +222,24 @@ class Workshop:
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(measured) + "\n")
 
-    def _train(self, run: Run, dense: Path, output: Path, options: dict[str, Any]) -> Path:
-        config = TrainingConfig(
-            train=str(self.file(run.corpus, "train")),
-            backbone=str(dense),
-            output=str(output),
-            evaluation=str(self.file(run.corpus, "dev")) if self.file(run.corpus, "dev").exists() else None,
-            teacher_cache=str(self.work / "teachers"),
-            **options,
-        )
+    def _train(self, run: Run, dense: Path, output: Path) -> Path:
         if (output / "training.json").exists():
             return output
         if run.layers is not None:
             shallow = self.work / "runs" / f"{output.name}-backbone"
             _first_layers(self.backbone, shallow, run.layers)
-            fine_tune = {**NONE, **DENSE[run.corpus], "reduction_layers": ()}
-            train(dataclasses.replace(config, backbone=str(shallow), speedup=None, speed_range=None, **fine_tune))
-        elif run.rule is not None:
-            engine = self._engine(dense)
-            engine.config.reduction_layers = list(options["reduction_layers"])
-            policy = run.rule(self._fractions(run, engine, run.targets[0], self.file(run.corpus, "train")))
-            without: dict[str, Any] = {**NONE, "joint_epochs": config.joint_epochs, "samples": 0, "speed_range": None}
-            train(dataclasses.replace(config, speedup=None, **without), policy)
-        else:
+            plain: dict[str, Any] = {**NONE, "reduction_layers": (), "speedup": None, "speed_range": None}
+            train(self._config(run.corpus, shallow, output, **plain))
+            return output
+        config = self._config(run.corpus, dense, output, **{"fine_tune_epochs": 0.0, **run.options})
+        if run.rule is None:
             train(config)
+            return output
+        engine = self._engine(dense)
+        engine.config.reduction_layers = list(config.reduction_layers or engine.config.reduction_layers)
+        policy = run.rule(self._fractions(run, engine, run.targets[0]))
+        without: dict[str, Any] = {**NONE, "joint_epochs": config.joint_epochs, "samples": 0, "speed_range": None}
+        train(dataclasses.replace(config, speedup=None, **without), policy)
         return output
 
     def _engine(self, directory: Path, *, reduce: bool = True) -> Engine:
@@ -274,7 +253,7 @@ class Workshop:
         engine = self._engine(directory)
         if run.rule is not None:
             torch.manual_seed(0)
-            engine.selection_policy = run.rule(self._fractions(run, engine, target, self.file(run.corpus, "train")))
+            engine.selection_policy = run.rule(self._fractions(run, engine, target))
             return engine
         engine.config.selector_thresholds = list(self._table(run, directory, dev).pick(speedup=target).thresholds)
         return engine
@@ -290,8 +269,9 @@ class Workshop:
             (directory / FILE).write_bytes(with_table(directory, table))
         return table
 
-    def _fractions(self, run: Run, engine: Engine, target: float, path: Path) -> list[float]:
-        corpus = LabelledCorpus.read(str(path), engine.task, names=engine.labels)
+    def _fractions(self, run: Run, engine: Engine, target: float) -> list[float]:
+        """Kept fractions for a speed-up on the training documents."""
+        corpus = LabelledCorpus.read(str(self.file(run.corpus, "train")), engine.task, names=engine.labels)
         windows = [len(window.input_ids) for document in corpus.documents for window in engine.task.windows(document)]
         return kept_fractions_for(target, engine.config, np.array(windows))
 
