@@ -74,7 +74,15 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is neither
                 raise UsageError(f"{name} {value} must be at least {least}")
-        for name in ("gpus_per_actor", "wait_for_resources", "max_bad_rows", "stop_grace", "storage_retry_seconds"):
+        counts = (
+            "gpus_per_actor",
+            "wait_for_resources",
+            "max_bad_rows",
+            "stop_grace",
+            "storage_retry_seconds",
+            "max_drop",
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UsageError(f"{name} {value} must not be negative")
@@ -84,8 +92,6 @@ class ScoreConfig:
             raise UsageError(f"{' and '.join(names)} cannot go together: each of them decides the speed")
         if self.speedup is not None and not self.speedup >= 1:
             raise UsageError(f"speedup {self.speedup} must be at least 1")
-        if self.max_drop is not None and not self.max_drop == self.max_drop:
-            raise UsageError(f"max_drop {self.max_drop} is no number")
         if isinstance(self.keep_columns, str):
             raise UsageError(f"keep_columns {self.keep_columns!r} must be a tuple of names")
         passed = [*([self.id_column] if self.id_column else []), *self.keep_columns]

@@ -780,6 +780,11 @@ BAD_OPTIONS = [
     pytest.param({"keep_columns": ("a", "a")}, r"columns \['a'\].*keep_columns", id="kept twice"),
     pytest.param({"id_column": "a", "keep_columns": ("b", "a")}, r"columns \['a'\].*id_column", id="id kept"),
     pytest.param({"keep_columns": "date"}, "keep_columns 'date'", id="keep_columns a string"),
+    pytest.param({"speedup": 0.5}, "speedup 0.5 must be at least 1", id="a speed-up that slows down"),
+    pytest.param({"speedup": 2.0, "max_drop": 1.0}, "speedup and max_drop cannot go together", id="two choices"),
+    pytest.param({"thresholds": (0.5,), "speedup": 2.0}, "speedup and thresholds cannot", id="a choice and thresholds"),
+    pytest.param({"reduce": False, "max_drop": 1.0}, "no_reduce and max_drop cannot go", id="a choice for dense"),
+    pytest.param({"thresholds": (0.5, 1.5)}, r"thresholds \(0.5, 1.5\) must be probabilities", id="no probability"),
 ]
 
 
@@ -824,6 +829,15 @@ BAD_PLACES = {
     "output beside an input file": ({"input": "{tmp}/in/a.parquet", "output": "{tmp}/in/x"}, "inside each other"),
     "output inside input by dots": ({"output": "{tmp}/x/../in/y"}, "output .* lie inside each other"),
     "output inside input by a link": ({"output": "{tmp}/link/x"}, "output .* lie inside each other"),
+    "a threshold too few": ({"thresholds": (0.5,)}, r"thresholds \(0.5,\) must be one for each of .* \[1, 2\]"),
+    "a speed nobody measured": (
+        {"speedup": 2.0, "dtype": "float32"},
+        "speedup 2: .*model has no calibration table for float32 and windows of 32 tokens; make it with: python jobs",
+    ),
+    "a damaged table": (
+        {"model": "{tmp}/damaged", "max_drop": 1.0, "dtype": "float32"},
+        r"damaged/calibration\.json: damaged .*jobs/evaluate\.py",
+    ),
     "stride as long as a window": ({"stride": 30}, "stride 30 must be less than the 30 tokens of a window"),
 }
 
@@ -832,7 +846,9 @@ BAD_PLACES = {
 def test_places_that_cannot_work_are_refused_before_anything_starts(wrong, pattern, places, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "in")
     written("A.PARQUET", "_a.parquet")(tmp_path / "other")
-    wrong = {name: value.format(tmp=tmp_path) if name != "stride" else value for name, value in wrong.items()}
+    shutil.copytree(tmp_path / "model", tmp_path / "damaged")
+    (tmp_path / "damaged/calibration.json").write_text("{")
+    wrong = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in wrong.items()}
     with pytest.raises(UsageError) as refused:
         score(ScoreConfig(**places | wrong, dry_run=True))
     assert_one_line(str(refused.value), pattern)
