@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tests.conftest import tiny_tokenizer
 from trbert_model import ConfigurationError
-from trbert_model.tasks import classification
 from trbert_model.tasks.classification import ClassificationTask, softmax
 
 TOKENIZER = tiny_tokenizer()
@@ -52,14 +51,14 @@ def test_long_texts_in_pieces_have_the_same_tokens(monkeypatch, overflow):
     text = "the good news, \u00a0 the 中中 baddest game\n\tof é é bank . ." * 20
     (whole,) = task.tokenize([text])
     for size in (40, 41, 57, 200):
-        monkeypatch.setattr(classification, "_PIECE_CHARACTERS", size)
+        monkeypatch.setattr("trbert_model.tasks.text.PIECE_CHARACTERS", size)
         (pieces,) = task.tokenize([text])
         if overflow == "windows" or size == 200:
             assert np.array_equal(pieces, whole)
 
 
 def test_a_text_without_white_space_is_one_piece(monkeypatch):
-    monkeypatch.setattr(classification, "_PIECE_CHARACTERS", 10)
+    monkeypatch.setattr("trbert_model.tasks.text.PIECE_CHARACTERS", 10)
     task = ClassificationTask(TOKENIZER, max_positions=32)
     (tokens,) = task.tokenize(["中" * 100])
     assert len(tokens) == 100

@@ -1,6 +1,5 @@
 """Document classification: texts → token ids → windows → window logits → one label a document."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,12 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
-
-# A longer text is tokenised in pieces, so that the tokenizer's working memory (some hundred bytes a token) is bounded:
-# 3 GB for 20 MB of Chinese otherwise. They are cut before white space, punctuation and CJK characters, which BERT's
-# pre-tokenizer always takes for words of their own, so the tokens are the same. No bracket: "[MASK]" is one token.
-_PIECE_CHARACTERS = 200_000
-_CUT = re.compile(r"[\s.,;:!?\u3001\u3002\uff0c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+from .text import pieces, prepare_tokenizer
 
 
 @dataclass
@@ -49,25 +43,22 @@ class ClassificationTask:
             raise ConfigurationError(
                 f"stride {self.shared} must be less than the {self.max_positions - 2} tokens of a window"
             )
-
-        # Tokenizers bring the truncation and padding they were saved with (sentence encoders cut at 128 tokens).
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
+        prepare_tokenizer(self.tokenizer)
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""
         if self.overflow == "truncate":
             return self._first_tokens(texts)
-        pieces = [list(_pieces(text)) for text in texts]
-        ids = iter(self._encode([piece for of_text in pieces for piece in of_text]))
-        return [np.concatenate([next(ids) for _ in of_text]) for of_text in pieces]
+        cut = [list(pieces(text)) for text in texts]
+        ids = iter(self._encode([piece for of_text in cut for piece in of_text]))
+        return [np.concatenate([next(ids) for _ in of_text]) for of_text in cut]
 
     def _first_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As many tokens of each text as a sequence takes."""
         capacity = self.max_positions - 2
-        pieces = [_pieces(text) for text in texts]
-        documents = self._encode([next(of_text) for of_text in pieces])
-        for i, rest in enumerate(pieces):
+        cut = [pieces(text) for text in texts]
+        documents = self._encode([next(of_text) for of_text in cut])
+        for i, rest in enumerate(cut):
             # Hardly ever: a piece of white space, or of an endless word, has fewer tokens than a sequence takes.
             while len(documents[i]) < capacity and (piece := next(rest, None)) is not None:
                 documents[i] = np.concatenate([documents[i], *self._encode([piece])])
@@ -98,14 +89,6 @@ def check_overflow(overflow: str, stride: int | None) -> None:
         raise ConfigurationError(f"overflow {overflow!r} is neither 'windows' nor 'truncate'")
     if stride is not None and stride < 0:
         raise ConfigurationError(f"stride {stride} must not be negative")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while cut := _CUT.search(text, start + _PIECE_CHARACTERS):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
