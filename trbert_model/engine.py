@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +24,16 @@ from transformers.utils import logging as transformers_logging
 from .configuration import TRBertConfig
 from .errors import CheckpointError, ConfigurationError, TRBertError
 from .flops import dense_flops, reduced_flops
-from .modeling import SelectionPolicy, TRBertForSequenceClassification, fuse_for_inference
-from .tasks.classification import ClassificationTask, Window, check_overflow
+from .modeling import (
+    SelectionPolicy,
+    TRBertForQuestionAnswering,
+    TRBertForSequenceClassification,
+    TRBertPreTrainedModel,
+    fuse_for_inference,
+)
+from .tasks.classification import ClassificationTask
+from .tasks.question_answering import Answer, QuestionAnsweringTask
+from .tasks.text import check_overflow
 from .varlen import VarlenBatch
 
 logger = logging.getLogger(__name__)
@@ -47,6 +57,7 @@ class EngineOptions:
     device: "cpu", "cuda" or "cuda:N"; default: CUDA if there is one.
     dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
     overflow, stride: what becomes of documents longer than the positions, see `ClassificationTask`.
+    max_answer_tokens, n_best: see `QuestionAnsweringTask`; classification has no use for them.
     reduce: False runs the dense model.
     thresholds: keep probabilities from which on a token stays, one a reduction; default: the model's own.
     """
@@ -56,6 +67,8 @@ class EngineOptions:
     dtype: str = "auto"
     overflow: str = "windows"
     stride: int | None = None
+    max_answer_tokens: int = 30
+    n_best: int = 1
     reduce: bool = True
     thresholds: tuple[float, ...] | None = None
 
@@ -73,13 +86,14 @@ class EngineOptions:
 class DocumentResults:
     """What the model found, one row a document.
 
-    logits: float32 (documents, labels), the windows' mean weighted by their new tokens;
+    outputs: what the task makes of a document's windows: float32 (documents, labels) of logits for classification, a
+    list of `Answer`s for question answering;
     num_tokens: int64 (documents,), tokens the model was given over all windows, special and shared ones included;
     num_windows: int64 (documents,); kept_tokens: int64 (documents, reductions), tokens alive after each reduction;
     flops, dense_flops: float64 (documents,), spent, and what the dense model would have spent.
     """
 
-    logits: np.ndarray
+    outputs: Any
     num_tokens: np.ndarray
     num_windows: np.ndarray
     kept_tokens: np.ndarray
@@ -89,11 +103,25 @@ class DocumentResults:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
+    @property
+    def logits(self) -> np.ndarray:
+        """A classification's outputs."""
+        return self.outputs
+
+    @property
+    def answers(self) -> list[Answer]:
+        """A question answering's outputs."""
+        return self.outputs
+
     @classmethod
     def concatenate(cls, parts: Sequence["DocumentResults"]) -> "DocumentResults":
         """The documents of all parts, in order; at least one part."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return np.concatenate(values) if isinstance(values[0], np.ndarray) else [x for each in values for x in each]
+
+        return cls(**{field.name: joined(field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclass
@@ -106,19 +134,29 @@ class EngineStatistics:
 
 
 @dataclass
+class _Open:
+    """A document of which windows are still to be computed: they and their outputs so far."""
+
+    document: Any
+    windows: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class _Pending:
     """A batch being packed: its windows, and the document each belongs to."""
 
-    windows: list[Window] = field(default_factory=list)
+    windows: list[Any] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     tokens: int = 0
 
 
 class Engine:
-    """Runs a classification model over documents.
+    """Runs a model over documents.
 
     Args:
-        model: a TRBertForSequenceClassification; moved to the device and dtype, set to eval mode and fused in place.
+        model: a TRBertForSequenceClassification or TRBertForQuestionAnswering; moved to the device and dtype, set to
+            eval mode and fused in place.
         tokenizer: its fast tokenizer.
         options: see `EngineOptions`.
         selection_policy: chooses tokens instead of the thresholds (benchmarks force kept fractions with it).
@@ -126,7 +164,7 @@ class Engine:
 
     def __init__(
         self,
-        model: TRBertForSequenceClassification,
+        model: TRBertPreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         options: EngineOptions = EngineOptions(),
         selection_policy: SelectionPolicy | None = None,
@@ -145,9 +183,8 @@ class Engine:
         fuse_for_inference(self.model)
         for selector in self.model.bert.encoder.selectors:
             selector.float()
-        self.task = ClassificationTask(
-            tokenizer, self.config.max_position_embeddings, overflow=options.overflow, stride=options.stride
-        )
+        answers = isinstance(model, TRBertForQuestionAnswering)
+        self.task: Any = make_task(QUESTION_ANSWERING if answers else CLASSIFICATION, tokenizer, self.config, options)
         # On CPU layers run on groups of sequences anyway (modeling.LAYER_TOKENS): more tokens only help the layers
         # after a reduction, which have few left. Of 1,024 to 16,384 the fastest lay around 4,096.
         self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 4096)
@@ -173,51 +210,68 @@ class Engine:
         """Tokenise and score texts."""
         return self.score(self.task.tokenize(list(texts)))
 
-    def score(self, documents: Iterable[np.ndarray]) -> DocumentResults:
-        """Score documents given as token ids without special tokens, int32 (tokens,) each, any length."""
-        logits: list[np.ndarray] = []
-        totals: list[np.ndarray] = []  # weight, tokens, windows, FLOPs, dense FLOPs, kept tokens...
+    def score_questions(self, questions: Sequence[str], contexts: Sequence[str]) -> DocumentResults:
+        """Tokenise and answer questions, each about its context."""
+        return self.score(self.task.encode(questions, contexts))
+
+    def score(self, documents: Iterable[Any]) -> DocumentResults:
+        """Score documents of any length, as the task encodes them: token ids without special tokens, int32 (tokens,)
+        each, for classification, `EncodedQuestion`s for question answering."""
+        outputs: list[Any] = []
+        totals: list[np.ndarray] = []  # tokens, windows, FLOPs, dense FLOPs, kept tokens...
         reductions = len(self.config.reduction_layers) if self.options.reduce else 0
 
-        pending = _Pending()
-        for number, tokens in enumerate(documents):
-            logits.append(np.zeros(self.config.num_labels))
-            totals.append(np.zeros(5 + reductions))
-            for window in self.task.windows(tokens):
+        pending, waiting = _Pending(), deque[_Open]()  # the documents that `outputs` does not have yet
+
+        def compute(complete: int) -> None:
+            """Compute the batch; the first `complete` documents have no windows beside those computed then."""
+            first = len(outputs)
+            for document, window, output, sums in self._compute(pending):
+                entry = waiting[document - first]
+                entry.windows.append(window)
+                entry.outputs.append(output)
+                totals[document] += sums
+            while len(outputs) < complete:
+                entry = waiting.popleft()
+                outputs.append(self.task.combine(entry.document, entry.windows, entry.outputs))
+
+        number = -1
+        for number, document in enumerate(documents):
+            waiting.append(_Open(document))
+            totals.append(np.zeros(4 + reductions))
+            for window in self.task.windows(document):
                 if pending.windows and pending.tokens + len(window.input_ids) > self.max_tokens_per_batch:
-                    self._compute(pending, logits, totals)
+                    compute(complete=number)
                     pending = _Pending()
                 pending.windows.append(window)
                 pending.documents.append(number)
                 pending.tokens += len(window.input_ids)
         if pending.windows:
-            self._compute(pending, logits, totals)
+            compute(complete=number + 1)
 
-        sums = np.array(totals).reshape(len(totals), 5 + reductions)
+        sums = np.array(totals).reshape(len(totals), 4 + reductions)
         return DocumentResults(
-            logits=(np.array(logits).reshape(len(sums), self.config.num_labels) / sums[:, :1]).astype(np.float32),
-            num_tokens=sums[:, 1].astype(np.int64),
-            num_windows=sums[:, 2].astype(np.int64),
-            flops=sums[:, 3],
-            dense_flops=sums[:, 4],
-            kept_tokens=sums[:, 5:].astype(np.int64),
+            outputs=self.task.gathered(outputs, self.config.num_labels),
+            num_tokens=sums[:, 0].astype(np.int64),
+            num_windows=sums[:, 1].astype(np.int64),
+            flops=sums[:, 2],
+            dense_flops=sums[:, 3],
+            kept_tokens=sums[:, 4:].astype(np.int64),
         )
 
-    def _compute(self, pending: _Pending, logits: list[np.ndarray], totals: list[np.ndarray]) -> None:
-        """Run one batch and add its windows' outputs to their documents'."""
+    def _compute(self, pending: _Pending) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
+        """Run one batch: of each window its document, itself, its output, and what it adds to the document's totals."""
         started = time.perf_counter()
-        window_logits, kept = self._forward(pending.windows)
+        outputs, kept = self._forward(pending.windows)
         self.statistics.model_seconds += time.perf_counter() - started
         lengths = np.array([len(window.input_ids) for window in pending.windows])
         spent = reduced_flops(self.config, lengths, kept) if self.options.reduce else dense_flops(self.config, lengths)
         dense = dense_flops(self.config, lengths)
         for i, (document, window) in enumerate(zip(pending.documents, pending.windows)):
-            logits[document] += window.new_tokens * window_logits[i]
-            totals[document][:5] += (window.new_tokens, lengths[i], 1, spent[i], dense[i])
-            totals[document][5:] += kept[i]
+            yield document, window, outputs[i], np.array([lengths[i], 1, spent[i], dense[i], *kept[i]])
 
-    def _forward(self, windows: list[Window]) -> tuple[np.ndarray, np.ndarray]:
-        """Windows → logits (windows, labels) and kept tokens (windows, reductions), halving while memory runs out."""
+    def _forward(self, windows: list[Any]) -> tuple[list[Any], np.ndarray]:
+        """Windows → the task's output of each, and kept tokens (windows, reductions), halving while memory runs out."""
         try:
             return self._forward_once(windows)
         except (RuntimeError, MemoryError) as error:
@@ -234,12 +288,14 @@ class Engine:
         logger.warning("out of memory on %s with %d tokens in a batch; halving it", self.device, tokens)
         half = len(windows) // 2
         first, second = self._forward(windows[:half]), self._forward(windows[half:])
-        return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+        return first[0] + second[0], np.concatenate([first[1], second[1]])
 
     @torch.inference_mode()
-    def _forward_once(self, windows: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+    def _forward_once(self, windows: list[Any]) -> tuple[list[Any], np.ndarray]:
         self.statistics.batches += 1
-        batch = VarlenBatch.from_sequences([window.input_ids for window in windows], device=self.device)
+        batch = VarlenBatch.from_sequences(
+            [window.input_ids for window in windows], self.task.token_types(windows), device=self.device
+        )
         output = self.model(
             batch.input_ids,
             token_type_ids=batch.token_type_ids,
@@ -250,7 +306,42 @@ class Engine:
             selection_policy=self.selection_policy,
         )
         kept = [counts.cpu().numpy() for counts in output.kept_tokens]
-        return output.logits.float().cpu().numpy(), np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
+        outputs = self.task.window_outputs(output, [len(window.input_ids) for window in windows])
+        return outputs, np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
+
+
+CLASSIFICATION, QUESTION_ANSWERING = "classification", "question answering"
+_MODELS = {CLASSIFICATION: TRBertForSequenceClassification, QUESTION_ANSWERING: TRBertForQuestionAnswering}
+
+
+def task_of(config: TRBertConfig) -> str:
+    """CLASSIFICATION or QUESTION_ANSWERING, by the architecture that a saved model names.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    for task, model in _MODELS.items():
+        if model.__name__ in (config.architectures or []):
+            return task
+    known = " nor ".join(model.__name__ for model in _MODELS.values())
+    raise ConfigurationError(
+        f"its architecture is {config.architectures}, neither {known}; "
+        "convert it with jobs/convert.py or train it with jobs/train.py"
+    )
+
+
+def make_task(
+    task: str, tokenizer: PreTrainedTokenizerBase, config: TRBertConfig, options: EngineOptions
+) -> ClassificationTask | QuestionAnsweringTask:
+    """How documents become sequences, for a model with this configuration.
+
+    Raises:
+        ConfigurationError: an option that does not fit the model's positions.
+    """
+    common = (tokenizer, config.max_position_embeddings, options.overflow, options.stride)
+    if task == CLASSIFICATION:
+        return ClassificationTask(*common)
+    return QuestionAnsweringTask(*common, max_answer_tokens=options.max_answer_tokens, n_best=options.n_best)
 
 
 def check_thresholds(config: TRBertConfig, thresholds: Sequence[float]) -> None:
@@ -268,8 +359,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error)  # torch's CPU allocator has no exception of its own
 
 
-def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, PreTrainedTokenizerBase]:
-    """A saved TR-BERT classification model and its tokenizer, nothing missing, nothing unpickled.
+def load_model(directory: str | Path) -> tuple[TRBertPreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved TR-BERT model with a task's head and its tokenizer, nothing missing, nothing unpickled.
 
     Raises:
         CheckpointError: names the directory and what is wrong with it.
@@ -279,15 +370,12 @@ def load_model(directory: str | Path) -> tuple[TRBertForSequenceClassification, 
         raise CheckpointError(f"{directory}: no config.json there; a model is a directory with config.json and weights")
     try:
         config = TRBertConfig.from_pretrained(directory)
-        if "TRBertForSequenceClassification" not in (config.architectures or []):
-            raise CheckpointError(
-                f"{directory}: its architecture is {config.architectures}, not TRBertForSequenceClassification; "
-                "convert it with jobs/convert.py or train it with jobs/train.py"
-            )
-        _check_labels(config)
+        task = task_of(config)
+        if task == CLASSIFICATION:
+            _check_labels(config)
         _check_index(directory)
         with _without_progress_bars():
-            model, loading = TRBertForSequenceClassification.from_pretrained(
+            model, loading = _MODELS[task].from_pretrained(
                 directory,
                 config=config,
                 use_safetensors=True,

@@ -57,7 +57,7 @@ def test_answers_are_pieces_of_the_context_as_it_came(text):
     assert count > 3
     for first in range(count):
         for last in range(first, min(first + 3, count)):
-            answer = answering.decode(text, question.context, windows, logits_for(windows, first, last))
+            answer = answering.combine(question, windows, logits_for(windows, first, last))
             span = answer.spans[0]
             assert question.context.starts[first] == span.start < span.end <= len(text)
             found = text[span.start : span.end]
@@ -142,7 +142,7 @@ def test_scores_share_one_softmax_over_all_windows():
                 )
                 expected[place] = expected.get(place, 0.0) + probability
     null = np.prod([sum(np.exp(pair[side][0]) for pair in logits) / sums[side] for side in (0, 1)])
-    answer = answering.decode(text, question.context, windows, logits)
+    answer = answering.combine(question, windows, logits)
     found = {(span.start, span.end): span.score for span in answer.spans}
     assert set(found) == set(expected)
     for place, score in expected.items():
@@ -158,7 +158,7 @@ def test_an_answer_in_the_overlap_counts_once_with_both_windows():
     windows = list(answering.windows(question))
     twice = windows[1].first + 2
     assert windows[0].first <= twice < windows[0].first + windows[0].count
-    answer = answering.decode(text, question.context, windows, logits_for(windows, twice, twice))
+    answer = answering.combine(question, windows, logits_for(windows, twice, twice))
     assert answer.spans[0].start == question.context.starts[twice]
     assert answer.spans[0].score == pytest.approx(0.5, abs=1e-3), "half the starts and half the ends, twice"
 
@@ -170,7 +170,7 @@ def test_no_answer_is_decided_by_the_threshold():
     logits = logits_for(windows, 1, 2)
     for start, end in logits:
         start[0] = end[0] = 21.0
-    answer = answering.decode("the news of a game", question.context, windows, logits)
+    answer = answering.combine(question, windows, logits)
     assert answer.best(threshold=None) is not None
     assert answer.best(threshold=0.0) is None
     assert answer.best(threshold=0.9) is not None
@@ -180,7 +180,7 @@ def test_an_empty_context_has_no_answer():
     answering = task()
     (question,) = answering.encode(["good"], [""])
     windows = list(answering.windows(question))
-    answer = answering.decode("", question.context, windows, logits_for(windows, 0, 0))
+    answer = answering.combine(question, windows, logits_for(windows, 0, 0))
     assert (answer.spans, answer.null_score) == ((), 1.0)
     assert answer.best(None) is None
 

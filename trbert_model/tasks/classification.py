@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
-from .text import pieces, prepare_tokenizer
+from .text import check_overflow, pieces, prepare_tokenizer
 
 
 @dataclass
@@ -82,13 +83,21 @@ class ClassificationTask:
                 return
             start = end - self.shared
 
+    def token_types(self, windows: Sequence[Window]) -> None:
+        """All of a document's tokens are of BERT's first type."""
+        return None
 
-def check_overflow(overflow: str, stride: int | None) -> None:
-    """Refuse what no model could honour."""
-    if overflow not in ("windows", "truncate"):
-        raise ConfigurationError(f"overflow {overflow!r} is neither 'windows' nor 'truncate'")
-    if stride is not None and stride < 0:
-        raise ConfigurationError(f"stride {stride} must not be negative")
+    def window_outputs(self, output: Any, lengths: list[int]) -> list[np.ndarray]:
+        """A model's output → each window's logits, float32 (labels,)."""
+        return list(output.logits.float().cpu().numpy())
+
+    def combine(self, document: np.ndarray, windows: Sequence[Window], outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The windows' mean logits, weighted by their new tokens, float64 (labels,)."""
+        return np.average(np.asarray(outputs, np.float64), axis=0, weights=[window.new_tokens for window in windows])
+
+    def gathered(self, combined: list[np.ndarray], num_labels: int) -> np.ndarray:
+        """Documents' logits, float32 (documents, labels)."""
+        return np.array(combined, np.float32).reshape(len(combined), num_labels)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -10,12 +10,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
-from .text import pieces, prepare_tokenizer
+from .text import check_overflow, pieces, prepare_tokenizer
 
 # A window must have room for a passage beside its question.
 _LEAST_CONTEXT_TOKENS = 16
@@ -25,8 +26,9 @@ _EXTENDERS = {"\u200d", "\ufe0e", "\ufe0f", "\u20e3"}
 
 @dataclass(frozen=True)
 class EncodedContext:
-    """A context's token ids, int32 (tokens,), and the characters where each begins and ends, int32 (tokens,)."""
+    """A context, its token ids, int32 (tokens,), and the characters where each begins and ends, int32 (tokens,)."""
 
+    text: str
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
@@ -83,20 +85,21 @@ class Answer:
 class QuestionAnsweringTask:
     """How questions become sequences, and sequences' outputs answers.
 
-    tokenizer: a fast BERT tokenizer; max_positions: tokens a sequence may have; stride: tokens a window shares with the
+    tokenizer: a fast BERT tokenizer; max_positions: tokens a sequence may have; overflow: what becomes of longer
+    contexts, "windows" or "truncate"; stride: tokens a window shares with the
     one before it, by default a quarter of the room for the passage and at most 128; max_answer_tokens: of a span;
     n_best: spans to return.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_positions: int
+    overflow: str = "windows"
     stride: int | None = None
     max_answer_tokens: int = 30
     n_best: int = 1
 
     def __post_init__(self):
-        if self.stride is not None and self.stride < 0:
-            raise ConfigurationError(f"stride {self.stride} must not be negative")
+        check_overflow(self.overflow, self.stride)
         for name in ("max_answer_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} {getattr(self, name)} must be at least 1")
@@ -119,7 +122,7 @@ class QuestionAnsweringTask:
             offsets.append(np.asarray(encoding.offsets, np.int32).reshape(-1, 2) + start)
             start += len(piece)
         where = np.concatenate(offsets)
-        return EncodedContext(np.concatenate(ids), where[:, 0], where[:, 1])
+        return EncodedContext(text, np.concatenate(ids), where[:, 0], where[:, 1])
 
     def room(self, question: EncodedQuestion) -> int:
         """Tokens of the context that fit beside a question; less than 1 if the question is too long."""
@@ -149,18 +152,32 @@ class QuestionAnsweringTask:
             types[len(head) :] = 1
             new = end - start - (shared if start else 0)
             yield QuestionWindow(ids, types, len(head), start, end - start, max(new, 1))
-            if end == total:
+            if end == total or self.overflow == "truncate":
                 return
             start = end - shared
 
-    def decode(
+    def token_types(self, windows: Sequence[QuestionWindow]) -> list[np.ndarray]:
+        """Each window's token types."""
+        return [window.token_type_ids for window in windows]
+
+    def window_outputs(self, output: Any, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """A model's output → each window's start and end logits, float32 (tokens,)."""
+        bounds = np.cumsum(lengths)[:-1]
+        starts, ends = (np.split(x.float().cpu().numpy(), bounds) for x in (output.start_logits, output.end_logits))
+        return list(zip(starts, ends))
+
+    def gathered(self, combined: list[Answer], num_labels: int) -> list[Answer]:
+        """Questions' answers."""
+        return combined
+
+    def combine(
         self,
-        text: str,
-        context: EncodedContext,
+        document: EncodedQuestion,
         windows: Sequence[QuestionWindow],
-        logits: Sequence[tuple[np.ndarray, np.ndarray]],
+        outputs: Sequence[tuple[np.ndarray, np.ndarray]],
     ) -> Answer:
         """The answer from start and end logits of each window's tokens, float (tokens,) each."""
+        context, logits = document.context, outputs
         starts = [np.asarray(s, np.float64) for s, _ in logits]
         ends = [np.asarray(e, np.float64) for _, e in logits]
         of_start = _log_sum([_scored(s, window) for s, window in zip(starts, windows)])
@@ -174,7 +191,7 @@ class QuestionAnsweringTask:
                 # Windows overlap: the same characters found twice are one answer.
                 found[span] = found.get(span, 0.0) + float(np.exp(log_probability))
         best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[: self.n_best]
-        spans = tuple(Span(start, whole_characters(text, end), score) for (start, end), score in best)
+        spans = tuple(Span(start, whole_characters(context.text, end), score) for (start, end), score in best)
         return Answer(spans, float(np.exp(null)))
 
     def _spans(self, start: np.ndarray, end: np.ndarray) -> Iterator[tuple[int, int, float]]:
