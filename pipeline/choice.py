@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, read_calibration
+from trbert_model.engine import CLASSIFICATION
 from trbert_model.errors import TRBertError
 
 from .config import ScoreConfig
@@ -23,11 +24,12 @@ _LABEL_DRIFT = 0.05
 
 @dataclass(frozen=True)
 class Model:
-    """A model as far as the driver needs it: its local directory, digest and window length in tokens."""
+    """A model as far as the driver needs it: its local directory, digest, window length in tokens, and task."""
 
     directory: Path
     digest: str
     window: int
+    task: str = CLASSIFICATION
 
 
 @dataclass(frozen=True)

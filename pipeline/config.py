@@ -19,6 +19,11 @@ RESULT_COLUMNS = (
     "label",
     "score",
     "probabilities",
+    "answer",
+    "start_char",
+    "end_char",
+    "null_score",
+    "spans",
     "num_tokens",
     "num_windows",
     "kept_tokens",
@@ -32,10 +37,17 @@ class ScoreConfig:
     input: str = option("", "the corpus: a Parquet file, a prefix or a glob; local or any fsspec URI (s3://…)")
     output: str = option("", "prefix that the results go to")
     model: str = option("", "directory of a TR-BERT model (jobs/train.py, jobs/convert.py); local or URI")
-    text_column: str = option("text", "column with the documents", identity=True)
+    text_column: str = option("text", "column with the documents, for classification", identity=True)
+    question_column: str = option("question", "column with the questions, for question answering", identity=True)
+    context_column: str = option("context", "column with the texts that the questions are about", identity=True)
     id_column: str | None = option(None, "column that names the documents; passed through as it is", identity=True)
     keep_columns: tuple[str, ...] = option((), "further columns to pass through", identity=True)
     probabilities: bool = option(False, "write every label's probability, in the order of the labels", identity=True)
+    max_answer_tokens: int = option(30, "tokens of an answer at most", identity=True)
+    n_best: int = option(1, "answers to write into the column `spans`, if more than 1", identity=True)
+    no_answer_threshold: float | None = option(
+        None, "no answer, if that is more probable than the best answer by more than this", identity=True
+    )
     overflow: str = option("windows", "documents longer than the model's positions: windows or truncate", identity=True)
     stride: int | None = option(None, "tokens a window shares with the one before it", identity=True)
     reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model", identity=True)
@@ -67,10 +79,11 @@ class ScoreConfig:
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")
 
     def __post_init__(self):
-        for name in ("input", "output", "model", "text_column"):
+        for name in ("input", "output", "model", "text_column", "question_column", "context_column"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is required")
-        for name, least in (("split_bytes", 1), ("num_actors", 1), ("threads_per_actor", 1), ("progress_interval", 0)):
+        least_values = {"split_bytes": 1, "num_actors": 1, "threads_per_actor": 1, "progress_interval": 0}
+        for name, least in {**least_values, "max_answer_tokens": 1, "n_best": 1, "no_answer_threshold": -1}.items():
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN is neither
                 raise UsageError(f"{name} {value} must be at least {least}")
@@ -122,6 +135,8 @@ class ScoreConfig:
             dtype=self.dtype,
             overflow=self.overflow,
             stride=self.stride,
+            max_answer_tokens=self.max_answer_tokens,
+            n_best=self.n_best,
             reduce=self.reduce,
             thresholds=self.thresholds,
         )

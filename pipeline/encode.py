@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
 from trbert_model.configuration import TRBertConfig
-from trbert_model.engine import EngineOptions
-from trbert_model.tasks.classification import ClassificationTask
+from trbert_model.engine import EngineOptions, make_task, task_of
 
 from .corpus import Shard
+from .documents import to_column
 from .errors import ShardError, StorageError
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .report import SplitStats
@@ -45,7 +44,7 @@ class EncodeOptions:
 
     input: Storage
     model: str
-    text_column: str
+    text_columns: tuple[str, ...]  # the text's, or the question's and the context's
     id_column: str | None
     keep_columns: tuple[str, ...]
     split_bytes: int
@@ -59,13 +58,13 @@ class EncodeOptions:
 
 @dataclass
 class RawSplit:
-    """Consecutive rows of a shard: the good ones' texts and passed columns, and the rejected ones."""
+    """Consecutive rows of a shard: the good ones' texts, by text column, and passed columns; and the rejected ones."""
 
     index: int
     rows: int = 0
     text_bytes: int = 0
     row_numbers: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    texts: list[tuple[str, ...]] = field(default_factory=list)
     passed: list[pa.RecordBatch] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
@@ -172,7 +171,7 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             raise ShardError(f"not a readable Parquet file: {error}") from error
         if options.input.version(shard.path) != shard.version:
             raise _changed(shard)
-        columns = [options.text_column, *options.passed_columns]
+        columns = [*options.text_columns, *options.passed_columns]
         names = parquet.schema_arrow.names
         if missing := [column for column in dict.fromkeys(columns) if column not in names]:
             raise ShardError(
@@ -183,16 +182,13 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
         rows = parquet.metadata.num_rows
         split, row = RawSplit(0), 0
         for batch in parquet.iter_batches(batch_size=_batch_rows(parquet, options), columns=columns):
-            texts = _as_binary(batch.column(options.text_column))
+            columns_of_text = [
+                (name, batch.column(name), _as_binary(batch.column(name))) for name in options.text_columns
+            ]
             passed = batch.select(options.passed_columns)
             start = 0
-            for i, value in enumerate(texts if texts is not None else batch.column(options.text_column)):
-                if texts is not None or not value.is_valid:
-                    raw = value.as_py()
-                    size = len(raw) if raw is not None else 0
-                    text, reason, detail = check_text(raw)
-                else:
-                    size, text, reason, detail = 0, None, "wrong_type", f"the text is of type {value.type}"
+            for i in range(batch.num_rows):
+                size, text, reason, detail = _row_text(columns_of_text, i)
                 if text is None:
                     identifier = passed.column(0)[i] if options.id_column else None
                     split.rejected.append(_rejected_row(shard.path, row, identifier, reason, detail))
@@ -212,6 +208,27 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             raise ShardError(f"it has {row} rows where its footer says {rows}")
         if split.rows:
             yield split, rows
+
+
+def _row_text(columns: list[tuple[str, pa.Array, pa.Array | None]], i: int) -> tuple[int, tuple | None, str, str]:
+    """A row's bytes of text and its texts; or None for them, with the reason why they cannot be scored.
+
+    columns: names, columns as they came, and as binary ones if they hold text.
+    """
+    size, texts, refused = 0, [], ("", "")
+    for name, column, binary in columns:
+        what = name if len(columns) > 1 else "text"
+        if binary is not None or not column[i].is_valid:
+            raw = binary[i].as_py() if binary is not None else None
+            size += len(raw) if raw is not None else 0
+            text, *why = check_text(raw, what)
+        else:
+            text, *why = None, "wrong_type", f"the {what} is of type {column[i].type}"
+        if text is None:
+            refused = refused if any(refused) else (why[0], why[1])
+        else:
+            texts.append(text)
+    return size, None if any(refused) else tuple(texts), *refused
 
 
 def _changed(shard: Shard) -> StorageError:
@@ -249,19 +266,22 @@ def _as_binary(column: pa.Array) -> pa.Array | None:
     return None
 
 
-def check_text(value: Any) -> tuple[str | None, str, str]:
-    """A document's text from a str, bytes or None; or None with the reason it cannot be scored, and the detail."""
+def check_text(value: Any, what: str = "text") -> tuple[str | None, str, str]:
+    """A document's text from a str, bytes or None; or None with the reason it cannot be scored, and the detail.
+
+    what: its column's name, where there are several.
+    """
     if value is None:
-        return None, "null", "the text is null"
+        return None, "null", f"the {what} is null"
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            return None, "undecodable", f"byte {error.start} of the text is not UTF-8: {error.reason}"
+            return None, "undecodable", f"byte {error.start} of the {what} is not UTF-8: {error.reason}"
     if not isinstance(value, str):
-        return None, "wrong_type", f"the text is of type {type(value).__name__}"
+        return None, "wrong_type", f"the {what} is of type {type(value).__name__}"
     if not value.strip():
-        return None, "empty", "the text is empty or white space"
+        return None, "empty", f"the {what} is empty or white space"
     return value, "", ""
 
 
@@ -296,46 +316,44 @@ def _raw(value: pa.Scalar) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _load_task(model: str, engine: EngineOptions) -> ClassificationTask:
+def _load_task(model: str, engine: EngineOptions) -> Any:
     """The model's tokenizer and windows, once a worker process."""
     directory = fetch_model(model)
     tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
-    positions = TRBertConfig.from_pretrained(directory).max_position_embeddings
-    return ClassificationTask(tokenizer, positions, overflow=engine.overflow, stride=engine.stride)
+    config = TRBertConfig.from_pretrained(directory)
+    return make_task(task_of(config), tokenizer, config, engine)
 
 
 def _encode(
     split: RawSplit,
     shard: Shard,
     shard_rows: int,
-    task: ClassificationTask,
+    task: Any,
     options: EncodeOptions,
     stats: SplitStats,
     entry: Entry,
 ) -> dict[str, Any]:
     """Tokenise a split. A text that the tokenizer finds nothing in is rejected too, and one that kills it."""
     started = time.perf_counter()
-    tokens = task.tokenize(split.texts) if not entry.care.one_at_a_time else _tokenize_each(split, task, entry)
+    encoded = task.encode_rows(split.texts) if not entry.care.one_at_a_time else _encode_each(split, task, entry)
     # Without passed columns a record batch holds no rows, so the table is built from the row numbers up.
     documents = pa.table({"row": pa.array(split.row_numbers, pa.int64())})
     if options.passed_columns:
         passed = pa.Table.from_batches(split.passed)
         for name in dict.fromkeys(options.passed_columns):
             documents = documents.append_column(name, _plain(passed[name]))
-    lengths = [len(ids) for ids in tokens]
-    ids = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    documents = documents.append_column("tokens", pa.ListArray.from_arrays(offsets, ids))
-    found = pa.array([length > 0 for length in lengths], pa.bool_())
-    for position in pc.indices_nonzero(pc.invert(found)).to_pylist():
+    documents = documents.append_column("document", to_column(encoded))
+    problems = [task.problem(document) for document in encoded]
+    for position, problem in enumerate(problems):
+        if problem is None:
+            continue
         identifier = documents[options.id_column][position] if options.id_column else None
         row = split.row_numbers[position]
         if row in entry.care.killers:
             split.rejected.append(killed_row(shard.path, row, identifier, "tokenising", entry.care))
         else:
-            detail = "the tokenizer finds no token in the text"
-            split.rejected.append(_rejected_row(shard.path, row, identifier, "no_tokens", detail))
-    documents = documents.filter(found)
+            split.rejected.append(_rejected_row(shard.path, row, identifier, *problem))
+    documents = documents.filter(pa.array([problem is None for problem in problems], pa.bool_()))
     rejected = rejected_table(split.rejected)
     stats.count_bad(split.rejected)
     stats.tokenize_seconds = time.perf_counter() - started
@@ -347,17 +365,17 @@ def _encode(
     }
 
 
-def _tokenize_each(split: RawSplit, task: ClassificationTask, entry: Entry) -> list[np.ndarray]:
-    """Tokens of one text after the other, so that one that kills is found; nothing for those that have."""
-    tokens = []
-    for row, text in zip(split.row_numbers, split.texts):
+def _encode_each(split: RawSplit, task: Any, entry: Entry) -> list[Any]:
+    """One row after the other, so that one that kills is found; nothing for those that have."""
+    encoded = []
+    for row, texts in zip(split.row_numbers, split.texts):
         if row in entry.care.killers:
-            tokens.append(np.zeros(0, np.int32))
+            encoded += task.encode_rows([("",) * len(texts)])
         else:
             entry.touch(row)
-            tokens += task.tokenize([text])
+            encoded += task.encode_rows([texts])
     entry.touch(WHOLE)
-    return tokens
+    return encoded
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -16,8 +16,10 @@ import torch
 
 from trbert_model.engine import DocumentResults, Engine, EngineOptions
 from trbert_model.tasks.classification import softmax
+from trbert_model.tasks.question_answering import Answer, Span
 
 from .choice import Model, pick
+from .documents import from_column
 from .encode import check_text, killed_row, rejected_table
 from .errors import PipelineError, UsageError
 from .ledger import NO_LEDGER, WHOLE, Entry, LedgerClient, Stop
@@ -40,39 +42,89 @@ class ActorSplit:
     end: float
 
 
-def result_columns(results: DocumentResults, labels: Sequence[str], *, probabilities: bool) -> dict[str, pa.Array]:
+@dataclass(frozen=True)
+class ResultOptions:
+    """What result rows hold beside the result itself.
+
+    probabilities: every label's, for classification; no_answer_threshold: how much more probable than the best span "no
+    answer" must be to be the answer (None: never), for question answering; spans: all of the engine's `n_best`, too.
+    """
+
+    probabilities: bool = False
+    no_answer_threshold: float | None = None
+    spans: bool = False
+
+
+def result_columns(
+    engine: Engine, results: DocumentResults, documents: Sequence[Any], options: ResultOptions
+) -> dict[str, pa.Array]:
     """The model's results as the result columns, in their order.
 
-    label: string; score: float32, the label's probability; probabilities: list<float32> in the labels' order;
-    num_tokens: int64; num_windows: int32; kept_tokens: list<int32>, one a reduction.
+    Of classification: label: string; score: float32, the label's probability; probabilities: list<float32> in the
+    labels' order. Of question answering: answer: string, null if there is none; score: float32, its probability;
+    start_char, end_char: int32, its place in the context; null_score: float32, the probability of no answer; spans.
+    Of both: num_tokens: int64; num_windows: int32; kept_tokens: list<int32>, one a reduction.
     """
-    shares = softmax(results.logits)
-    best = shares.argmax(axis=1) if len(shares) else np.zeros(0, np.int64)
-    columns = {
-        "label": pa.array([labels[i] for i in best], pa.string()),
-        "score": pa.array(shares[np.arange(len(best)), best], pa.float32()),
-    }
-    if probabilities:
-        columns["probabilities"] = pa.array(list(shares), pa.list_(pa.float32()))
+    if engine.answers:
+        columns = _answer_columns(results.answers, documents, options)
+    else:
+        columns = _label_columns(results.logits, engine.labels, options)
     columns["num_tokens"] = pa.array(results.num_tokens, pa.int64())
     columns["num_windows"] = pa.array(results.num_windows.astype(np.int32), pa.int32())
     columns["kept_tokens"] = pa.array(results.kept_tokens.astype(np.int32).tolist(), pa.list_(pa.int32()))
     return columns
 
 
+def _label_columns(logits: np.ndarray, labels: Sequence[str], options: ResultOptions) -> dict[str, pa.Array]:
+    shares = softmax(logits)
+    best = shares.argmax(axis=1) if len(shares) else np.zeros(0, np.int64)
+    columns = {
+        "label": pa.array([labels[i] for i in best], pa.string()),
+        "score": pa.array(shares[np.arange(len(best)), best], pa.float32()),
+    }
+    if options.probabilities:
+        columns["probabilities"] = pa.array(list(shares), pa.list_(pa.float32()))
+    return columns
+
+
+_SPAN = pa.struct(
+    [("answer", pa.string()), ("score", pa.float32()), ("start_char", pa.int32()), ("end_char", pa.int32())]
+)
+
+
+def _answer_columns(answers: Sequence[Answer], questions: Sequence[Any], options: ResultOptions) -> dict[str, pa.Array]:
+    def row(span: Span | None, text: str) -> dict[str, Any]:
+        if span is None:
+            return dict.fromkeys(_SPAN.names)
+        values = (text[span.start : span.end], span.score, span.start, span.end)
+        return dict(zip(_SPAN.names, values, strict=True))
+
+    texts = [question.context.text for question in questions]
+    best = [row(answer.best(options.no_answer_threshold), text) for answer, text in zip(answers, texts, strict=True)]
+    chosen = pa.array(best, _SPAN)
+    columns = {name: chosen.field(name) for name in _SPAN.names}
+    columns["null_score"] = pa.array([answer.null_score for answer in answers], pa.float32())
+    if options.spans:
+        every = [[row(span, text) for span in answer.spans] for answer, text in zip(answers, texts)]
+        columns["spans"] = pa.array(every, pa.list_(_SPAN))
+    return columns
+
+
 class TRBertPredictor:
-    """A class for `Dataset.map_batches`: adds the result columns to batches with a text column.
+    """A class for `Dataset.map_batches`: adds the result columns to batches with a text column, or with a question and
+    a context column where the model answers questions.
 
         ray.data.read_parquet(…).map_batches(
             TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
 
-    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row comes back: where the text is null,
-    empty or no text, label and score are null and `error` says why; elsewhere `error` is null.
+    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row comes back: where a text is null,
+    empty or no text, the results are null and `error` says why; elsewhere `error` is null.
 
     Args:
-        model: directory or URI of a TR-BERT classification model.
-        text_column: the column with the documents.
-        probabilities: add every label's probability.
+        model: directory or URI of a TR-BERT model.
+        text_column: the column with the documents, for classification.
+        question_column, context_column: the columns of a model that answers questions.
+        probabilities, no_answer_threshold, spans: see `ResultOptions`.
         threads: torch threads; default: torch's own.
         speedup, max_drop: take the thresholds from the model's calibration table, as jobs/score.py does.
         options: the further arguments of `trbert_model.engine.EngineOptions`.
@@ -82,7 +134,11 @@ class TRBertPredictor:
         self,
         model: str,
         text_column: str = "text",
+        question_column: str = "question",
+        context_column: str = "context",
         probabilities: bool = False,
+        no_answer_threshold: float | None = None,
+        spans: bool = False,
         threads: int | None = None,
         speedup: float | None = None,
         max_drop: float | None = None,
@@ -98,43 +154,54 @@ class TRBertPredictor:
             self.expectation = pick(known, self.engine.dtype, speedup=speedup, max_drop=max_drop)
             self.engine.config.selector_thresholds = list(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)
-        self.text_column, self.probabilities = text_column, probabilities
+        self.text_columns = (question_column, context_column) if self.engine.answers else (text_column,)
+        self.result_options = ResultOptions(probabilities, no_answer_threshold, spans)
         self.loaded_seconds = time.perf_counter() - started
 
     def __call__(self, batch: Any) -> Any:
         if isinstance(batch, pa.Table):
-            self._require_text(batch.column_names)
-            columns = self._score(batch[self.text_column].to_pylist())
+            self._require_texts(batch.column_names)
+            columns = self._score([batch[name].to_pylist() for name in self.text_columns])
             table = batch.drop_columns([name for name in columns if name in batch.column_names])
             for name, column in columns.items():
                 table = table.append_column(name, column)
             return table
         if isinstance(batch, pd.DataFrame):
-            self._require_text(list(batch.columns))
+            self._require_texts(list(batch.columns))
             texts = [
-                None if text is None or text is pd.NA or text != text else text for text in batch[self.text_column]
+                [None if text is None or text is pd.NA or text != text else text for text in batch[name]]
+                for name in self.text_columns
             ]
             columns = self._score(texts)
             return batch.assign(**{name: column.to_pandas().to_numpy() for name, column in columns.items()})
-        self._require_text(list(batch))
-        columns = self._score(list(batch[self.text_column]))
+        self._require_texts(list(batch))
+        columns = self._score([list(batch[name]) for name in self.text_columns])
         return {**batch, **{name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}}
 
-    def _require_text(self, names: list[str]) -> None:
-        if self.text_column not in names:
-            raise UsageError(f"no column {self.text_column!r} in the batch; its columns are {names}")
+    def _require_texts(self, names: list[str]) -> None:
+        if missing := [name for name in self.text_columns if name not in names]:
+            raise UsageError(f"no column {missing[0]!r} in the batch; its columns are {names}")
 
-    def _score(self, texts: list[Any]) -> dict[str, pa.Array]:
-        """Result columns for texts of which some may be no text, with `error`."""
-        checked = [check_text(text) for text in texts]
-        good = [position for position, (text, _, _) in enumerate(checked) if text is not None]
-        results = self.engine.score_texts([text for text, _, _ in checked if text is not None])
-        columns = result_columns(results, self.engine.labels, probabilities=self.probabilities)
-        places = np.full(len(texts), -1)
+    def _score(self, columns: list[list[Any]]) -> dict[str, pa.Array]:
+        """Result columns for columns of texts of which some may be no text, with `error`."""
+        rows, errors = [], []
+        for values in zip(*columns):
+            checked = [check_text(value, name) for value, name in zip(values, self.text_columns)]
+            reasons = [reason for _, reason, _ in checked if reason]
+            errors.append(reasons[0] if reasons else None)
+            rows.append(tuple("" if text is None else text for text, _, _ in checked))
+        documents = self.engine.task.encode_rows(rows)
+        for place, document in enumerate(documents):
+            if errors[place] is None and (problem := self.engine.task.problem(document)):
+                errors[place] = problem[0]
+        good = [place for place, error in enumerate(errors) if error is None]
+        documents = [documents[place] for place in good]
+        results = result_columns(self.engine, self.engine.score(documents), documents, self.result_options)
+        places = np.full(len(rows), -1)
         places[good] = np.arange(len(good))
         indices = pa.array(places, mask=places < 0)
-        spread = {name: column.take(indices) for name, column in columns.items()}
-        return {**spread, "error": pa.array([reason or None for _, reason, _ in checked], pa.string())}
+        spread = {name: column.take(indices) for name, column in results.items()}
+        return {**spread, "error": pa.array(errors, pa.string())}
 
 
 class _StoppedError(Exception):
@@ -191,26 +258,27 @@ class SplitPredictor(TRBertPredictor):
                 for position, name in zip(killed, names)
             ]
             rejected = rejected_table(rejected.to_pylist() + rows)
-        # The last column is the token ids', whatever the passed columns are called.
-        tokens = documents.column(documents.num_columns - 1)
+        # The last column is the documents', whatever the passed columns are called.
+        encoded = documents.column(documents.num_columns - 1)
         if entry.care.one_at_a_time:
-            scored = self._score_each(tokens, entry)
+            scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
-            scored = self.engine.score(self._until_stopped(tokens))
+            scored = self.engine.score(self._until_stopped(encoded))
+        # Again from the column, without the token ids' copies: a million-token document is not held twice.
+        kept = list(from_column(documents.column(documents.num_columns - 1))) if self.engine.answers else []
         documents = documents.remove_column(documents.num_columns - 1)
         columns: dict[str, Any] = {}
         if self.id_column:
             columns[self.id_column] = documents[self.id_column]
         columns["shard"] = pa.array([shard] * documents.num_rows, pa.string())
         columns["row"] = documents["row"]
-        columns |= result_columns(scored, self.engine.labels, probabilities=self.probabilities)
+        columns |= result_columns(self.engine, scored, kept, self.result_options)
         columns |= {name: documents[name] for name in self.passed_columns if name != self.id_column}
         after = self.engine.statistics
-        counts = pa.compute.value_counts(columns["label"]).to_pylist()
         stats = SplitStats(
             documents=len(scored),
-            labels={count["values"]: count["counts"] for count in counts},
+            labels=self._label_counts(columns),
             tokens=int(scored.num_tokens.sum()),
             windows=int(scored.num_windows.sum()),
             kept_tokens=[int(kept) for kept in scored.kept_tokens.sum(axis=0)],
@@ -223,25 +291,33 @@ class SplitPredictor(TRBertPredictor):
             stats.count_bad(rows)
         return pa.table(columns), rejected, stats
 
-    def _score_each(self, tokens: pa.ChunkedArray, entry: Entry) -> DocumentResults:
+    def _label_counts(self, columns: dict[str, Any]) -> dict[str, int]:
+        """Documents by label, or questions by whether they have an answer."""
+        if self.engine.answers:
+            none = columns["answer"].null_count
+            counted = {"answered": len(columns["answer"]) - none, "no answer": none}
+            return {name: count for name, count in counted.items() if count}
+        return {each["values"]: each["counts"] for each in pa.compute.value_counts(columns["label"]).to_pylist()}
+
+    def _score_each(self, encoded: pa.ChunkedArray, entry: Entry) -> DocumentResults:
         """One document after the other, so that one that kills the process is found; those that have are left out.
 
         Results do not depend on a document's batch, so they are what a whole split's are.
         """
         scored = [self.engine.score([])]
-        for position, document in enumerate(self._until_stopped(tokens)):
+        for position, document in enumerate(self._until_stopped(encoded)):
             if position not in entry.care.killers:
                 entry.touch(position)
                 scored.append(self.engine.score([document]))
         entry.touch(WHOLE)
         return DocumentResults.concatenate(scored)
 
-    def _until_stopped(self, tokens: pa.ChunkedArray) -> Iterator[np.ndarray]:
-        """The documents' token ids, as long as the run may go on with what it has begun."""
+    def _until_stopped(self, encoded: pa.ChunkedArray) -> Iterator[Any]:
+        """The documents, as long as the run may go on with what it has begun."""
         asked = time.monotonic()
-        for document in tokens:
+        for document in from_column(encoded):
             if time.monotonic() - asked > _STOP_INTERVAL:
                 asked = time.monotonic()
                 if self.ledger.stopping() is Stop.NOW:
                     raise _StoppedError
-            yield document.values.to_numpy()
+            yield document

@@ -20,9 +20,8 @@ from ray._private import ray_constants
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
-from trbert_model.engine import check_thresholds, load_model
+from trbert_model.engine import QUESTION_ANSWERING, check_thresholds, load_model, make_task, task_of
 from trbert_model.errors import TRBertError
-from trbert_model.tasks.classification import ClassificationTask
 
 from .choice import Expectation, Model, choose, kept_drift, label_drift, last_labels
 from .commit import (
@@ -87,7 +86,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             raise refusal(output, differences)
         plan = None if differences else make_plan(shards, output)
         if plan is not None and not plan.pending:
-            return _Run(config, output, plan, None, None, model.digest, run_id, started, stop).execute()
+            return _Run(config, output, plan, None, None, model, run_id, started, stop).execute()
         started_ray = _start_ray()
         install_handler()
         try:
@@ -98,7 +97,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
                 _say(str(expectation))
             bind_output(output, _identity(config, model.digest), overwrite=config.overwrite)
             plan = plan or make_plan(shards, output)
-            return _Run(config, output, plan, placement, expectation, model.digest, run_id, started, stop).execute()
+            return _Run(config, output, plan, placement, expectation, model, run_id, started, stop).execute()
         finally:
             if started_ray:
                 ray.shutdown()
@@ -114,12 +113,13 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], Model]:
     directory = fetch_model(config.model)
     try:
         loaded, tokenizer = load_model(directory)
-        ClassificationTask(tokenizer, loaded.config.max_position_embeddings, config.overflow, config.stride)
+        task = task_of(loaded.config)
+        make_task(task, tokenizer, loaded.config, config.engine_options())
         if config.thresholds is not None:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:
         raise UsageError(str(error)) from error
-    model = Model(directory, model_digest(directory), loaded.config.max_position_embeddings)
+    model = Model(directory, model_digest(directory), loaded.config.max_position_embeddings, task)
     if config.dtype != "auto":  # else the cluster decides on the dtype, and with it on the table
         choose(config, model)
     return output, list_shards(config.storage(config.input)), model
@@ -229,14 +229,14 @@ class _Run:
         plan: Plan,
         placement: Placement | None,
         expectation: Expectation | None,
-        digest: str,
+        model: Model,
         run_id: str,
         started: float,
         stop: StopRequest,
     ):
-        self.config, self.output, self.plan, self.placement, self.digest = config, output, plan, placement, digest
+        self.config, self.output, self.plan, self.placement, self.model = config, output, plan, placement, model
         self.expectation, self.run_id, self.started, self.stop = expectation, run_id, started, stop
-        self.labels_before = last_labels(output, digest) if plan.pending else {}
+        self.labels_before = last_labels(output, model.digest) if plan.pending else {}
         self.ledger = start_ledger() if plan.pending else NO_LEDGER
         self.statistics = RunStatistics(self.run_id, plan, started)
         self.progress = {shard.path: _ShardProgress(shard, dict.fromkeys(done)) for shard, done in plan.pending}
@@ -342,7 +342,11 @@ class _Run:
         options = EncodeOptions(
             input=config.storage(input_root(config.input)),
             model=Storage(config.model).uri,
-            text_column=config.text_column,
+            text_columns=(
+                (config.question_column, config.context_column)
+                if self.model.task == QUESTION_ANSWERING
+                else (config.text_column,)
+            ),
             id_column=config.id_column,
             keep_columns=config.keep_columns,
             split_bytes=config.split_bytes,
@@ -353,6 +357,8 @@ class _Run:
             "id_column": config.id_column,
             "model": options.model,
             "probabilities": config.probabilities,
+            "no_answer_threshold": config.no_answer_threshold,
+            "spans": config.n_best > 1,
             "threads": placement.threads,
             "ledger": self.ledger,
             **asdict(config.engine_options(placement.device)),
@@ -458,7 +464,7 @@ class _Run:
         return {
             "input": self.config.input,
             "output": self.config.output,
-            "model": {"uri": self.config.model, "digest": self.digest},
+            "model": {"uri": self.config.model, "digest": self.model.digest},
             "options": self.config.identity(),
             "expectation": self.expectation.as_dict() if self.expectation else None,
             "placement": self.placement.as_dict() if self.placement else None,

@@ -183,8 +183,9 @@ class Engine:
         fuse_for_inference(self.model)
         for selector in self.model.bert.encoder.selectors:
             selector.float()
-        answers = isinstance(model, TRBertForQuestionAnswering)
-        self.task: Any = make_task(QUESTION_ANSWERING if answers else CLASSIFICATION, tokenizer, self.config, options)
+        self.answers = isinstance(model, TRBertForQuestionAnswering)  # questions, where it does not classify
+        kind = QUESTION_ANSWERING if self.answers else CLASSIFICATION
+        self.task: Any = make_task(kind, tokenizer, self.config, options)
         # On CPU layers run on groups of sequences anyway (modeling.LAYER_TOKENS): more tokens only help the layers
         # after a reduction, which have few left. Of 1,024 to 16,384 the fastest lay around 4,096.
         self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 4096)

@@ -36,7 +36,7 @@ def encode_options(directory: Path, model: Path, **changes) -> EncodeOptions:
     settings = {
         "input": Storage(str(directory)),
         "model": str(model),
-        "text_column": "text",
+        "text_columns": ("text",),
         "id_column": "id",
         "keep_columns": (),
         "split_bytes": 1 << 20,

@@ -104,7 +104,7 @@ def test_all_text_like_columns_are_read(tmp_path, model_directory, kind):
     write_shard(tmp_path / "a.parquet", {"id": range(4), "text": array})
     (row,) = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory))
     assert row["documents"]["row"].to_pylist() == [0, 2, 3]
-    assert row["documents"]["tokens"].to_pylist()[0] == row["documents"]["tokens"].to_pylist()[2]
+    assert row["documents"]["document"].to_pylist()[0] == row["documents"]["document"].to_pylist()[2]
     assert [(bad["row"], bad["reason"]) for bad in row["bad"].to_pylist()] == [(1, "null")]
 
 
@@ -145,7 +145,7 @@ def test_a_column_of_another_type_rejects_its_rows(tmp_path, model_directory):
 def test_without_an_id_column(tmp_path, model_directory):
     write_shard(tmp_path / "a.parquet", {"text": ["good", None, "bad"]})
     (row,) = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory, id_column=None))
-    assert row["documents"].column_names == ["row", "tokens"]
+    assert row["documents"].column_names == ["row", "document"]
     assert row["bad"]["id"].to_pylist() == [None]
 
 
@@ -156,11 +156,11 @@ def test_passed_columns_come_as_plain_types(tmp_path, model_directory):
         "source": pa.array(["s", "s"]).dictionary_encode(),
         "when": pa.array([1, None], pa.timestamp("us")),
         "tags": [["a"], []],
-        "tokens": [1, 2],
+        "document": [1, 2],
         "nothing": pa.nulls(2),
     }
     write_shard(tmp_path / "a.parquet", columns)
-    options = encode_options(tmp_path, model_directory, keep_columns=("source", "when", "tags", "tokens", "nothing"))
+    options = encode_options(tmp_path, model_directory, keep_columns=("source", "when", "tags", "document", "nothing"))
     (row,) = encode(only_shard(tmp_path), options)
     kinds = {name: row["documents"].schema.field(name).type for name in ("id", "source", "when", "tags", "nothing")}
     assert kinds == {
@@ -266,7 +266,7 @@ def test_shard_names_of_all_kinds(tmp_path, model_directory):
 def test_the_payload_is_what_the_tokenizer_says(tmp_path, model_directory):
     write_shard(tmp_path / "a.parquet", {"id": [1, 2], "text": ["the good news", "bad"]})
     (row,) = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory))
-    tokens = [ids.values.to_numpy() for ids in row["documents"]["tokens"]]
+    tokens = [ids.values.to_numpy() for ids in row["documents"]["document"]]
     assert [list(map(int, ids)) for ids in tokens] == [[5, 6, 9], [7]]
     assert tokens[0].dtype == np.int32
     assert set(row) - {"documents", "bad"} == set(SPLIT_SCHEMA.names)

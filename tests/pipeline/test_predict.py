@@ -66,15 +66,15 @@ def test_a_missing_text_column_is_named(predictor):
 
 @pytest.fixture
 def split(tmp_path, model_directory):
-    columns = {"id": [f"n{i}" for i in range(40)], "text": [None, *texts(39)], "tokens": ["t"] * 40}
+    columns = {"id": [f"n{i}" for i in range(40)], "text": [None, *texts(39)], "document": ["t"] * 40}
     write_shard(tmp_path / "a.parquet", columns)
-    options = encode_options(tmp_path, model_directory, keep_columns=("tokens",))
+    options = encode_options(tmp_path, model_directory, keep_columns=("document",))
     (table,) = read_shards(pa.Table.from_pylist(shard_groups([(only_shard(tmp_path), frozenset())])), options)
     return table
 
 
 def test_a_split_becomes_result_rows_and_statistics(split, model_directory):
-    predictor = SplitPredictor(["id", "tokens"], "id", model=str(model_directory), device="cpu")
+    predictor = SplitPredictor(["id", "document"], "id", model=str(model_directory), device="cpu")
     (row,) = predictor(split).to_pylist()
     results, stats = from_ipc(row["payload"]), SplitStats.from_json(row["stats"])
     assert results.schema == pa.schema(
@@ -87,7 +87,7 @@ def test_a_split_becomes_result_rows_and_statistics(split, model_directory):
             ("num_tokens", pa.int64()),
             ("num_windows", pa.int32()),
             ("kept_tokens", pa.list_(pa.int32())),
-            ("tokens", pa.string()),
+            ("document", pa.string()),
         ]
     )
     assert results["id"].to_pylist() == [f"n{i}" for i in range(1, 40)]

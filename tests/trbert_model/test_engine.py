@@ -196,7 +196,11 @@ def test_directories_that_are_no_model_are_refused_by_name(model_directory, tmp_
 
     for name, change, message in [
         ("headless", without_classifier, "weights missing.*classifier.weight"),
-        ("plain", as_architecture("BertForSequenceClassification"), "neither TRBertForSequenceClassification nor TRBertForQuestionAnswering"),
+        (
+            "plain",
+            as_architecture("BertForSequenceClassification"),
+            "neither TRBertForSequenceClassification nor",
+        ),
         ("tokens", with_more_tokens, "tokenizer has 22 tokens, the model's embeddings only 21"),
         ("config", lambda d: (d / "config.json").unlink(), "no config.json"),
         ("pickle", pickled, "cannot be loaded"),

@@ -83,6 +83,14 @@ class ClassificationTask:
                 return
             start = end - self.shared
 
+    def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
+        """`tokenize` for rows of one text each."""
+        return self.tokenize([text for (text,) in rows])
+
+    def problem(self, document: np.ndarray) -> tuple[str, str] | None:
+        """Why a document cannot be scored, as a reason and a sentence."""
+        return None if len(document) else ("no_tokens", "the tokenizer finds no token in the text")
+
     def token_types(self, windows: Sequence[Window]) -> None:
         """All of a document's tokens are of BERT's first type."""
         return None

@@ -124,6 +124,26 @@ class QuestionAnsweringTask:
         where = np.concatenate(offsets)
         return EncodedContext(text, np.concatenate(ids), where[:, 0], where[:, 1])
 
+    def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> list[EncodedQuestion]:
+        """`encode` for rows of a question and a context each."""
+        return self.encode([question for question, _ in rows], [context for _, context in rows])
+
+    def problem(self, document: EncodedQuestion) -> tuple[str, str] | None:
+        """Why a question cannot be answered, as a reason and a sentence."""
+        if not len(document.ids) or not len(document.context.ids):
+            what = "context" if len(document.ids) else "question"
+            return "no_tokens", f"the tokenizer finds no token in the {what}"
+        if self.room(document) <= self._shared(document):
+            return "question_too_long", (
+                f"the question's {len(document.ids)} tokens leave too little of {self.max_positions} positions for the "
+                "context"
+            )
+        return None
+
+    def _shared(self, question: EncodedQuestion) -> int:
+        """Tokens that a question's windows share."""
+        return min(128, self.room(question) // 4) if self.stride is None else self.stride
+
     def room(self, question: EncodedQuestion) -> int:
         """Tokens of the context that fit beside a question; less than 1 if the question is too long."""
         room = self.max_positions - 3 - len(question.ids)
@@ -136,7 +156,7 @@ class QuestionAnsweringTask:
             ConfigurationError: the question leaves no room for a passage, or the stride is as long as the room.
         """
         room = self.room(question)
-        shared = min(128, room // 4) if self.stride is None else self.stride
+        shared = self._shared(question)
         if room < 1 or shared >= room:
             raise ConfigurationError(
                 f"a question of {len(question.ids)} tokens leaves {max(room, 0)} of {self.max_positions} positions for "
