@@ -38,7 +38,7 @@ from trbert_model.calibration import (
     with_table,
 )
 from trbert_model.engine import DocumentResults, Engine, EngineOptions, load_model
-from trbert_model.labelled import LabelledCorpus
+from trbert_model.labelled import LabelledCorpus, LabelledTexts
 from trbert_model.modeling import SelectionPolicy
 from trbert_model.options import parse_options
 from trbert_model.training import TrainingConfig, train
@@ -194,11 +194,11 @@ class Workshop:
         reference = self._engine(dense, reduce=False)
         parts = [part for part in ("dev", "test") if self.file(run.corpus, part).exists()]
         corpora = {
-            part: LabelledCorpus.read(str(self.file(run.corpus, part)), reference.task, names=reference.labels)
+            part: LabelledTexts.read(str(self.file(run.corpus, part)), reference.task, names=reference.labels)
             for part in parts
         }
         if "dev" not in corpora:  # too few documents to put some aside: thresholds are set on the training's
-            corpora["dev"] = LabelledCorpus.read(
+            corpora["dev"] = LabelledTexts.read(
                 str(self.file(run.corpus, "train")), reference.task, names=reference.labels
             )
         test = corpora["test"]
@@ -265,13 +265,13 @@ class Workshop:
         table = read_calibration(directory, key)
         if table is None:
             speedups = SPEEDUPS if len(run.targets) > 1 else run.targets
-            table = calibrate(engine, dev.documents, dev.labels, key=key, corpus=f"{run.corpus} dev", speedups=speedups)
+            table = calibrate(engine, dev, key=key, name=f"{run.corpus} dev", speedups=speedups)
             (directory / FILE).write_bytes(with_table(directory, table))
         return table
 
     def _fractions(self, run: Run, engine: Engine, target: float) -> list[float]:
         """Kept fractions for a speed-up on the training documents."""
-        corpus = LabelledCorpus.read(str(self.file(run.corpus, "train")), engine.task, names=engine.labels)
+        corpus = LabelledTexts.read(str(self.file(run.corpus, "train")), engine.task, names=engine.labels)
         windows = [len(window.input_ids) for document in corpus.documents for window in engine.task.windows(document)]
         return kept_fractions_for(target, engine.config, np.array(windows))
 

@@ -18,9 +18,9 @@ from pipeline.errors import UsageError
 from pipeline.storage import Storage, fetch_model, model_digest
 from trbert_model.calibration import FILE, SPEEDUPS, Calibration, OperatingPoint, calibrate, calibration_key, with_table
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledCorpus
 from trbert_model.options import option, parse_options
 from trbert_model.plotting import draw_calibration
+from trbert_model.training import read_corpus
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class EvaluateConfig:
     """The options of an evaluation."""
 
     model: str = option("", "directory or URI of a TR-BERT model")
-    corpus: str = option("", "Parquet file or URI with labelled documents")
+    corpus: str = option("", "Parquet file or URI with labelled documents; for questions also SQuAD's JSON")
     text_column: str = option("text", "column with the documents")
     label_column: str = option("label", "column with the labels")
+    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
+    context_column: str = option("context", "column with the texts that the questions are about")
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
     speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
     plot: str | None = option(None, "PNG or SVG file to draw (default: a local model directory's calibration.png)")
@@ -51,11 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = Engine.from_pretrained(directory, EngineOptions(dtype=config.dtype))
     if not engine.config.reduction_layers:
         raise UsageError(f"{config.model}: it has no reduction layers, so there is no speed to choose")
-    columns = (config.text_column, config.label_column)
-    corpus = LabelledCorpus.read(config.corpus, engine.task, *columns, names=engine.labels)
+    corpus = read_corpus(config.corpus, config, engine.task, engine.config)
     key = calibration_key(model_digest(directory), engine.dtype, engine.config.max_position_embeddings)
     name = Path(config.corpus).name
-    table = calibrate(engine, corpus.documents, corpus.labels, key=key, corpus=name, speedups=config.speedups)
+    table = calibrate(engine, corpus, key=key, name=name, speedups=config.speedups)
     print(as_text(table))
     place = Storage(config.model)
     if config.write:
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def as_text(table: Calibration) -> str:
     """The table for a terminal."""
     lines = [
-        f"{table.documents:,} documents of {table.corpus}, dense {table.dense_accuracy:.2f}%",
-        f"{'':10} {'FLOPs':>7} {'time':>7} {'accuracy':>9} {'drop':>7} {'95% interval':>16}  kept",
+        f"{table.documents:,} documents of {table.corpus}, dense {table.dense_metric:.2f}% {table.metric}",
+        f"{'':10} {'FLOPs':>7} {'time':>7} {table.metric:>9} {'drop':>7} {'95% interval':>16}  kept",
     ]
     for label, point in [*(("", point) for point in table.points), ("default", table.default)]:
         lines.append(_line(label, point))
@@ -83,7 +84,7 @@ def _line(label: str, point: OperatingPoint) -> str:
     low, high = point.drop_interval
     kept = " / ".join(f"{100 * fraction:.0f}%" for fraction in point.kept_fractions)
     return (
-        f"{label:10} {point.flops_speedup:6.2f}x {point.measured_speedup:6.2f}x {point.accuracy:8.2f}% "
+        f"{label:10} {point.flops_speedup:6.2f}x {point.measured_speedup:6.2f}x {point.metric:8.2f}% "
         f"{point.drop:+7.2f} {low:+7.2f} to {high:+5.2f}  {kept}"
     )
 

@@ -1,4 +1,4 @@
-"""Train a TR-BERT classifier from a BERT or DistilBERT checkpoint and a labelled Parquet corpus.
+"""Train a TR-BERT from a BERT or DistilBERT checkpoint and a labelled Parquet corpus.
 
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 
@@ -32,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         measured = train(config)
     for stage, result in measured["stages"].items():
-        if "accuracy" in result:
+        if "documents" in result:
+            others = ("documents", "flops_speedup", "dense_passes_per_document")
+            metrics = ", ".join(f"{name} {100 * value:.2f}%" for name, value in result.items() if name not in others)
             print(
-                f"{stage:24} accuracy {100 * result['accuracy']:.2f}% on {result['documents']} documents, "
+                f"{stage:24} {metrics} on {result['documents']} documents, "
                 f"{result['flops_speedup']:.2f}x fewer FLOPs than dense"
             )
     print(f"saved to {config.output}")

@@ -20,6 +20,7 @@ from .configuration import TRBertConfig
 from .engine import DocumentResults, Engine
 from .errors import CheckpointError, ConfigurationError
 from .flops import dense_flops, reduced_flops
+from .labelled import LabelledCorpus
 from .varlen import first_tokens
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def kept_fractions_for(
     return [float(low**power) for power in powers]
 
 
-def cuts_for(engine: Engine, documents: Sequence[np.ndarray], fractions: Sequence[float]) -> list[float]:
+def cuts_for(engine: Engine, documents: Sequence[Any], fractions: Sequence[float]) -> list[float]:
     """Keep logits above which these documents' tokens are `fractions` of all, one a reduction.
 
     One reduction after the other, because what a selector sees depends on the ones before it.
@@ -115,7 +116,7 @@ class _Thresholds:
         return torch.sigmoid(logits) >= self.thresholds[reduction]
 
 
-def _with_policy(engine: Engine, documents: Sequence[np.ndarray], policy: Any) -> DocumentResults:
+def _with_policy(engine: Engine, documents: Sequence[Any], policy: Any) -> DocumentResults:
     before, engine.selection_policy = engine.selection_policy, policy
     try:
         return engine.score(documents)
@@ -129,7 +130,7 @@ class OperatingPoint:
 
     thresholds, kept_fractions: one a reduction; kept_spread: the 5th and 95th percentile of the documents' own kept
     fractions, one pair a reduction; flops_speedup, measured_speedup: over the dense model, all documents together;
-    accuracy, drop: in percent and percentage points, with 95% bootstrap intervals, the drop's over paired documents.
+    metric, drop: in percent and percentage points, with 95% bootstrap intervals, the drop's over paired documents.
     """
 
     thresholds: tuple[float, ...]
@@ -137,8 +138,8 @@ class OperatingPoint:
     kept_spread: tuple[tuple[float, float], ...]
     flops_speedup: float
     measured_speedup: float
-    accuracy: float
-    accuracy_interval: tuple[float, float]
+    metric: float
+    metric_interval: tuple[float, float]
     drop: float
     drop_interval: tuple[float, float]
 
@@ -157,16 +158,17 @@ def _tuples(value: Any) -> Any:
 @dataclass(frozen=True)
 class Calibration:
     """A model's table: its own thresholds' point, and points by rising FLOPs speed-up, none of them beaten by another
-    in both speed and accuracy.
+    in both speed and metric.
 
     key: model digest, dtype and window length in tokens, the conditions it was measured under; corpus: the labelled
-    documents' name, and documents their number; dense_accuracy: in percent.
+    documents' name, and documents their number; metric: what was measured; dense_metric: the dense model's, in percent.
     """
 
     key: str
     corpus: str
     documents: int
-    dense_accuracy: float
+    metric: str
+    dense_metric: float
     default: OperatingPoint
     points: tuple[OperatingPoint, ...]
 
@@ -236,35 +238,34 @@ def with_table(directory: str | Path, table: Calibration) -> bytes:
 
 def calibrate(
     engine: Engine,
-    documents: Sequence[np.ndarray],
-    labels: Sequence[int],
+    corpus: LabelledCorpus,
     *,
     key: str,
-    corpus: str,
+    name: str,
     speedups: Sequence[float] = SPEEDUPS,
 ) -> Calibration:
     """Measure the dense model, the default thresholds and, for each speed-up in reach, thresholds of each schedule.
 
     The engine must reduce. Time is the model's own, dense and reduced on the same documents in the same process.
     """
-    config, truth = engine.config, np.asarray(labels)
+    config, documents = engine.config, corpus.documents
     dense, dense_seconds = _timed(engine, documents, lambda reduction, logits, _: torch.ones_like(logits).bool())
-    right = dense.logits.argmax(1) == truth
+    best = corpus.scores(dense)
     windows = np.array([len(w.input_ids) for document in documents for w in engine.task.windows(document)])
 
     def measure(thresholds: Sequence[float]) -> OperatingPoint:
         results, seconds = _timed(engine, documents, _Thresholds(thresholds))
-        correct = results.logits.argmax(1) == truth
+        scores = corpus.scores(results)
         own = results.kept_tokens / results.num_tokens[:, None]
-        drop = 100 * (right.astype(float) - correct)
+        drop = 100 * (best - scores)
         return OperatingPoint(
             thresholds=tuple(float(t) for t in thresholds),
             kept_fractions=tuple((results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist()),
             kept_spread=tuple((float(low), float(high)) for low, high in np.percentile(own, [5, 95], axis=0).T),
             flops_speedup=float(results.dense_flops.sum() / results.flops.sum()),
             measured_speedup=dense_seconds / seconds,
-            accuracy=100 * float(correct.mean()),
-            accuracy_interval=bootstrap_interval(100.0 * correct),
+            metric=100 * float(scores.mean()),
+            metric_interval=bootstrap_interval(100 * scores),
             drop=float(drop.mean()),
             drop_interval=bootstrap_interval(drop),
         )
@@ -277,30 +278,29 @@ def calibrate(
             except ConfigurationError:
                 continue  # out of reach
             points.append(measure(thresholds_of(cuts_for(engine, documents, fractions))))
-            logger.info(
-                "%.2fx: %.2f%% (dense %.2f%%)", points[-1].flops_speedup, points[-1].accuracy, 100 * right.mean()
-            )
+            logger.info("%.2fx: %.2f%% (dense %.2f%%)", points[-1].flops_speedup, points[-1].metric, 100 * best.mean())
     return Calibration(
         key=key,
-        corpus=corpus,
-        documents=len(truth),
-        dense_accuracy=100 * float(right.mean()),
+        corpus=name,
+        documents=len(best),
+        metric=corpus.metric,
+        dense_metric=100 * float(best.mean()),
         default=measure(config.selector_thresholds),
         points=tuple(pareto_front(points)),
     )
 
 
-def _timed(engine: Engine, documents: Sequence[np.ndarray], policy: Any) -> tuple[DocumentResults, float]:
+def _timed(engine: Engine, documents: Sequence[Any], policy: Any) -> tuple[DocumentResults, float]:
     before = engine.statistics.model_seconds
     results = _with_policy(engine, documents, policy)
     return results, engine.statistics.model_seconds - before
 
 
 def pareto_front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """The points that no other beats in both speed and accuracy, by rising speed."""
+    """The points that no other beats in both speed and metric, by rising speed."""
     front: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda point: (-point.flops_speedup, -point.accuracy)):
-        if not front or point.accuracy > front[-1].accuracy:
+    for point in sorted(points, key=lambda point: (-point.flops_speedup, -point.metric)):
+        if not front or point.metric > front[-1].metric:
             front.append(point)
     return front[::-1]
 

@@ -42,7 +42,7 @@ _HEADS = {
 }
 # What an adapter holds: low-rank updates of the layers' matrices, and the small modules whole.
 LORA_TARGETS = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"
-MODULES_TO_SAVE = ["classifier", "pooler", "linear_1", "linear_2"]
+MODULES_TO_SAVE = ["classifier", "qa_outputs", "pooler", "linear_1", "linear_2"]
 
 _HEAD_TENSOR = {"classification": "classifier.weight", "question-answering": "qa_outputs.weight"}
 
@@ -52,6 +52,7 @@ def convert_checkpoint(
     *,
     task: str | None = None,
     labels: Sequence[str] | None = None,
+    fresh_head: bool = False,
     reduction_layers: list[int] | None = None,
     selector_size: int | None = None,
 ) -> TRBertPreTrainedModel:
@@ -66,6 +67,7 @@ def convert_checkpoint(
             whose selectors are replaced by fresh ones.
         task: "classification", "question-answering" or "none"; default: the head the checkpoint has.
         labels: give the model a fresh classification head with these labels, whatever head the checkpoint has.
+        fresh_head: give the model a fresh head for the task, whatever head the checkpoint has.
         reduction_layers: zero-based layers with a selector; default: the paper's. The original's checkpoints fix
             their own.
         selector_size: width of fresh selectors' hidden layer; default: 32, the paper's.
@@ -89,14 +91,13 @@ def convert_checkpoint(
         raise CheckpointError(f"{src}: no BERT or DistilBERT encoder among its tensors (first: {sorted(tensors)[:3]})")
 
     found = next((task for task, tensor in _HEAD_TENSOR.items() if tensor in state), "none")
-    if labels is not None:
+    if labels is not None or fresh_head:
         state = {name: value for name, value in state.items() if name.startswith("bert.")}
-        task = "classification"
-    elif task is None:
-        task = found
-    elif task not in _HEADS:
+        task = "classification" if labels is not None else task
+    task = task or found
+    if task not in _HEADS:
         raise CheckpointError(f"task {task!r} is none of {', '.join(_HEADS)}")
-    elif task not in (found, "none"):
+    if not fresh_head and labels is None and task not in (found, "none"):
         raise CheckpointError(
             f"{src}: it has no head for {task} (its head: {found}); fine-tune it for the task, or train with "
             "jobs/train.py, which gives it a fresh one"
@@ -115,8 +116,8 @@ def convert_checkpoint(
     if model.base_model.pooler is None:
         state = {name: value for name, value in state.items() if not name.startswith("bert.pooler.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    fresh = ["pooler."] if labels is not None or task == "none" else []
-    fresh += ["classifier."] if labels is not None else []
+    fresh = ["pooler."] if labels is not None or fresh_head or task == "none" else []
+    fresh += ["classifier.", "qa_outputs."] if labels is not None or fresh_head else []
     fresh += [] if selectors_stored else ["encoder.selectors."]
     missing = [name for name in missing if not any(part in name for part in fresh)]
     if missing or unexpected:

@@ -311,7 +311,7 @@ class Engine:
         return outputs, np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
 
 
-CLASSIFICATION, QUESTION_ANSWERING = "classification", "question answering"
+CLASSIFICATION, QUESTION_ANSWERING = "classification", "question-answering"
 _MODELS = {CLASSIFICATION: TRBertForSequenceClassification, QUESTION_ANSWERING: TRBertForQuestionAnswering}
 
 

@@ -2,9 +2,9 @@
 
 A stage's loss may take several passes through the model. As a module of its own it can be trained by transformers'
 Trainer on one device or replicated over many: all that a step computes happens in the one forward that is replicated.
-Every forward takes `WindowDataset.collate`'s batch and returns `{"loss": (), **measurements}`; measurements are ()
-too, and `dense_passes` among them says what the step cost: in units of the dense model's forward pass over the same
-windows, a gradient counted as two more.
+Every forward takes the tensors of `WindowDataset.collate`'s batch, some of whose examples may have several windows,
+and returns `{"loss": (), **measurements}`; measurements are () too, and `dense_passes` among them says what the step
+cost: in units of the dense model's forward pass over the same windows, a gradient counted as two more.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .flops import dense_flops, layer_flops, reduced_flops
+from .losses import TaskLosses
 from .modeling import SelectionPolicy, TRBertEncoder
-from .teacher import top_tokens
+from .teacher import inputs_of, top_tokens
 from .varlen import first_tokens
-
-_INPUTS = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")
 
 
 class Objective(nn.Module):
-    """A stage's loss around a TRBertForSequenceClassification or peft's wrapper around one."""
+    """A stage's loss around a task's model or peft's wrapper around one."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, losses: TaskLosses):
         super().__init__()
-        self.model = model
+        self.model, self.losses = model, losses
 
     @property
     def encoder(self) -> TRBertEncoder:
@@ -45,9 +44,9 @@ class Objective(nn.Module):
 class FineTune(Objective):
     """The dense model on the task."""
 
-    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
-        output = self.model(**_inputs(batch), labels=labels, reduce=False)
-        return {"loss": output.loss, "task_loss": output.loss.detach(), "dense_passes": torch.tensor(3.0)}
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        loss = self.losses.labelled(self.model(**inputs_of(batch), reduce=False), batch).mean()
+        return {"loss": loss, "task_loss": loss.detach(), "dense_passes": torch.tensor(3.0)}
 
 
 class OperatingPoints(nn.Module):
@@ -103,20 +102,20 @@ class Imitation(Objective):
     The selectors meet the tokens that they themselves rank highest, as they will when they are used.
     """
 
-    def __init__(self, model: Any, points: OperatingPoints):
-        super().__init__(model)
+    def __init__(self, model: Any, losses: TaskLosses, points: OperatingPoints):
+        super().__init__(model, losses)
         self.points = points
 
     def forward(self, guide: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         self.model.eval()  # the states to be judged are those of inference
         lengths = batch["cu_seqlens"].diff()
-        points = self.points.draw(len(lengths), lengths.device)
+        points = _points_of(self.points, batch)
         counts = (lengths[:, None] * self.points.fractions[points]).round().long().clamp(min=1)
 
         def highest(reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
             return top_tokens(logits.detach(), cu_seqlens, counts[:, reduction])
 
-        output = self.model(**_inputs(batch), selection_policy=highest, output_selections=True)
+        output = self.model(**inputs_of(batch), selection_policy=highest, output_selections=True)
         losses = []
         for reduction, selection in enumerate(output.selections):
             scores = guide[self.model.config.reduction_layers[reduction]]
@@ -144,6 +143,7 @@ class Reinforcement(Objective):
     def __init__(
         self,
         model: Any,
+        losses: TaskLosses,
         points: OperatingPoints,
         *,
         samples: int,
@@ -151,40 +151,45 @@ class Reinforcement(Objective):
         guided_steps: int = 0,
         distillation: bool = False,
     ):
-        super().__init__(model)
+        super().__init__(model, losses)
         self.points, self.samples, self.length_penalty = points, samples, length_penalty
         self.guided_steps, self.distillation = guided_steps, distillation
         self.step = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
-    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
-        points = self.points.draw(len(labels), labels.device)
-        loss, measured = self.policy_loss(labels, batch, points)
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        loss, measured = self.policy_loss(batch, _points_of(self.points, batch))
         return {"loss": loss, **measured}
 
-    def policy_loss(self, labels: Tensor, batch: dict[str, Tensor], points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The selectors' loss, which has no gradient in anything but them, and what was seen on the way."""
+    def policy_loss(self, batch: dict[str, Tensor], points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The selectors' loss, which has no gradient in anything but them, and what was seen on the way.
+
+        points: of each window, (windows,); the same for all windows of an example.
+        """
         self.model.eval()
-        lengths, count = batch["cu_seqlens"].diff(), self.samples
+        lengths, count, example = batch["cu_seqlens"].diff(), self.samples, batch["example"]
+        windows, examples = len(lengths), int(example.max()) + 1
         cuts = self.points.cuts_at(points, sampled=True).repeat(count, 1)
-        guided = torch.zeros(count * len(labels), dtype=torch.bool, device=labels.device)
-        guided[: len(labels)] = bool(self.step < self.guided_steps)
+        guided = torch.zeros(count * windows, dtype=torch.bool, device=lengths.device)
+        guided[:windows] = bool(self.step < self.guided_steps)
         self.step.add_(1)
         layers = self.model.config.reduction_layers
         policy = SamplingPolicy(cuts, guided, batch["guide"][layers].repeat(1, count) if guided.any() else None)
+        # An example's windows are rewarded together.
+        owner = torch.cat([example + examples * sample for sample in range(count)])
         with torch.no_grad():
-            output = self.model(**_inputs(batch), samples=count, selection_policy=policy, output_selections=True)
-            task_loss = self.task_losses(output.logits, labels.repeat(count), batch, count)
+            output = self.model(**inputs_of(batch), samples=count, selection_policy=policy, output_selections=True)
+            task_loss = self.task_losses(output, batch, count)
             kept = torch.stack(output.kept_tokens, 1)
-            fractions = kept / lengths.repeat(count)[:, None]
-            reward = -task_loss - self.length_penalty * fractions.mean(1)
-            advantage = reward - reward.view(count, -1).mean(0).repeat(count)
+            fractions = (kept / lengths.repeat(count)[:, None]).mean(1)
+            reward = -task_loss - self.length_penalty * _means(fractions, owner, examples * count)
+            advantage = (reward - reward.view(count, -1).mean(0).repeat(count))[owner]
         # Guided selections would move the cuts by what the guide keeps.
         free = ~guided
         self.points.follow(
             points.repeat(count)[free], lengths.repeat(count)[free], kept[free], policy.spreads(), sampled=True
         )
 
-        log_probability, entropy = torch.zeros_like(reward), torch.zeros((), device=labels.device)
+        log_probability, entropy = torch.zeros_like(fractions), torch.zeros((), device=lengths.device)
         for reduction, selection in enumerate(output.selections):
             entering = selection.cu_seqlens.diff().long()
             logits = self.encoder.selectors[reduction](selection.hidden)
@@ -204,12 +209,9 @@ class Reinforcement(Objective):
         }
         return -(advantage * log_probability).mean(), measured
 
-    def task_losses(self, logits: Tensor, labels: Tensor, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
-        """The task's loss of each sequence."""
-        if self.distillation:
-            teacher = batch["teacher_logits"].softmax(-1).repeat(repeats, 1)
-            return -(teacher * logits.log_softmax(-1)).sum(-1)
-        return F.cross_entropy(logits, labels, reduction="none")
+    def task_losses(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        """The task's loss of each example, to the dense model's probabilities or to the labels."""
+        return (self.losses.distilled if self.distillation else self.losses.labelled)(output, batch, repeats)
 
 
 class Joint(Reinforcement):
@@ -223,6 +225,7 @@ class Joint(Reinforcement):
     def __init__(
         self,
         model: Any,
+        losses: TaskLosses,
         points: OperatingPoints,
         *,
         samples: int,
@@ -230,24 +233,26 @@ class Joint(Reinforcement):
         distillation: bool = True,
         selection_policy: SelectionPolicy | None = None,
     ):
-        super().__init__(model, points, samples=samples, length_penalty=length_penalty, distillation=distillation)
+        super().__init__(
+            model, losses, points, samples=samples, length_penalty=length_penalty, distillation=distillation
+        )
         self.selection_policy = selection_policy
 
-    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
-        points, lengths = self.points.draw(len(labels), labels.device), batch["cu_seqlens"].diff()
-        loss, measured = torch.zeros((), device=labels.device), {"dense_passes": torch.zeros(())}
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        points, lengths = _points_of(self.points, batch), batch["cu_seqlens"].diff()
+        loss, measured = torch.zeros((), device=lengths.device), {"dense_passes": torch.zeros(())}
         if self.samples:
-            loss, measured = self.policy_loss(labels, batch, points)
+            loss, measured = self.policy_loss(batch, points)
             self.model.train(self.training)
         # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
         # many, those that it will be used with.
         cuts = self.points.cuts_at(points, sampled=not self.points.follows)
         selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
-        output = self.model(**_inputs(batch), selection_policy=self.selection_policy or selectors)
+        output = self.model(**inputs_of(batch), selection_policy=self.selection_policy or selectors)
         kept = torch.stack(output.kept_tokens, 1)
         if self.selection_policy is None and self.points.follows:
             self.points.follow(points, lengths, kept, selectors.spreads(), sampled=False)
-        task_loss = self.task_losses(output.logits, labels, batch).mean()
+        task_loss = self.task_losses(output, batch).mean()
         measured |= {
             "task_loss": task_loss.detach(),
             "dense_passes": measured["dense_passes"] + 3 * self._cost(lengths, kept),
@@ -292,8 +297,16 @@ class SamplingPolicy:
         return keep
 
 
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in _INPUTS}
+def _points_of(points: OperatingPoints, batch: dict[str, Tensor]) -> Tensor:
+    """A point for each example, as one for each of its windows, int64 (windows,)."""
+    example = batch["example"]
+    return points.draw(int(example.max()) + 1, example.device)[example]
+
+
+def _means(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Means of each group's values, (groups,)."""
+    sums = torch.zeros(groups, device=values.device).index_add(0, group, values)
+    return sums / group.bincount(minlength=groups)
 
 
 def _sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:

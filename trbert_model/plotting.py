@@ -1,4 +1,4 @@
-"""A calibration table as a picture: accuracy over FLOPs speed-up and over measured speed-up."""
+"""A calibration table as a picture: its metric over FLOPs speed-up and over measured speed-up."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ def draw_calibration(table: Calibration, path: str | Path) -> None:
         points = sorted(table.points, key=lambda point: getattr(point, name))
         panel.errorbar(
             [getattr(point, name) for point in points],
-            [point.accuracy for point in points],
+            [point.metric for point in points],
             yerr=_errors(points),
             marker="o",
             capsize=3,
             label="calibration table",
         )
-        panel.plot(1, table.dense_accuracy, "k*", markersize=12, label="dense")
-        panel.plot(getattr(table.default, name), table.default.accuracy, "rs", label="default thresholds")
-        panel.axhline(table.dense_accuracy, color="gray", linewidth=0.8, linestyle=":")
+        panel.plot(1, table.dense_metric, "k*", markersize=12, label="dense")
+        panel.plot(getattr(table.default, name), table.default.metric, "rs", label="default thresholds")
+        panel.axhline(table.dense_metric, color="gray", linewidth=0.8, linestyle=":")
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"accuracy, % of {table.documents:,} documents")
+    panels[0].set_ylabel(f"{table.metric}, % of {table.documents:,} documents")
     panels[0].legend(loc="lower left")
     figure.suptitle(table.corpus)
     figure.savefig(path, dpi=120)
@@ -39,6 +39,6 @@ def draw_calibration(table: Calibration, path: str | Path) -> None:
 
 
 def _errors(points: list[OperatingPoint]) -> list[list[float]]:
-    low = [max(point.accuracy - point.accuracy_interval[0], 0.0) for point in points]
-    high = [max(point.accuracy_interval[1] - point.accuracy, 0.0) for point in points]
+    low = [max(point.metric - point.metric_interval[0], 0.0) for point in points]
+    high = [max(point.metric_interval[1] - point.metric, 0.0) for point in points]
     return [low, high]

@@ -1,4 +1,4 @@
-"""What the dense model knows and the selectors are to learn: its logits, and how much each token matters to it.
+"""What the dense model knows and the selectors are to learn: its outputs, and how much each token matters to it.
 
 Both are computed once for all windows of a corpus, by window and never by the order of training, so that later stages
 and later runs that start from the same dense model share them.
@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configuration import TRBertConfig
-from .varlen import first_tokens, model_inputs
+from .losses import TaskLosses
+from .varlen import first_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +28,21 @@ class TeacherSignals:
     """The dense model's view of every window of a corpus.
 
     Args:
-        logits: float32 (windows, labels).
+        targets: float32 (rows, columns): logits, as `TaskLosses.signals` gives them.
+        target_bounds: int64 (windows + 1,): window i's rows are `target_bounds[i]:target_bounds[i + 1]` of them.
         guide: float16 (layers, total tokens): of each token, at the input of each layer below `deep_layer`, its
             saliency over the highest one of its window.
         bounds: int64 (windows + 1,): window i's tokens are `bounds[i]:bounds[i + 1]` of `guide`.
     """
 
-    def __init__(self, logits: Tensor, guide: Tensor, bounds: Tensor):
-        self.logits, self.guide, self.bounds = logits, guide, bounds
+    def __init__(self, targets: Tensor, target_bounds: Tensor, guide: Tensor, bounds: Tensor):
+        self.targets, self.target_bounds, self.guide, self.bounds = targets, target_bounds, guide, bounds
 
     def of_windows(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits (windows, labels) and guide float32 (layers, tokens of these windows)."""
+        """Targets (rows of these windows, columns) and guide float32 (layers, tokens of these windows)."""
+        rows = [self.targets[self.target_bounds[place] : self.target_bounds[place + 1]] for place in places]
         parts = [self.guide[:, self.bounds[place] : self.bounds[place + 1]] for place in places]
-        return self.logits[list(places)], torch.cat(parts, dim=1).float()
+        return torch.cat(rows), torch.cat(parts, dim=1).float()
 
     @classmethod
     def load(cls, path: Path) -> "TeacherSignals":
@@ -49,59 +53,58 @@ class TeacherSignals:
         """Write them whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({"logits": self.logits, "guide": self.guide, "bounds": self.bounds}, partial)
+        save_file(vars(self), partial)
         partial.rename(path)
 
 
-def teacher_signals(
-    model: Any,
-    windows: Sequence[np.ndarray],
-    labels: Sequence[int],
-    tokens_per_batch: int = 4096,
-) -> TeacherSignals:
-    """Run the dense model, a TRBertForSequenceClassification or peft's wrapper around one, over labelled windows."""
+def teacher_signals(model: Any, dataset: Any, losses: TaskLosses, tokens_per_batch: int = 4096) -> TeacherSignals:
+    """Run the dense model, a task's model or peft's wrapper around one, over a `labelled.WindowDataset`'s windows."""
     was_training = model.training
     model.eval()
     model.enable_input_require_grads()  # the guide's gradient must pass layers whose weights are all frozen
     device = next(model.parameters()).device
-    logits, guides, start = [], [], 0
-    while start < len(windows):
+    all_lengths = torch.tensor([len(window.input_ids) for window in dataset.windows])
+    targets, guides, start = [], [], 0
+    while start < len(all_lengths):
         end = start + 1
-        tokens = len(windows[start])
-        while end < len(windows) and tokens + len(windows[end]) <= tokens_per_batch:
-            tokens += len(windows[end])
+        while end < len(all_lengths) and int(all_lengths[start : end + 1].sum()) <= tokens_per_batch:
             end += 1
-        inputs = model_inputs(windows[start:end], device)
-        found, scores = guide(model, {**inputs, "labels": torch.tensor(labels[start:end], device=device)})
-        lengths = inputs["cu_seqlens"].diff().tolist()
+        # Each window an example of its own: what it says must not depend on those it is drawn with.
+        batch = dataset.collate([[place] for place in range(start, end)])
+        found, scores = guide(model, {name: value.to(device) for name, value in batch.items()}, losses)
+        lengths = batch["cu_seqlens"].diff().tolist()
         # Over each window's highest: only the order counts, and raw saliencies would vanish in half precision.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
         guides.append(torch.cat(parts, dim=1).half())
-        logits.append(found.float().cpu())
-        if end * 10 // len(windows) > start * 10 // len(windows):
-            logger.info("teacher: %d of %d windows", end, len(windows))
+        targets.append(found.float().cpu())
+        if end * 10 // len(all_lengths) > start * 10 // len(all_lengths):
+            logger.info("teacher: %d of %d windows", end, len(all_lengths))
         start = end
     model.disable_input_require_grads()
     model.train(was_training)
-    bounds = torch.tensor([0, *(len(window) for window in windows)]).cumsum(0)
-    return TeacherSignals(torch.cat(logits), torch.cat(guides, dim=1), bounds)
+    bounds, target_bounds = (F.pad(counts.cumsum(0), (1, 0)) for counts in (all_lengths, losses.rows(all_lengths)))
+    return TeacherSignals(torch.cat(targets), target_bounds, torch.cat(guides, dim=1), bounds)
 
 
-def guide(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The dense model's logits and how much each token matters to its loss, fp32 (layers below `deep_layer`, tokens).
+def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """The dense model's outputs and how much each token matters to its loss, fp32 (layers below `deep_layer`, tokens).
 
     abs⟨∂loss/∂h_d, h_d − h_i⟩ with h_k the input of layer k (thunlp/TR-BERT counts layer outputs from one, which is
     the same), d = `deep_layer`, for every layer i below it.
     """
     deep = deep_layer(model.config)
     with torch.enable_grad():
-        output = model(**inputs, reduce=False, output_hidden_states=True)
+        output = model(**inputs_of(batch), reduce=False, output_hidden_states=True)
         # A sum, so that a document's gradients don't depend on the batch's size.
-        loss = output.loss * len(inputs["labels"])
-        (gradient,) = torch.autograd.grad(loss, output.hidden_states[deep])
+        (gradient,) = torch.autograd.grad(losses.labelled(output, batch).sum(), output.hidden_states[deep])
     states = output.hidden_states
     scores = [(gradient * (states[deep] - states[layer])).sum(-1).abs().float().detach() for layer in range(deep)]
-    return output.logits.detach(), torch.stack(scores)
+    return losses.signals(output).detach(), torch.stack(scores)
+
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's arguments among a batch's tensors."""
+    return {name: batch[name] for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")}
 
 
 def deep_layer(config: TRBertConfig) -> int:
@@ -120,14 +123,13 @@ def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
     return chosen
 
 
-def signals_digest(model: Any, windows: Sequence[np.ndarray], labels: Sequence[int]) -> str:
+def signals_digest(model: Any, dataset: Any) -> str:
     """What tells one dense model on one corpus from another."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if ".selectors." not in name:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    digest.update(np.asarray(labels, dtype=np.int64).tobytes())
-    for window in windows:
-        digest.update(np.asarray(window, dtype=np.int32).tobytes() + b";")
+    for place, window in enumerate(dataset.windows):
+        digest.update(np.asarray(window.input_ids, dtype=np.int32).tobytes() + f";{dataset.target(place)};".encode())
     return digest.hexdigest()[:16]

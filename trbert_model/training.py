@@ -1,4 +1,4 @@
-"""Training a TR-BERT classifier: the paper's four stages, each resumable, on transformers' Trainer.
+"""Training a TR-BERT: the paper's four stages, each resumable, on transformers' Trainer.
 
 1. `fine_tune`: the plain BERT on the task, reduction off. A fine-tuned backbone skips it.
 2. `imitation`: everything but the selectors frozen; they learn the tokens that the guide ranks highest. Before it the
@@ -29,19 +29,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from .calibration import cuts_for, kept_fractions_for, schedules, thresholds_of
+from .configuration import TRBertConfig
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
-from .engine import Engine, EngineOptions
+from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, make_task
 from .errors import ConfigurationError, InputError, TrainingError
-from .labelled import LabelledCorpus, WindowDataset, read_labelled
-from .modeling import SelectionPolicy, TRBertForSequenceClassification
+from .labelled import LabelledCorpus, LabelledQuestions, LabelledTexts, WindowDataset, read_labelled
+from .modeling import SelectionPolicy
 from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
 from .options import option
-from .tasks.classification import ClassificationTask
+from .tasks.question_answering import QuestionAnsweringTask
 from .teacher import TeacherSignals, deep_layer, signals_digest, teacher_signals
 
 logger = logging.getLogger(__name__)
 
-# A TRBertForSequenceClassification, or peft's wrapper around one, which passes everything on.
+# A task's model, or peft's wrapper around one, which passes everything on.
 Model = Any
 
 STAGES = ("fine_tune", "imitation", "selectors", "joint")
@@ -55,12 +56,15 @@ _COLLAPSED = (0.002, 0.998)
 class TrainingConfig:
     """Everything a training run depends on."""
 
-    train: str = option("", "Parquet file or URI with the training documents")
+    task: str = option(CLASSIFICATION, "classification or question-answering")
+    train: str = option("", "Parquet file or URI with the training documents; for questions also SQuAD's JSON")
     backbone: str = option("", "directory of a BERT or DistilBERT checkpoint, or of a model this command fine-tuned")
     output: str = option("", "directory for the trained model; a killed run resumes from its stages/")
     evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
     text_column: str = option("text", "column with the documents")
     label_column: str = option("label", "column with the labels")
+    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
+    context_column: str = option("context", "column with the texts that the questions are about")
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
     speedup: float | None = option(
@@ -97,6 +101,8 @@ class TrainingConfig:
         for name in ("train", "backbone", "output"):
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} is required")
+        if self.task not in (CLASSIFICATION, QUESTION_ANSWERING):
+            raise ConfigurationError(f"task {self.task!r} is neither {CLASSIFICATION} nor {QUESTION_ANSWERING}")
         if self.speedup is not None and self.speedup <= 1:
             raise ConfigurationError(f"speedup {self.speedup} must be more than 1")
         if self.speed_range is not None and not (
@@ -145,12 +151,10 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     model = _model(config)
     if _is_main_process():
         _bind_stages(output / "stages", config)
-    task = ClassificationTask(tokenizer, model.config.max_position_embeddings)
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    columns = (config.text_column, config.label_column)
-    corpus = LabelledCorpus.read(config.train, task, *columns, names=names)
-    evaluation = LabelledCorpus.read(config.evaluation, task, *columns, names=names) if config.evaluation else None
-    dataset = WindowDataset(corpus, task)
+    task = make_task(config.task, tokenizer, model.config, EngineOptions())
+    corpus = read_corpus(config.train, config, task, model.config)
+    evaluation = read_corpus(config.evaluation, config, task, model.config) if config.evaluation else None
+    dataset = corpus.dataset(task)
     if config.adapter_rank:
         model = _with_adapter(model, config)
     run = _Run(config, model, tokenizer, corpus, dataset, evaluation)
@@ -161,23 +165,27 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     return run.measurements
 
 
-def _model(config: TrainingConfig) -> TRBertForSequenceClassification:
+def read_corpus(uri: str, options: Any, task: Any, model_config: TRBertConfig) -> LabelledCorpus:
+    """Labelled documents for a task; `options` names the columns, as `TrainingConfig` does.
+
+    Raises:
+        InputError: they cannot be read, or have labels that the model has not.
+    """
+    if isinstance(task, QuestionAnsweringTask):
+        return LabelledQuestions.read(uri, task, options.question_column, options.context_column)
+    names = [model_config.id2label[i] for i in range(model_config.num_labels)]
+    return LabelledTexts.read(uri, task, options.text_column, options.label_column, names=names)
+
+
+def _model(config: TrainingConfig) -> Model:
     """The backbone with the selectors asked for, and a fresh head unless it is taken as fine-tuned."""
     layers = None if config.reduction_layers is None else list(config.reduction_layers)
-    _, labels = read_labelled(config.train, config.text_column, config.label_column)
-    names = sorted(set(labels))
-    if len(names) < 2:
-        raise InputError(f"{config.train}: column {config.label_column!r} has fewer than two different labels")
     selectors: dict[str, Any] = {"reduction_layers": layers, "selector_size": config.selector_size}
-    if config.fine_tune_epochs:
-        model: Model = convert_checkpoint(config.backbone, labels=names, **selectors)
+    if config.task == CLASSIFICATION:
+        model = _classifier(config, selectors)
     else:
-        model = convert_checkpoint(config.backbone, task="classification", **selectors)
-        if missing := sorted(set(names) - set(model.config.id2label.values())):
-            raise ConfigurationError(
-                f"{config.backbone}: its labels do not have {missing[:5]} of {config.train}; fine_tune_epochs 0 takes "
-                "a backbone that was fine-tuned on the task"
-            )
+        fresh = bool(config.fine_tune_epochs)
+        model = convert_checkpoint(config.backbone, task=QUESTION_ANSWERING, fresh_head=fresh, **selectors)
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = config.attention_dropout
@@ -186,6 +194,22 @@ def _model(config: TrainingConfig) -> TRBertForSequenceClassification:
         raise ConfigurationError(
             f"reduction layers {model.config.reduction_layers} cannot be taught by imitation: the guide judges layers "
             f"below {below} of this model"
+        )
+    return model
+
+
+def _classifier(config: TrainingConfig, selectors: dict[str, Any]) -> Model:
+    _, labels = read_labelled(config.train, config.text_column, config.label_column)
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise InputError(f"{config.train}: column {config.label_column!r} has fewer than two different labels")
+    if config.fine_tune_epochs:
+        return convert_checkpoint(config.backbone, labels=names, **selectors)
+    model: Model = convert_checkpoint(config.backbone, task=CLASSIFICATION, **selectors)
+    if missing := sorted(set(names) - set(model.config.id2label.values())):
+        raise ConfigurationError(
+            f"{config.backbone}: its labels do not have {missing[:5]} of {config.train}; fine_tune_epochs 0 takes a "
+            "backbone that was fine-tuned on the task"
         )
     return model
 
@@ -204,15 +228,15 @@ class _Run:
     ):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.dataset, self.evaluation = dataset, evaluation
-        self.lengths = np.array([len(window) for window in dataset.windows])
+        self.lengths = np.array([len(window.input_ids) for window in dataset.windows])
         every = max(1, len(corpus.documents) // _CALIBRATION_DOCUMENTS)
         self.sample = corpus.documents[::every]
         self.measurements: dict = {"config": dataclasses.asdict(config), "stages": {}}
 
     def execute(self, selection_policy: SelectionPolicy | None) -> None:
-        config, model = self.config, self.model
+        config, model, losses = self.config, self.model, self.dataset.losses
         reinforced: dict[str, Any] = {"samples": config.samples}
-        self.stage("fine_tune", FineTune(model))
+        self.stage("fine_tune", FineTune(model, losses))
         self.evaluate("fine_tune", reduce=False)
         if not any(config.epochs(stage) for stage in STAGES[1:]):
             return
@@ -220,7 +244,7 @@ class _Run:
         if config.imitation_epochs:
             targets, _ = self.fractions()
             zeros = [[0.0] * len(targets[0])] * len(targets)
-            self.stage("imitation", Imitation(model, OperatingPoints(targets, zeros, len(targets[0]))))
+            self.stage("imitation", Imitation(model, losses, OperatingPoints(targets, zeros, len(targets[0]))))
             self.set_thresholds()
             self.evaluate("imitation")
         if config.selectors_epochs:
@@ -228,7 +252,7 @@ class _Run:
             penalty = config.length_penalty
             self.stage(
                 "selectors",
-                Reinforcement(model, self.points(), length_penalty=penalty, guided_steps=guided, **reinforced),
+                Reinforcement(model, losses, self.points(), length_penalty=penalty, guided_steps=guided, **reinforced),
             )
             self.set_thresholds()
             self.evaluate("selectors")
@@ -237,6 +261,7 @@ class _Run:
                 reinforced["samples"] = 0
             joint = Joint(
                 model,
+                losses,
                 self.points(),
                 length_penalty=config.joint_length_penalty,
                 distillation=config.distillation,
@@ -293,11 +318,10 @@ class _Run:
     def teacher(self) -> TeacherSignals:
         """The dense model's signals, computed once for a dense model and corpus."""
         cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
-        windows, labels = self.dataset.windows, self.dataset.labels
-        path = cache / f"teacher-{signals_digest(self.model, windows, labels)}.safetensors"
+        path = cache / f"teacher-{signals_digest(self.model, self.dataset)}.safetensors"
         if not path.is_file() and _is_main_process():
             self.model.requires_grad_(False)
-            teacher_signals(self.model, windows, labels).save(path)
+            teacher_signals(self.model, self.dataset, self.dataset.losses).save(path)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return TeacherSignals.load(path)
@@ -431,23 +455,22 @@ def _bind_stages(stages: Path, config: TrainingConfig) -> None:
 
 
 def evaluate(engine: Engine, corpus: LabelledCorpus) -> dict[str, float]:
-    """Accuracy and FLOPs speed-up on a labelled corpus."""
+    """The task's metrics and the FLOPs speed-up on a labelled corpus."""
     results = engine.score(corpus.documents)
-    correct = results.logits.argmax(1) == np.array(corpus.labels)
     return {
-        "documents": len(corpus.labels),
-        "accuracy": float(correct.mean()),
+        "documents": len(corpus.documents),
+        **corpus.measure(results),
         "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
     }
 
 
-def merged_copy(model: Model) -> TRBertForSequenceClassification:
+def merged_copy(model: Model) -> Model:
     """A copy of the model, its adapter merged into the weights if it has one."""
     duplicate = copy.deepcopy(model)
     return duplicate.merge_and_unload() if hasattr(duplicate, "merge_and_unload") else duplicate
 
 
-def _with_adapter(model: TRBertForSequenceClassification, config: TrainingConfig) -> Model:
+def _with_adapter(model: Model, config: TrainingConfig) -> Model:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -478,7 +501,7 @@ def _save(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainingConf
     if config.adapter_rank:
         adapter = output / "adapter"
         model.save_pretrained(adapter)
-        model.config.architectures = ["TRBertForSequenceClassification"]
+        model.config.architectures = [type(merged_copy(model)).__name__]
         model.config.save_pretrained(adapter)
     merged = merged_copy(model)
     merged.save_pretrained(output)

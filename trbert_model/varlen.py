@@ -86,9 +86,9 @@ class VarlenBatch:
         return batch, indices
 
 
-def model_inputs(sequences: Sequence, device=None) -> dict[str, Tensor]:
+def model_inputs(sequences: Sequence, token_type_ids: Sequence | None = None) -> dict[str, Tensor]:
     """Token id sequences as one varlen batch, by the names of a model's arguments."""
-    batch = VarlenBatch.from_sequences(sequences, device=device)
+    batch = VarlenBatch.from_sequences(sequences, token_type_ids)
     return {
         "input_ids": batch.input_ids,
         "token_type_ids": batch.token_type_ids,

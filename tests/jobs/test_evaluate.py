@@ -34,13 +34,13 @@ def test_a_table_is_written_drawn_and_used(labelled, capsys):
     digest = model_digest(model)
     assert main(["--model", str(model), "--corpus", str(corpus), "--speedups", "1.2,1.5,2"]) == 0
     printed = capsys.readouterr().out
-    assert "40 documents of labelled.parquet, dense 100.00%" in printed
+    assert "40 documents of labelled.parquet, dense 100.00% accuracy" in printed
     assert "default" in printed
     assert (model / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert model_digest(model) == digest, "a table changes nothing in the model's results"
     table = read_calibration(model, calibration_key(digest, "float32", 32))
     assert table is not None
-    assert table.dense_accuracy == 100.0
+    assert table.dense_metric == 100.0
 
     fastest = table.points[-1]
     predictor = TRBertPredictor(str(model), speedup=fastest.flops_speedup, device="cpu")

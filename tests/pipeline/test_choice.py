@@ -25,7 +25,8 @@ def model(tmp_path) -> Model:
         key=calibration_key(DIGEST, "float32", 512),
         corpus="dev.parquet",
         documents=1000,
-        dense_accuracy=90.0,
+        metric="accuracy",
+        dense_metric=90.0,
         default=point(2.9, 1.0, (0.5, 0.5)),
         points=(point(2.0, 0.1, (0.2, 0.2)), point(3.1, 0.9, (0.4, 0.4)), point(5.0, 3.0, (0.7, 0.7))),
     )

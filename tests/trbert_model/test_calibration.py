@@ -25,6 +25,7 @@ from trbert_model.calibration import (
 )
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.flops import dense_flops, reduced_flops
+from trbert_model.labelled import LabelledTexts
 
 
 @pytest.mark.parametrize("speedup", [1.5, 2.0, 3.0, 5.0])
@@ -73,12 +74,12 @@ def point(speedup: float, accuracy: float, drop: float = 0.0) -> OperatingPoint:
 
 def test_the_front_has_no_point_that_another_beats():
     points = [point(2, 90), point(3, 91), point(4, 85), point(4, 86), point(6, 70), point(5, 60)]
-    assert [(p.flops_speedup, p.accuracy) for p in pareto_front(points)] == [(3, 91), (4, 86), (6, 70)]
+    assert [(p.flops_speedup, p.metric) for p in pareto_front(points)] == [(3, 91), (4, 86), (6, 70)]
 
 
 def test_a_choice_takes_the_best_point_that_keeps_the_promise():
     table = Calibration(
-        "k", "c", 100, 92.0, point(2.2, 91), (point(2, 91.8, 0.2), point(3, 91, 1.0), point(4, 89, 3.0))
+        "k", "c", 100, "accuracy", 92.0, point(2.2, 91), (point(2, 91.8, 0.2), point(3, 91, 1.0), point(4, 89, 3.0))
     )
     assert table.pick(speedup=2).flops_speedup == 2
     assert table.pick(speedup=2.5).flops_speedup == 3
@@ -109,15 +110,16 @@ def test_a_table_is_measured_written_and_read_again(tmp_path):
     labels = dense.score(documents).logits.argmax(1)
     labels[:6] = (labels[:6] + 1) % 3
     key = calibration_key("0123456789abcdef0123", "float32", 32)
-    table = calibrate(engine, documents, labels, key=key, corpus="dev", speedups=(1.5, 2.5, 100.0))
-    assert table.dense_accuracy == pytest.approx(90.0)
+    labelled = LabelledTexts(documents, labels.tolist(), ["bad", "fine", "good"])
+    table = calibrate(engine, labelled, key=key, name="dev", speedups=(1.5, 2.5, 100.0))
+    assert table.dense_metric == pytest.approx(90.0)
     assert table.documents == 60
     for each in table.points:
         engine.config.selector_thresholds = list(each.thresholds)
         results = engine.score(documents)
         correct = results.logits.argmax(1) == labels
-        assert each.accuracy == pytest.approx(100 * correct.mean())
-        assert each.drop == pytest.approx(90.0 - each.accuracy)
+        assert each.metric == pytest.approx(100 * correct.mean())
+        assert each.drop == pytest.approx(90.0 - each.metric)
         assert each.flops_speedup == pytest.approx(results.dense_flops.sum() / results.flops.sum(), rel=1e-6)
         fractions = results.kept_tokens.sum(0) / results.num_tokens.sum()
         np.testing.assert_allclose(each.kept_fractions, fractions)

@@ -161,7 +161,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
 def test_other_architectures_are_refused_even_if_their_tensors_fit(tmp_path):
     BertForSequenceClassification(BertConfig(**TINY, num_hidden_layers=2)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for kind in ("roberta", "trbert"):
+    for kind in ("roberta", "electra"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
         with pytest.raises(CheckpointError, match=f"a {kind} checkpoint, not a BERT"):
             convert_checkpoint(tmp_path)

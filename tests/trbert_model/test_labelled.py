@@ -9,32 +9,34 @@ import torch
 from tests.conftest import tiny_classifier, tiny_tokenizer
 from trbert_model import InputError
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledCorpus, WindowDataset, read_labelled
+from trbert_model.labelled import LabelledTexts, read_labelled
 from trbert_model.teacher import TeacherSignals
 
 
 def test_a_long_document_gives_any_of_its_windows():
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
-    dataset = WindowDataset(LabelledCorpus([np.arange(100) % 15 + 5], [1], ["x", "y"]), task)
+    dataset = LabelledTexts([np.arange(100) % 15 + 5], [1], ["x", "y"]).dataset(task)
     torch.manual_seed(0)
-    assert {len(dataset[0][0]) for _ in range(40)} == {32, 12}
+    assert {tuple(dataset[0]) for _ in range(60)} == {(0,), (1,), (2,), (3,)}
+    assert {len(window.input_ids) for window in dataset.windows} == {32, 12}
 
 
 def test_windows_keep_their_documents_labels_and_teachers():
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
-    dataset = WindowDataset(LabelledCorpus([np.arange(5, 15), np.arange(100) % 15 + 5], [2, 1], ["x", "y", "z"]), task)
+    dataset = LabelledTexts([np.arange(5, 15), np.arange(100) % 15 + 5], [2, 1], ["x", "y", "z"]).dataset(task)
     assert dataset.labels == [2, 1, 1, 1, 1]
-    bounds = torch.tensor([0, *(len(window) for window in dataset.windows)]).cumsum(0)
+    bounds = torch.tensor([0, *(len(window.input_ids) for window in dataset.windows)]).cumsum(0)
     owner = torch.arange(5).repeat_interleave(bounds.diff())
-    dataset.teacher = TeacherSignals(torch.arange(5.0)[:, None], owner[None].half(), bounds)
+    dataset.teacher = TeacherSignals(torch.arange(5.0)[:, None], torch.arange(6), owner[None].half(), bounds)
     items = [dataset[1], dataset[0], dataset[1]]
     batch = dataset.collate(items)
     assert batch["labels"].tolist() == [1, 2, 1]
-    assert batch["teacher_logits"].flatten().tolist() == [float(place) for _, _, place in items]
+    assert batch["example"].tolist() == [0, 1, 2]
+    assert batch["teacher"].flatten().tolist() == [float(place) for (place,) in items]
     assert batch["guide"].shape == (1, len(batch["input_ids"]))
     lengths = batch["cu_seqlens"].diff().tolist()
     assert [set(part.flatten().tolist()) for part in batch["guide"].split(lengths, 1)] == [
-        {float(place)} for _, _, place in items
+        {float(place)} for (place,) in items
     ]
 
 
@@ -42,9 +44,9 @@ def test_labels_that_the_model_does_not_have_are_refused(tmp_path):
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
     path = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"text": ["a", "news"], "label": ["x", "y"]}), path)
-    assert LabelledCorpus.read(str(path), task, names=["z", "y", "x"]).labels == [2, 1]
+    assert LabelledTexts.read(str(path), task, names=["z", "y", "x"]).labels == [2, 1]
     with pytest.raises(InputError, match=r"corpus.parquet: labels \['y'\] are none of the model's"):
-        LabelledCorpus.read(str(path), task, names=["x", "z"])
+        LabelledTexts.read(str(path), task, names=["x", "z"])
 
 
 @pytest.mark.parametrize(

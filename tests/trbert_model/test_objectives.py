@@ -5,10 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import tiny_classifier
+from tests.conftest import tiny_classifier, tiny_tokenizer
 from trbert_model.flops import dense_flops, reduced_flops
+from trbert_model.labelled import TextWindows
+from trbert_model.losses import ClassificationLosses
 from trbert_model.objectives import Imitation, Joint, OperatingPoints, Reinforcement, SamplingPolicy
-from trbert_model.teacher import TeacherSignals, teacher_signals
+from trbert_model.tasks.classification import ClassificationTask, Window
+from trbert_model.teacher import teacher_signals
 from trbert_model.varlen import model_inputs
 
 RNG = np.random.default_rng(0)
@@ -16,12 +19,20 @@ DOCUMENTS = [RNG.integers(5, 20, n).astype(np.int32) for n in (12, 30, 7, 21)]
 LABELS = [0, 1, 2, 1]
 
 
+LOSSES = ClassificationLosses()
+
+
+class Windows(TextWindows):
+    """Documents that are windows already."""
+
+    def __init__(self, model):
+        self.task = ClassificationTask(tiny_tokenizer(), 32)
+        self.windows, self.labels = [Window(ids, len(ids)) for ids in DOCUMENTS], LABELS
+        self.teacher = teacher_signals(model, self, LOSSES)
+
+
 def batch(model, places=(0, 1, 2, 3)) -> dict[str, torch.Tensor]:
-    signals: TeacherSignals = teacher_signals(model, DOCUMENTS, LABELS)
-    logits, guide = signals.of_windows(places)
-    labels = torch.tensor([LABELS[place] for place in places])
-    inputs = model_inputs([DOCUMENTS[place] for place in places])
-    return {**inputs, "labels": labels, "teacher_logits": logits, "guide": guide}
+    return Windows(model).collate([[place] for place in places])
 
 
 def single_cut(reductions: int = 2) -> OperatingPoints:
@@ -48,7 +59,7 @@ def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
     model = tiny_classifier().requires_grad_(False)
     model.bert.encoder.selectors.requires_grad_(True)
     data = batch(model)
-    objective = Reinforcement(model, single_cut(), samples=3, length_penalty=0.7, distillation=distillation)
+    objective = Reinforcement(model, LOSSES, single_cut(), samples=3, length_penalty=0.7, distillation=distillation)
     made = recorded_policies(monkeypatch)
     found = objective(**data)
 
@@ -68,10 +79,8 @@ def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
                 selection_policy=lambda reduction, logits, cu: mine[reduction],  # noqa: B023
                 output_selections=True,
             )
-            if distillation:
-                target = data["teacher_logits"][i].softmax(-1)
-            else:
-                target = F.one_hot(torch.tensor(LABELS[i]), 3).float()
+            label = F.one_hot(torch.tensor(LABELS[i]), 3).float()
+            target = data["teacher"][i].softmax(-1) if distillation else label
             task_loss = -(target * output.logits[0].log_softmax(-1)).sum()
             fractions = [int(kept) / lengths[i] for kept in output.kept_tokens]
             rewards[sample, i] = -task_loss - 0.7 * sum(fractions) / 2
@@ -95,7 +104,7 @@ def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
 def test_a_guided_sample_keeps_what_the_guide_ranks_highest(monkeypatch):
     model = tiny_classifier()
     data = batch(model, places=(1,))
-    objective = Reinforcement(model, single_cut(), samples=2, length_penalty=0.5, guided_steps=1)
+    objective = Reinforcement(model, LOSSES, single_cut(), samples=2, length_penalty=0.5, guided_steps=1)
     made = recorded_policies(monkeypatch)
     objective(**data)
     guided, tokens = made[0].split([30, 30])[0], data["guide"][model.config.reduction_layers[0]]
@@ -117,7 +126,7 @@ def test_imitation_teaches_each_selector_the_guides_choice():
     optimizer = torch.optim.Adam(model.bert.encoder.selectors.parameters(), lr=1e-2)
     losses = []
     for _ in range(150):
-        loss = Imitation(model, points)(**data)["loss"]
+        loss = Imitation(model, LOSSES, points)(**data)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -127,7 +136,7 @@ def test_imitation_teaches_each_selector_the_guides_choice():
 
 def test_the_cost_counts_what_samples_share_once():
     model = tiny_classifier(reduction_layers=[2, 3])
-    objective = Reinforcement(model, single_cut(), samples=4, length_penalty=0.5)
+    objective = Reinforcement(model, LOSSES, single_cut(), samples=4, length_penalty=0.5)
     lengths, kept = torch.tensor([20, 10]), torch.tensor([[10, 5], [4, 2]] * 4)
     config, tokens = model.config, lengths.numpy()
     one = reduced_flops(config, tokens, kept[:2].numpy()).sum()
@@ -138,7 +147,7 @@ def test_the_cost_counts_what_samples_share_once():
 
 def test_no_gradient_reaches_the_backbone_from_the_selectors_stage():
     model = tiny_classifier()
-    Reinforcement(model, single_cut(), samples=2, length_penalty=0.5)(**batch(model))["loss"].backward()
+    Reinforcement(model, LOSSES, single_cut(), samples=2, length_penalty=0.5)(**batch(model))["loss"].backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert with_gradient
     assert all(".selectors." in name for name in with_gradient)
@@ -146,7 +155,7 @@ def test_no_gradient_reaches_the_backbone_from_the_selectors_stage():
 
 def test_the_joint_stage_trains_everything_and_restores_the_mode():
     model = tiny_classifier()
-    objective = Joint(model, single_cut(), samples=2, length_penalty=0.5).train()
+    objective = Joint(model, LOSSES, single_cut(), samples=2, length_penalty=0.5).train()
     measured = objective(**batch(model))
     measured["loss"].backward()
     assert model.training
@@ -158,6 +167,7 @@ def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
     model = tiny_classifier()
     nothing = Joint(
         model,
+        LOSSES,
         single_cut(),
         samples=0,
         length_penalty=0.5,

@@ -3,9 +3,18 @@
 import numpy as np
 import torch
 
-from tests.conftest import tiny_classifier
+from tests.conftest import tiny_classifier, tiny_tokenizer
+from trbert_model.labelled import LabelledTexts
+from trbert_model.losses import ClassificationLosses
+from trbert_model.tasks.classification import ClassificationTask
 from trbert_model.teacher import TeacherSignals, guide, signals_digest, teacher_signals, top_tokens
 from trbert_model.varlen import model_inputs
+
+
+def as_dataset(windows, labels):
+    """Windows (with their first and last token put aside, which the task adds) as a dataset."""
+    corpus = LabelledTexts([window[1:-1] for window in windows], labels, ["x", "y", "z"])
+    return corpus.dataset(ClassificationTask(tiny_tokenizer(), 32))
 
 
 def test_top_tokens_are_the_highest_scored_and_the_first():
@@ -20,7 +29,7 @@ def test_the_guide_is_the_originals_saliency():
     model = tiny_classifier(num_hidden_layers=6, reduction_layers=[1, 3]).requires_grad_(False)
     model.enable_input_require_grads()
     documents, labels = [np.arange(5, 14), np.arange(6, 20)], torch.tensor([0, 2])
-    logits, scores = guide(model, {**model_inputs(documents), "labels": labels})
+    logits, scores = guide(model, {**model_inputs(documents), "labels": labels}, ClassificationLosses())
     together = scores.split([9, 14], dim=1)
     for place, document in enumerate(documents):
         output = model(
@@ -39,8 +48,9 @@ def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path
     rng = np.random.default_rng(0)
     windows = [rng.integers(5, 20, n).astype(np.int32) for n in (12, 30, 7, 21, 3)]
     labels = [0, 1, 2, 1, 0]
-    together = teacher_signals(model, windows, labels)
-    alone = teacher_signals(model, windows, labels, tokens_per_batch=1)
+    dataset = as_dataset(windows, labels)
+    together = teacher_signals(model, dataset, dataset.losses)
+    alone = teacher_signals(model, dataset, dataset.losses, tokens_per_batch=1)
     together.save(tmp_path / "teacher.safetensors")
     loaded = TeacherSignals.load(tmp_path / "teacher.safetensors")
     for places in ([3, 0], [4, 4, 2]):
@@ -55,12 +65,12 @@ def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path
 
 def test_another_dense_model_or_corpus_has_other_signals():
     model, windows = tiny_classifier(), [np.arange(5, 9), np.arange(6, 12)]
-    digest = signals_digest(model, windows, [0, 1])
+    digest = signals_digest(model, as_dataset(windows, [0, 1]))
     with torch.no_grad():
         model.bert.encoder.selectors[0].linear_1.weight += 1  # no part of the dense model
-    assert signals_digest(model, windows, [0, 1]) == digest
-    assert signals_digest(model, windows, [1, 1]) != digest
-    assert signals_digest(model, [np.arange(5, 10), np.arange(6, 12)], [0, 1]) != digest
+    assert signals_digest(model, as_dataset(windows, [0, 1])) == digest
+    assert signals_digest(model, as_dataset(windows, [1, 1])) != digest
+    assert signals_digest(model, as_dataset([np.arange(5, 10), np.arange(6, 12)], [0, 1])) != digest
     with torch.no_grad():
         model.classifier.bias += 1
-    assert signals_digest(model, windows, [0, 1]) != digest
+    assert signals_digest(model, as_dataset(windows, [0, 1])) != digest

@@ -33,6 +33,12 @@ class EncodedContext:
     starts: np.ndarray
     ends: np.ndarray
 
+    def tokens(self, start: int, end: int) -> tuple[int, int] | None:
+        """The first and last token of the characters from `start` to before `end`; None if no token lies in them."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.starts, end, side="left")) - 1
+        return (first, last) if first <= last else None
+
 
 @dataclass(frozen=True)
 class EncodedQuestion:

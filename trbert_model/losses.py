@@ -1,0 +1,97 @@
+"""The tasks' losses in training: of each example of a batch, to its labels and to the dense model's outputs.
+
+An example is one window for classification and several of one question's windows for question answering, which share
+one softmax. `repeats` is how often the batch was repeated (`TRBertModel.forward`'s `samples`); losses come in the same
+order, the whole batch after the whole batch.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TaskLosses(Protocol):
+    """What an objective needs to know of a task."""
+
+    def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        """The loss to the labels, (repeats · examples,)."""
+
+    def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        """The cross-entropy to the dense model's probabilities, `batch["teacher"]`, (repeats · examples,)."""
+
+    def signals(self, output: Any) -> Tensor:
+        """What of the dense model's output is a later `batch["teacher"]`, (rows, columns)."""
+
+    def rows(self, lengths: Tensor) -> Tensor:
+        """How many of these rows belong to windows of these lengths, int64 (windows,)."""
+
+
+class ClassificationLosses:
+    """Cross-entropy; batches have `labels`, int64 (windows,), and `teacher`, float32 (windows, labels)."""
+
+    def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        return F.cross_entropy(output.logits, batch["labels"].repeat(repeats), reduction="none")
+
+    def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        teacher = batch["teacher"].softmax(-1).repeat(repeats, 1)
+        return -(teacher * output.logits.log_softmax(-1)).sum(-1)
+
+    def signals(self, output: Any) -> Tensor:
+        return output.logits
+
+    def rows(self, lengths: Tensor) -> Tensor:
+        return torch.ones_like(lengths, dtype=torch.int64)
+
+
+class AnswerLosses:
+    """Start and end each by one softmax over all scored positions of an example's windows, as answers are decoded.
+
+    Batches have `scored`, `start_targets` and `end_targets`, bool (total tokens,): the positions that take part, and
+    those that are right, of which there may be several (an answer that several windows hold; every window's first
+    token, where there is no answer); `example`, int64 (windows,); and `teacher`, float32 (total tokens, 2).
+    """
+
+    def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        losses = []
+        for logits, name in ((output.start_logits, "start_targets"), (output.end_logits, "end_targets")):
+            log_probability, example, examples = self._log_softmax(logits, batch, repeats)
+            right = batch[name].repeat(repeats)
+            losses.append(-_log_sums(log_probability[right], example[right], examples))
+        return (losses[0] + losses[1]) / 2
+
+    def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        total: Tensor | float = 0.0
+        for column, logits in enumerate((output.start_logits, output.end_logits)):
+            log_probability, example, examples = self._log_softmax(logits, batch, repeats)
+            teacher, _, _ = self._log_softmax(batch["teacher"][:, column].repeat(repeats), batch, repeats)
+            scored = batch["scored"].repeat(repeats)
+            cross = -(teacher.exp() * log_probability)[scored]
+            total = total + torch.zeros(examples, device=cross.device).index_add(0, example[scored], cross) / 2
+        return torch.as_tensor(total)
+
+    def signals(self, output: Any) -> Tensor:
+        return torch.stack([output.start_logits, output.end_logits], dim=1)
+
+    def rows(self, lengths: Tensor) -> Tensor:
+        return lengths.long()
+
+    @staticmethod
+    def _log_softmax(logits: Tensor, batch: dict[str, Tensor], repeats: int) -> tuple[Tensor, Tensor, int]:
+        """Log-probabilities within each example, (repeats · tokens,), each token's example, and how many there are."""
+        windows, lengths = batch["example"], batch["cu_seqlens"].diff().long()
+        count = int(windows.max()) + 1
+        example = windows.repeat_interleave(lengths)
+        example = torch.cat([example + count * repeat for repeat in range(repeats)])
+        scored = batch["scored"].repeat(repeats)
+        sums = _log_sums(logits.float()[scored], example[scored], count * repeats)
+        return logits.float() - sums[example], example, count * repeats
+
+
+def _log_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Log of the sum of exponentials of each group's values, (groups,); a group without any has none: -inf."""
+    highest = torch.full((groups,), -torch.inf, device=values.device).scatter_reduce(0, group, values.detach(), "amax")
+    shift = torch.where(highest.isfinite(), highest, torch.zeros_like(highest))
+    sums = torch.zeros(groups, device=values.device).index_add(0, group, (values - shift[group]).exp())
+    return sums.log() + shift
