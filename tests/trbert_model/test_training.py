@@ -207,3 +207,29 @@ def test_a_dense_model_that_this_package_fine_tuned_converts_with_other_reductio
         for each in (model, again)
     ]
     np.testing.assert_allclose(*scored, atol=1e-5)
+
+
+def test_questions_train_through_every_stage(corpus):
+    """The answer is the word of the question, wherever it stands in the context."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(96):
+        words = rng.choice(["the", "news", "of", "a", "and"], rng.integers(8, 40)).tolist()
+        answer = ["bank", "game", "sport"][i % 3]
+        place = int(rng.integers(len(words)))
+        words[place] = answer
+        start = len(" ".join(words[:place])) + (place > 0)
+        rows.append({"question": answer, "context": " ".join(words), "answers": [answer], "answer_start": [start]})
+    for name, part in (("train", rows[:64]), ("evaluation", rows[64:])):
+        pq.write_table(pa.Table.from_pylist(part), corpus / f"{name}.parquet")
+    config = options(corpus, task="question-answering", fine_tune_epochs=40.0, speed_range=(1.3, 2.5), joint_epochs=8.0)
+    measured = train(config)["stages"]
+    assert measured["fine_tune"]["f1"] > 0.9
+    assert measured["joint"]["flops_speedup"] == pytest.approx(1.8, rel=0.2)
+    assert set(measured["joint"]) >= {"f1", "exact_match", "dense_passes_per_document"}
+    model, tokenizer = load_model(corpus / "model")
+    answers = Engine(model, tokenizer, EngineOptions(device="cpu", reduce=False)).score_questions(
+        [row["question"] for row in rows[64:]], [row["context"] for row in rows[64:]]
+    )
+    found = [row["context"][a.spans[0].start : a.spans[0].end] for a, row in zip(answers.answers, rows[64:])]
+    assert np.mean([answer == row["question"] for answer, row in zip(found, rows[64:])]) > 0.8
