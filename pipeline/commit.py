@@ -127,17 +127,22 @@ def write_marker(
     return marker
 
 
-def bind_output(output: Storage, identity: dict[str, Any], *, overwrite: bool) -> None:
+def bind_output(
+    output: Storage, identity: dict[str, Any], *, overwrite: bool, defaults: dict[str, Any] | None = None
+) -> None:
     """Record what an output is made with, or check that it is the same.
+
+    defaults: what an output did that was made by a version without these options.
 
     Raises:
         UsageError: the output was made with another model or other options and `overwrite` is not set.
     """
-    if differences := identity_differences(output_identity(output) or identity, identity):
+    recorded = output_identity(output)
+    if differences := identity_differences({**(defaults or {}), **(recorded or identity)}, identity):
         if not overwrite:
             raise refusal(output, differences)
         clear_output(output)
-    if output_identity(output) is None:
+    if recorded is None or differences:
         output.write(IDENTITY, json.dumps(identity, indent=1, sort_keys=True).encode())
 
 

@@ -149,6 +149,12 @@ class ScoreConfig:
         return values | lists  # as JSON gives them back
 
 
+def identity_defaults() -> dict[str, Any]:
+    """What an output did that was made by a version without some of the options: as they do by default."""
+    fields = [field for field in dataclasses.fields(ScoreConfig) if field.metadata.get("identity")]
+    return {field.name: field.default for field in fields}
+
+
 def _seconds(name: str, text: str) -> float:
     """A duration such as 6h, 90m or 45s in seconds; a number without a unit is one of seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([hms]?)", text.strip())

@@ -34,7 +34,7 @@ from .commit import (
     refusal,
     write_marker,
 )
-from .config import ScoreConfig
+from .config import ScoreConfig, identity_defaults
 from .corpus import MARKERS, RUNS, Plan, Shard, input_root, list_shards, make_plan
 from .encode import EncodeOptions, read_shards, shard_groups
 from .errors import PipelineError, StorageError, UsageError
@@ -95,7 +95,9 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             config, expectation = choose(config, model)
             if expectation:
                 _say(str(expectation))
-            bind_output(output, _identity(config, model.digest), overwrite=config.overwrite)
+            bind_output(
+                output, _identity(config, model.digest), overwrite=config.overwrite, defaults=identity_defaults()
+            )
             plan = plan or make_plan(shards, output)
             return _Run(config, output, plan, placement, expectation, model, run_id, started, stop).execute()
         finally:
@@ -149,7 +151,7 @@ def _differences(config: ScoreConfig, output: Storage, model: Model) -> list[str
         if not config.overwrite:
             raise
         return [str(error)]  # what is there goes away: its dtype is not this run's
-    return identity_differences(recorded, _identity(config, model.digest))
+    return identity_differences({**identity_defaults(), **recorded}, _identity(config, model.digest))
 
 
 def plan_of(config: ScoreConfig, output: Storage, shards: list[Shard], model: Model) -> dict[str, Any]:

@@ -119,6 +119,15 @@ def test_an_output_belongs_to_one_model_and_one_set_of_options(output):
     assert output_identity(output) == identity | {"model_digest": "bb"}
 
 
+def test_an_output_of_a_version_without_an_option_did_what_is_its_default(output):
+    bind_output(output, {"model_digest": "aa"}, overwrite=False)
+    newer = {"model_digest": "aa", "n_best": 1}
+    bind_output(output, newer, overwrite=False, defaults={"n_best": 1})
+    assert output_identity(output) == {"model_digest": "aa"}
+    with pytest.raises(UsageError, match="n_best 1 where this run has 2"):
+        bind_output(output, newer | {"n_best": 2}, overwrite=False, defaults={"n_best": 1})
+
+
 def test_clearing_leaves_run_reports_and_other_peoples_files(output):
     output.write("_runs/1.json", b"{}")
     output.write("notes/readme.txt", b"")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config import ScoreConfig
+from pipeline.config import ScoreConfig, identity_defaults
 from pipeline.errors import UsageError
 from trbert_model.options import parse_options
 
@@ -37,6 +37,10 @@ def test_the_identity_holds_what_decides_results_and_nothing_else():
     assert one.identity() == other.identity()
     assert ScoreConfig(**PLACES, overflow="truncate").identity() != ScoreConfig(**PLACES).identity()
     assert "output" not in one.identity()
+
+
+def test_defaults_are_there_for_every_option_of_the_identity():
+    assert set(identity_defaults()) == set(ScoreConfig(**PLACES).identity())
 
 
 def test_the_command_line_fills_it():
