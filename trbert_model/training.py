@@ -7,8 +7,9 @@
 4. `joint`: everything, with the task's loss of the reduced model against the dense model's logits.
 
 With `speed_range` each document of a step is reduced for a speed-up drawn from that range, so that one model serves
-all of them, and its thresholds choose (`calibration`); without it λ alone decides, as in the paper, and the threshold
-is 0.5. Each stage starts from the last one's result; what each minimises is in `objectives`.
+all of them, and its thresholds choose (`calibration`); with `speedup` alone all are reduced for that one; without
+either, λ decides, as in the paper, and the threshold is 0.5. Each stage starts from the last one's result; what each
+minimises is in `objectives`.
 """
 
 import copy
@@ -68,10 +69,10 @@ class TrainingConfig:
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
     speedup: float | None = option(
-        3.0, "FLOPs speed-up over the dense model that the saved thresholds give; without one they are 0.5"
+        3.0, "FLOPs speed-up over the dense model that the saved thresholds give; none: 0.5, as in the paper"
     )
     speed_range: tuple[float, ...] | None = option(
-        None, "least and greatest FLOPs speed-up to train for; without it the length penalty alone decides"
+        None, "least and greatest FLOPs speed-up to train for (default: the one of `speedup`)"
     )
     length_penalty: float = option(0.5, "λ of the selectors' stage: the price of keeping every token")
     joint_length_penalty: float = option(0.5, "λ of the joint stage")
@@ -290,7 +291,7 @@ class _Run:
     def points(self) -> OperatingPoints:
         """The points to train for, cut where the selectors' logits are now."""
         reductions = len(self.model.config.reduction_layers)
-        if self.config.speed_range is None:
+        if self.config.speed_range is None and self.config.speedup is None:
             return OperatingPoints([], [], reductions)
         fractions, _ = self.fractions()
         engine = self.engine()
