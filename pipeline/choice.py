@@ -42,7 +42,8 @@ class Expectation:
     documents: int
 
     def as_dict(self) -> dict[str, Any]:
-        return {"asked": self.asked, "corpus": self.corpus, "documents": self.documents, **self.point.as_dict()}
+        values = {"asked": self.asked, "corpus": self.corpus, "documents": self.documents, **self.point.as_dict()}
+        return json.loads(json.dumps(values))  # as a stored report has it
 
     def __str__(self) -> str:
         point = self.point

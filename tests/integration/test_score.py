@@ -233,8 +233,9 @@ def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, model_directory):
     assert pq.read_table(output).num_rows == expected
 
 
-def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
+def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri, model_directory):
     """Fused, reading would run inside the actors; merged, one task would hold many splits."""
+    from pipeline.choice import Model
     from pipeline.corpus import list_shards, make_plan
     from pipeline.placement import place
     from pipeline.run import COMMIT_CPUS, READER_CPUS, _data_context, _Run
@@ -244,7 +245,8 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     output = Storage(run_config.output)
     plan = make_plan(list_shards(Storage(run_config.input)), output)
     placement = place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS)
-    run = _Run(run_config, output, plan, placement, "digest", "run", time.time(), StopRequest())
+    model = Model(model_directory, "digest", 32)
+    run = _Run(run_config, output, plan, placement, None, model, "run", time.time(), StopRequest())
     with _data_context():
         dataset = run._dataset()
         blocks = [table.num_rows for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
