@@ -24,8 +24,10 @@ _LABEL_DRIFT = 0.05
 
 @dataclass(frozen=True)
 class Model:
-    """A model as far as the driver needs it: its local directory, digest, window length in tokens, and task."""
+    """A model as far as the driver needs it: where it was given, its local directory, digest, window length in tokens,
+    and task."""
 
+    uri: str
     directory: Path
     digest: str
     window: int
@@ -94,8 +96,8 @@ def pick(model: Model, dtype: str, *, speedup: float | None, max_drop: float | N
     table = _table(model, dtype)
     if table is None:
         raise UsageError(
-            f"{asked}: {model.directory} has no calibration table for {dtype} and windows of {model.window} tokens; "
-            f"make it with: python jobs/evaluate.py --model {model.directory} --dtype {dtype} --corpus LABELLED.parquet"
+            f"{asked}: {model.uri} has no calibration table for {dtype} and windows of {model.window} tokens; "
+            f"make it with: python jobs/evaluate.py --model {model.uri} --dtype {dtype} --corpus LABELLED.parquet"
         )
     try:
         return Expectation(asked, table.pick(speedup=speedup, max_drop=max_drop), table.corpus, table.documents)

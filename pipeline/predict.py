@@ -150,7 +150,7 @@ class TRBertPredictor:
         directory = fetch_model(model)
         self.engine = Engine.from_pretrained(directory, EngineOptions(**options))
         if speedup is not None or max_drop is not None:
-            known = Model(directory, model_digest(directory), self.engine.config.max_position_embeddings)
+            known = Model(model, directory, model_digest(directory), self.engine.config.max_position_embeddings)
             self.expectation = pick(known, self.engine.dtype, speedup=speedup, max_drop=max_drop)
             self.engine.config.selector_thresholds = list(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)

@@ -121,7 +121,7 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], Model]:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:
         raise UsageError(str(error)) from error
-    model = Model(directory, model_digest(directory), loaded.config.max_position_embeddings, task)
+    model = Model(config.model, directory, model_digest(directory), loaded.config.max_position_embeddings, task)
     if config.dtype != "auto":  # else the cluster decides on the dtype, and with it on the table
         choose(config, model)
     return output, list_shards(config.storage(config.input)), model

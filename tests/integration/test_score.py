@@ -245,7 +245,7 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri, mode
     output = Storage(run_config.output)
     plan = make_plan(list_shards(Storage(run_config.input)), output)
     placement = place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS)
-    model = Model(model_directory, "digest", 32)
+    model = Model(model_uri, model_directory, "digest", 32)
     run = _Run(run_config, output, plan, placement, None, model, "run", time.time(), StopRequest())
     with _data_context():
         dataset = run._dataset()
@@ -265,7 +265,10 @@ def test_a_speed_is_chosen_from_the_models_table(corpus, model_directory, s3, tm
     model = f"{corpus}/model"
     for path in model_directory.iterdir():
         Storage(model).write(path.name, path.read_bytes())
-    with pytest.raises(UsageError, match=r"speedup 1.5: .* no calibration table for float32 .* jobs/evaluate.py"):
+    with pytest.raises(
+        UsageError,
+        match=rf"speedup 1.5: {model} has no calibration table for float32 .* jobs/evaluate.py --model {model} ",
+    ):
         score(config(corpus, model, speedup=1.5, dtype="float32"))
     assert not Storage(f"{corpus}/out").files()
 
