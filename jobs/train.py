@@ -3,7 +3,7 @@
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 
 Fine-tunes the dense model, teaches the token selectors by imitation and by reinforcement, trains both together; run
-again after a kill, it resumes. With --num-workers it trains data-parallel through Ray Train. The model directory is
+again after a kill, it resumes. With --num-workers N it trains data-parallel through Ray Train. The model directory is
 what jobs/score.py --model takes.
 """
 
@@ -21,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     workers.add_argument("--num-workers", type=int, default=1)
     ours, rest = workers.parse_known_args(arguments)
-    config = parse_options(
-        TrainingConfig, rest, (__doc__ or "") + "\n--num-workers N: Ray Train's workers (default: 1)"
-    )
+    config = parse_options(TrainingConfig, rest, __doc__ or "")
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     if ours.num_workers > 1:
         from pipeline.train import train_distributed  # late: who trains alone needs no Ray

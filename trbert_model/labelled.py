@@ -53,7 +53,7 @@ class LabelledTexts(LabelledCorpus):
     documents: list[np.ndarray]
     labels: list[int]
     names: list[str]
-    metric: str = "accuracy"
+    metric = "accuracy"
 
     @classmethod
     def read(
@@ -94,7 +94,7 @@ class LabelledQuestions(LabelledCorpus):
     documents: list[EncodedQuestion]
     answers: list[list[str]]
     starts: list[list[int]]
-    metric: str = "f1"
+    metric = "f1"
     ids: list[str] = field(default_factory=list)
 
     @classmethod
@@ -140,10 +140,11 @@ class LabelledQuestions(LabelledCorpus):
 
     def measure(self, results: DocumentResults) -> dict[str, float]:
         exact = [exact_match(found, right) for found, right in zip(self.predictions(results), self.answers)]
-        measured = super().measure(results) | {"exact_match": float(np.mean(exact))}
+        scores = self.scores(results)
+        measured = {self.metric: float(scores.mean()), "exact_match": float(np.mean(exact))}
         unanswerable = np.array([not answers for answers in self.answers])
         if unanswerable.any():
-            measured["no_answer_f1"] = float(self.scores(results)[unanswerable].mean())
+            measured["no_answer_f1"] = float(scores[unanswerable].mean())
         return measured
 
     def dataset(self, task: QuestionAnsweringTask) -> "WindowDataset":

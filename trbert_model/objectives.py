@@ -217,25 +217,13 @@ class Reinforcement(Objective):
 class Joint(Reinforcement):
     """Everything together: the task's loss of the model as it reduces, and the selectors' policy gradient.
 
-    Args:
+    Args: as `Reinforcement`'s, with distillation unless it is said otherwise, and
         samples: 0 leaves the selectors as they are.
         selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        losses: TaskLosses,
-        points: OperatingPoints,
-        *,
-        samples: int,
-        length_penalty: float,
-        distillation: bool = True,
-        selection_policy: SelectionPolicy | None = None,
-    ):
-        super().__init__(
-            model, losses, points, samples=samples, length_penalty=length_penalty, distillation=distillation
-        )
+    def __init__(self, *reinforcement: Any, selection_policy: SelectionPolicy | None = None, **settings: Any):
+        super().__init__(*reinforcement, **{"distillation": True, **settings})
         self.selection_policy = selection_policy
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:

@@ -57,9 +57,9 @@ class TeacherSignals:
         partial.rename(path)
 
 
-def teacher_signals(model: Any, dataset: Any, losses: TaskLosses, tokens_per_batch: int = 4096) -> TeacherSignals:
+def teacher_signals(model: Any, dataset: Any, tokens_per_batch: int = 4096) -> TeacherSignals:
     """Run the dense model, a task's model or peft's wrapper around one, over a `labelled.WindowDataset`'s windows."""
-    was_training = model.training
+    was_training, losses = model.training, dataset.losses
     model.eval()
     model.enable_input_require_grads()  # the guide's gradient must pass layers whose weights are all frozen
     device = next(model.parameters()).device

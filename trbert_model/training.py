@@ -322,7 +322,7 @@ class _Run:
         path = cache / f"teacher-{signals_digest(self.model, self.dataset)}.safetensors"
         if not path.is_file() and _is_main_process():
             self.model.requires_grad_(False)
-            teacher_signals(self.model, self.dataset, self.dataset.losses).save(path)
+            teacher_signals(self.model, self.dataset).save(path)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return TeacherSignals.load(path)

@@ -265,10 +265,8 @@ def test_a_speed_is_chosen_from_the_models_table(corpus, model_directory, s3, tm
     model = f"{corpus}/model"
     for path in model_directory.iterdir():
         Storage(model).write(path.name, path.read_bytes())
-    with pytest.raises(
-        UsageError,
-        match=rf"speedup 1.5: {model} has no calibration table for float32 .* jobs/evaluate.py --model {model} ",
-    ):
+    refusal = rf"speedup 1.5: {model} has no calibration table for float32 .* jobs/evaluate.py --model {model} "
+    with pytest.raises(UsageError, match=refusal):
         score(config(corpus, model, speedup=1.5, dtype="float32"))
     assert not Storage(f"{corpus}/out").files()
 

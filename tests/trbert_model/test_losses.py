@@ -110,7 +110,7 @@ def test_targets_are_the_answers_tokens_or_no_answer(dataset):
 
 def test_the_joint_stage_trains_a_model_that_answers(dataset):
     answering = model()
-    dataset.teacher = teacher_signals(answering, dataset, dataset.losses)
+    dataset.teacher = teacher_signals(answering, dataset)
     answering.requires_grad_(True)
     objective = Joint(answering, dataset.losses, OperatingPoints([], [], 2), samples=3, length_penalty=0.5).train()
     torch.manual_seed(0)
@@ -122,8 +122,8 @@ def test_the_joint_stage_trains_a_model_that_answers(dataset):
 
 def test_a_teacher_says_of_a_window_what_it_says_of_it_alone(dataset):
     answering = model()
-    together = teacher_signals(answering, dataset, dataset.losses)
-    alone = teacher_signals(answering, dataset, dataset.losses, tokens_per_batch=1)
+    together = teacher_signals(answering, dataset)
+    alone = teacher_signals(answering, dataset, tokens_per_batch=1)
     places = [2, 0, dataset.first_window[2]]
     for mine, its in zip(together.of_windows(places), alone.of_windows(places)):
         torch.testing.assert_close(mine, its, atol=2e-3, rtol=1e-2)

@@ -28,7 +28,7 @@ class Windows(TextWindows):
     def __init__(self, model):
         self.task = ClassificationTask(tiny_tokenizer(), 32)
         self.windows, self.labels = [Window(ids, len(ids)) for ids in DOCUMENTS], LABELS
-        self.teacher = teacher_signals(model, self, LOSSES)
+        self.teacher = teacher_signals(model, self)
 
 
 def batch(model, places=(0, 1, 2, 3)) -> dict[str, torch.Tensor]:

@@ -49,8 +49,8 @@ def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path
     windows = [rng.integers(5, 20, n).astype(np.int32) for n in (12, 30, 7, 21, 3)]
     labels = [0, 1, 2, 1, 0]
     dataset = as_dataset(windows, labels)
-    together = teacher_signals(model, dataset, dataset.losses)
-    alone = teacher_signals(model, dataset, dataset.losses, tokens_per_batch=1)
+    together = teacher_signals(model, dataset)
+    alone = teacher_signals(model, dataset, tokens_per_batch=1)
     together.save(tmp_path / "teacher.safetensors")
     loaded = TeacherSignals.load(tmp_path / "teacher.safetensors")
     for places in ([3, 0], [4, 4, 2]):
