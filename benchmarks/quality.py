@@ -2,16 +2,16 @@
 
     python -m benchmarks.quality --data DIR --work build/quality [--runs 20news …]
 
-DIR holds Parquet files with `text` and `label`: 20news-train and 20news-test (the official split), imdb-train (25,000
-reviews), hyperpartisan-train. Each run trains (hours on two cores; killed, it resumes), chooses its thresholds on a
-development set, and is measured once on documents that nothing was chosen on. Without --runs, everything is run and
-the tables are made; they are also made of the runs that are there.
+DIR holds the Parquet files that `benchmarks.corpora` names. Each run trains (killed, it resumes), chooses its
+thresholds on a development set, and is measured once on documents that nothing was chosen on. Without --runs,
+everything is run, for hours; the tables are made of all results that are there.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from transformers import BertModel
 
 from benchmarks.common import machine, save
+from benchmarks.corpora import prepare
 from pipeline.storage import model_digest
 from trbert_model.calibration import (
     FILE,
@@ -37,51 +37,15 @@ from trbert_model.calibration import (
     read_calibration,
     with_table,
 )
-from trbert_model.engine import DocumentResults, Engine, EngineOptions, load_model
-from trbert_model.labelled import LabelledCorpus, LabelledTexts
+from trbert_model.engine import Engine, EngineOptions, load_model
+from trbert_model.labelled import LabelledCorpus
 from trbert_model.modeling import SelectionPolicy
 from trbert_model.options import parse_options
-from trbert_model.training import TrainingConfig, train
+from trbert_model.training import TrainingConfig, read_corpus, train
 
 RECIPES = Path(__file__).parent / "recipes"
-DEV = 1000
+TIMED = 500  # documents that dense and reduced models are timed on, one after the other
 TARGETS = (2.0, 3.0, 4.0, 6.0)
-
-
-# --- corpora --------------------------------------------------------------------------------------------------------
-
-
-def prepare(data: Path, corpora: Path) -> None:
-    """Seeded splits of the corpora, as Parquet files below `corpora`."""
-    rng = np.random.default_rng
-    if not (corpora / "20news/test.parquet").exists():
-        table = pq.read_table(data / "20news-train.parquet")
-        order = rng(0).permutation(table.num_rows)
-        parts = {"train": table.take(order[DEV:]), "dev": table.take(order[:DEV])}
-        _write(corpora / "20news", {**parts, "test": pq.read_table(data / "20news-test.parquet")})
-    if not (corpora / "imdb/test.parquet").exists():
-        table = pq.read_table(data / "imdb-train.parquet")
-        _, first = np.unique(np.array(table["text"].to_pylist()).astype(str), return_index=True)
-        table = table.take(np.sort(first))  # some reviews are there twice, and must not be on both sides
-        order = rng(0).permutation(table.num_rows)
-        cuts = {"train": order[:5000], "test": order[5000:10000], "dev": order[10000 : 10000 + DEV]}
-        _write(corpora / "imdb", {name: table.take(rows) for name, rows in cuts.items()})
-    if not (corpora / "hyperpartisan-4/test.parquet").exists():
-        table = pq.read_table(data / "hyperpartisan-train.parquet")
-        table = table.take(rng(0).permutation(table.num_rows))
-        labels, fold = np.array(table["label"].to_pylist()), np.zeros(table.num_rows, int)
-        for label in np.unique(labels):
-            rows = np.flatnonzero(labels == label)
-            fold[rows] = np.arange(len(rows)) % 5
-        for number in range(5):
-            parts = {"train": table.filter(pa.array(fold != number)), "test": table.filter(pa.array(fold == number))}
-            _write(corpora / f"hyperpartisan-{number}", parts)
-
-
-def _write(directory: Path, parts: dict[str, pa.Table]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, table in parts.items():
-        pq.write_table(table, directory / f"{name}.parquet")
 
 
 # --- simpler ways to choose tokens ----------------------------------------------------------------------------------
@@ -117,7 +81,10 @@ def _ranked(fractions: Sequence[float], rank: Callable[[Tensor], Tensor]) -> Sel
 
 @dataclass(frozen=True)
 class Run:
-    """A model to train and measure: the corpus, its options beside the corpus's recipe, and the speeds to measure."""
+    """A model to train and measure: the corpus, its options beside the corpus's recipe, and the speeds to measure.
+
+    parts: what to measure on, and the documents that thresholds for it are chosen on.
+    """
 
     corpus: str
     title: str
@@ -125,15 +92,25 @@ class Run:
     targets: tuple[float, ...] = TARGETS
     rule: Callable[[Sequence[float]], SelectionPolicy] | None = None
     layers: int | None = None  # of a dense model that has so many and no selectors
+    parts: dict[str, str] = field(default_factory=lambda: {"test": "dev"})
 
 
 NONE: dict[str, Any] = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
 AT_3 = (3.0,)
+CONTEXTS = {"test": "dev", "test-1500": "dev-1500", "test-6000": "dev-6000"}
 RUNS: dict[str, Run] = {
     "20news": Run("20news", "full recipe, seed 0"),
     "20news-seed1": Run("20news", "full recipe, seed 1", {"seed": 1}),
     "imdb": Run("imdb", "full recipe"),
-    **{f"hyperpartisan-{fold}": Run(f"hyperpartisan-{fold}", f"fold {fold}", targets=(2.0, 3.0)) for fold in range(5)},
+    # Too few documents to put some aside: thresholds are chosen on the training's.
+    **{
+        f"hyperpartisan-{fold}": Run(
+            f"hyperpartisan-{fold}", f"fold {fold}", targets=(2.0, 3.0), parts={"test": "train"}
+        )
+        for fold in range(5)
+    },
+    "squad": Run("squad", "full recipe", targets=(2.0, 3.0, 4.0), parts=CONTEXTS),
+    "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
     "20news-imitation": Run(
         "20news", "imitation only", {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5}, AT_3
     ),
@@ -192,39 +169,43 @@ class Workshop:
             return
         run = RUNS[name]
         dense, output = self.dense(run.corpus), self.work / "runs" / name
-        measured: dict[str, Any] = {"run": name, **{k: getattr(run, k) for k in ("corpus", "title")}}
         model_directory = self._train(run, dense, output)
+        measured: dict[str, Any] = {"run": name, "corpus": run.corpus, "title": run.title}
         measured["training"] = json.loads((output / "training.json").read_text())
-        reference = self._engine(dense, reduce=False)
-        parts = [part for part in ("dev", "test") if self.file(run.corpus, part).exists()]
-        corpora = {
-            part: LabelledTexts.read(str(self.file(run.corpus, part)), reference.task, names=reference.labels)
-            for part in parts
-        }
-        if "dev" not in corpora:  # too few documents to put some aside: thresholds are set on the training's
-            corpora["dev"] = LabelledTexts.read(
-                str(self.file(run.corpus, "train")), reference.task, names=reference.labels
-            )
-        test = corpora["test"]
-        before = _seconds(reference)
-        dense_results = reference.score(test.documents)
-        dense_seconds = _seconds(reference) - before
-        measured["lengths"] = [len(document) for document in test.documents]
-        measured["dense"] = self._outcome(dense_results, test.labels)
-        measured["points"] = []
-        for target in run.targets:
-            engine = self._at(run, model_directory, corpora["dev"], target)
-            before = _seconds(engine)
-            results = engine.score(test.documents)
-            seconds = _seconds(engine) - before
-            outcome = self._outcome(results, test.labels)
-            outcome |= {"target": target, "measured_speedup": dense_seconds / seconds}
-            if run.layers is not None:
-                outcome["flops_speedup"] = float(dense_results.flops.sum() / results.flops.sum())
-            measured["points"].append(outcome)
-            logging.info("%s at %gx: %s", name, target, _summary(measured["dense"], outcome))
+        measured["parts"] = {part: self._measure(run, dense, model_directory, part) for part in run.parts}
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(measured) + "\n")
+
+    def _measure(self, run: Run, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
+        """The dense model and the run's at each of its speeds, on a part of the corpus."""
+        reference = self._engine(dense, reduce=False)
+        corpus = self._read(run.corpus, part, reference)
+        dev = self._read(run.corpus, run.parts[part], reference)
+        timed = corpus.documents[:: max(1, len(corpus.documents) // TIMED)]
+        dense_outcome = self._dense_outcome(run.corpus, part, reference, corpus)
+        dense_seconds = _seconds(reference, timed)
+        points = []
+        for target in run.targets:
+            engine = self._at(run, model_directory, dev, run.parts[part], target)
+            outcome = _outcome(engine, corpus)
+            outcome |= {"target": target, "measured_speedup": dense_seconds / _seconds(engine, timed)}
+            if run.layers is not None:
+                outcome["flops_speedup"] = sum(dense_outcome["flops"]) / sum(outcome["flops"])
+            points.append(outcome)
+            logging.info("%s, %s at %gx: %s", run.title, part, target, _summary(dense_outcome, outcome))
+        return {"dense": dense_outcome, "points": points}
+
+    def _read(self, corpus: str, part: str, engine: Engine) -> LabelledCorpus:
+        config = self._config(corpus, self.backbone, self.work)
+        return read_corpus(str(self.file(corpus, part)), config, engine.task, engine.config)
+
+    def _dense_outcome(self, name: str, part: str, engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
+        """What the dense model that a corpus's runs share gives on its documents, computed once."""
+        path = self.work / "results" / f"dense-{name}-{part}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(_outcome(engine, corpus)))
+        return json.loads(path.read_text())
 
     def _train(self, run: Run, dense: Path, output: Path) -> Path:
         if (output / "training.json").exists():
@@ -250,7 +231,7 @@ class Workshop:
         model, tokenizer = load_model(directory)
         return Engine(model, tokenizer, EngineOptions(reduce=reduce, dtype="float32"))
 
-    def _at(self, run: Run, directory: Path, dev: LabelledCorpus, target: float) -> Engine:
+    def _at(self, run: Run, directory: Path, dev: LabelledCorpus, dev_part: str, target: float) -> Engine:
         """The model with the thresholds (or the rule) that give a FLOPs speed-up on the development documents."""
         if run.layers is not None:
             return self._engine(directory, reduce=False)
@@ -259,47 +240,63 @@ class Workshop:
             torch.manual_seed(0)
             engine.selection_policy = run.rule(self._fractions(run, engine, target))
             return engine
-        engine.config.selector_thresholds = list(self._table(run, directory, dev).pick(speedup=target).thresholds)
+        engine.config.selector_thresholds = list(
+            self._table(run, directory, dev, dev_part).pick(speedup=target).thresholds
+        )
         return engine
 
-    def _table(self, run: Run, directory: Path, dev: LabelledCorpus) -> Calibration:
+    def _table(self, run: Run, directory: Path, dev: LabelledCorpus, part: str) -> Calibration:
         """The model's calibration table, measured on the development documents unless it is there."""
         engine = self._engine(directory)
         key = calibration_key(model_digest(directory), "float32", engine.config.max_position_embeddings)
-        table = read_calibration(directory, key)
+        # jobs/score.py finds the one made with documents like those of the training.
+        place = directory if part == next(iter(run.parts.values())) else directory / part
+        table = read_calibration(place, key)
         if table is None:
-            speedups = SPEEDUPS if len(run.targets) > 1 else run.targets
-            table = calibrate(engine, dev, key=key, name=f"{run.corpus} dev", speedups=speedups)
-            (directory / FILE).write_bytes(with_table(directory, table))
+            speedups = [speedup for speedup in SPEEDUPS if speedup <= max(run.targets) + 2]
+            table = calibrate(
+                engine,
+                dev,
+                key=key,
+                name=f"{run.corpus} {part}",
+                speedups=speedups if len(run.targets) > 1 else run.targets,
+            )
+            place.mkdir(exist_ok=True)
+            (place / FILE).write_bytes(with_table(place, table))
         return table
 
     def _fractions(self, run: Run, engine: Engine, target: float) -> list[float]:
         """Kept fractions for a speed-up on the training documents."""
-        corpus = LabelledTexts.read(str(self.file(run.corpus, "train")), engine.task, names=engine.labels)
+        corpus = self._read(run.corpus, "train", engine)
         windows = [len(window.input_ids) for document in corpus.documents for window in engine.task.windows(document)]
         return kept_fractions_for(target, engine.config, np.array(windows))
 
-    @staticmethod
-    def _outcome(results: DocumentResults, labels: Sequence[int]) -> dict[str, Any]:
-        return {
-            "correct": (results.logits.argmax(1) == np.asarray(labels)).astype(int).tolist(),
-            "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
-            "kept_fractions": (results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist(),
-            "flops": results.flops.tolist(),
-            "dense_flops": results.dense_flops.tolist(),
-        }
+
+def _outcome(engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
+    """Scores of a corpus's documents, percent, and what they cost."""
+    results = engine.score(corpus.documents)
+    measured = {name: 100 * value for name, value in corpus.measure(results).items() if name != corpus.metric}
+    return {
+        "metric": corpus.metric,
+        "scores": np.round(100 * corpus.scores(results), 3).tolist(),
+        **({"also": measured} if measured else {}),
+        "tokens": results.num_tokens.tolist(),
+        "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
+        "kept_fractions": (results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist(),
+        "flops": results.flops.tolist(),
+        "dense_flops": results.dense_flops.tolist(),
+    }
 
 
-def _seconds(engine: Engine) -> float:
-    return engine.statistics.model_seconds
+def _seconds(engine: Engine, documents: Sequence[Any]) -> float:
+    """The model's own time."""
+    before = engine.statistics.model_seconds
+    engine.score(documents)
+    return engine.statistics.model_seconds - before
 
 
 def _first_layers(backbone: str, output: Path, layers: int) -> None:
     """The first layers of a BERT as a checkpoint of their own."""
-    import shutil
-
-    from transformers import BertModel
-
     model = BertModel.from_pretrained(backbone)
     model.encoder.layer = model.encoder.layer[:layers]
     model.config.num_hidden_layers = layers
@@ -313,19 +310,23 @@ def _first_layers(backbone: str, output: Path, layers: int) -> None:
 
 
 def _summary(dense: dict[str, Any], point: dict[str, Any], rows: np.ndarray | None = None) -> dict[str, Any]:
-    """Accuracy, drop against dense with its paired-bootstrap interval, and speed, of some of the documents."""
-    right, reduced = np.array(dense["correct"]), np.array(point["correct"])
-    rows = np.ones(len(right), bool) if rows is None else rows
-    difference = 100.0 * (reduced - right)[rows]
-    flops = np.array(point["flops"])[rows].sum()
-    whole = np.array(dense["dense_flops"])[rows].sum()
+    """The metric, its difference to dense with the paired-bootstrap interval, and speed, of some of the documents."""
+    before, after = np.array(dense["scores"]), np.array(point["scores"])
+    rows = np.ones(len(before), bool) if rows is None else rows
+    difference = (after - before)[rows]
     return {
         "documents": int(rows.sum()),
-        "dense": 100 * float(right[rows].mean()),
-        "accuracy": 100 * float(reduced[rows].mean()),
+        "metric": dense["metric"],
+        "dense": float(before[rows].mean()),
+        "reduced": float(after[rows].mean()),
         "difference": float(difference.mean()),
         "interval": bootstrap_interval(difference),
-        "flops_speedup": float(whole / flops),
+        "flops_speedup": float(np.array(dense["dense_flops"])[rows].sum() / np.array(point["flops"])[rows].sum()),
+        **{
+            f"{name} difference": point["also"][name] - value
+            for name, value in dense.get("also", {}).items()
+            if rows.all()
+        },
     }
 
 
@@ -334,57 +335,67 @@ def tables(work: Path) -> tuple[dict[str, Any], str]:
     found = {
         name: json.loads(path.read_text()) for name in RUNS if (path := work / "results" / f"{name}.json").exists()
     }
-    summaries: dict[str, Any] = {}
-    lines = [
-        "| model | documents | dense | asked | FLOPs | time | accuracy | against dense (95%) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    groups: list[tuple[str, str, list[dict[str, Any]], int]] = []
+    full: list[tuple[str, list[dict[str, Any]], int]] = []  # title, parts measured, fewest tokens
     for name in ("20news", "20news-seed1", "imdb"):
         if name in found:
-            groups.append((name, found[name]["corpus"] + ", " + found[name]["title"], [found[name]], 0))
-            groups.append((f"{name}-long", found[name]["corpus"] + ", > 512 tokens", [found[name]], 513))
-    folds = [found[name] for name in found if name.startswith("hyperpartisan")]
+            part = found[name]["parts"]["test"]
+            full.append((f"{found[name]['corpus']}, {found[name]['title']}", [part], 0))
+            full.append((f"{found[name]['corpus']}, {found[name]['title']}, > 512 tokens", [part], 513))
+    folds = [run["parts"]["test"] for name, run in found.items() if name.startswith("hyperpartisan")]
     if len(folds) == 5:
-        groups.append(("hyperpartisan", "hyperpartisan, 5 folds", folds, 0))
-    for name, title, runs, least in groups:
-        for index, target in enumerate(point["target"] for point in runs[0]["points"]):
-            dense, point = _joined([run["dense"] for run in runs]), _joined([run["points"][index] for run in runs])
-            rows = np.concatenate([np.array(run["lengths"]) for run in runs]) + 2 >= least
-            summary = _summary(dense, point, rows)
-            summary["measured_speedup"] = float(np.mean([run["points"][index]["measured_speedup"] for run in runs]))
-            summaries[f"{name} at {target:g}"] = summary
+        full.append(("hyperpartisan, 5 folds", folds, 0))
+    for name in ("squad", "squad2"):
+        if name in found:
+            full += [(f"{name}, {part}", [measured], 0) for part, measured in found[name]["parts"].items()]
+    summaries: dict[str, Any] = {}
+    lines = [
+        "| corpus | documents | metric | dense | asked | FLOPs | time | reduced | difference (95%) |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for title, parts, least in full:
+        for index, target in enumerate(point["target"] for point in parts[0]["points"]):
+            points = [part["points"][index] for part in parts]
+            dense, point = _joined([part["dense"] for part in parts]), _joined(points)
+            summary = _summary(dense, point, np.array(dense["tokens"]) >= least)
+            summary["measured_speedup"] = float(np.mean([each["measured_speedup"] for each in points]))
+            summaries[f"{title} at {target:g}"] = summary
             lines.append(_row(title, target, summary))
-    lines += ["", "| at 3×, 20news | accuracy | against dense (95%) | FLOPs |", "|---|---:|---:|---:|"]
+    lines += ["", "| 20news at 3× | accuracy | difference to dense (95%) | FLOPs |", "|---|---:|---:|---:|"]
     for name, run in found.items():
-        at_3 = [point for point in run["points"] if point["target"] == 3.0]
+        part = run["parts"]["test"]
+        at_3 = [point for point in part["points"] if point["target"] == 3.0]
         if run["corpus"] == "20news" and at_3:
-            summary = _summary(run["dense"], at_3[0])
-            low, high = summary["interval"]
+            summary = _summary(part["dense"], at_3[0])
             summaries[f"{name} at 3"] = summary
             lines.append(
-                f"| {run['title']} | {summary['accuracy']:.2f} | {summary['difference']:+.2f} ({low:+.2f} to "
-                f"{high:+.2f}) | {summary['flops_speedup']:.2f}× |"
+                f"| {run['title']} | {summary['reduced']:.2f} | {_difference(summary)} | "
+                f"{summary['flops_speedup']:.2f}× |"
             )
     return {"machine": machine(), "summaries": summaries}, "\n".join(lines)
 
 
 def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    names = ("correct", "flops", "dense_flops")
-    return {name: [value for outcome in outcomes for value in outcome[name]] for name in names}
+    """Outcomes of several parts as one's."""
+    lists = ("scores", "tokens", "flops", "dense_flops")
+    return {**outcomes[0], **{name: [value for outcome in outcomes for value in outcome[name]] for name in lists}}
+
+
+def _difference(summary: dict[str, Any]) -> str:
+    low, high = summary["interval"]
+    return f"{summary['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _row(title: str, target: float, summary: dict[str, Any]) -> str:
-    low, high = summary["interval"]
     cells = [
         title,
         f"{summary['documents']:,}",
+        summary["metric"],
         f"{summary['dense']:.2f}",
         f"{target:g}×",
         f"{summary['flops_speedup']:.2f}×",
         f"{summary['measured_speedup']:.2f}×",
-        f"{summary['accuracy']:.2f}",
-        f"{summary['difference']:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{summary['reduced']:.2f}",
+        _difference(summary),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -25,19 +25,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", type=Path, help="checkpoint directory")
     parser.add_argument("dst", type=Path, help="directory for the TR-BERT model")
-    parser.add_argument("--task", choices=["classification", "question-answering", "none"], help="default: its head's")
+    tasks = ["classification", "question-answering", "multiple-choice", "none"]
+    parser.add_argument("--task", choices=tasks, help="default: its head's")
+    parser.add_argument("--max-positions", type=int, help="extend the position table, to be trained then")
     parser.add_argument("--reduction-layers", help="comma-separated zero-based layers (default: the paper's)")
     parser.add_argument("--adapter", type=Path, help="adapter directory to apply to SRC")
     options = parser.parse_args(arguments)
-    if options.adapter and (options.task or options.reduction_layers):
+    if options.adapter and (options.task or options.reduction_layers or options.max_positions):
         raise ConfigurationError(
-            "an adapter brings its own task and reduction layers: leave --task and "
-            "--reduction-layers out with --adapter"
+            "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
+            "--max-positions out with --adapter"
         )
     if options.adapter:
         model = apply_adapter(options.src, options.adapter)
     else:
-        model = convert_checkpoint(options.src, task=options.task, reduction_layers=_layers(options.reduction_layers))
+        model = convert_checkpoint(
+            options.src,
+            task=options.task,
+            reduction_layers=_layers(options.reduction_layers),
+            max_positions=options.max_positions,
+        )
     model.save_pretrained(options.dst)
     for name in TOKENIZER_FILES:
         if (options.src / name).is_file():

@@ -26,13 +26,17 @@ from .varlen import first_tokens
 logger = logging.getLogger(__name__)
 
 FILE = "calibration.json"
-# Kept fractions are r^e at the reductions: the paper's two selectors were trained with (1, 2); a first reduction that
-# keeps more leaves the choice to selectors that have seen more layers.
-SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+# A point this much slower than another is as fast for whoever chooses.
+_AS_FAST = 0.99
 
 
 def schedules(reductions: int) -> list[tuple[float, ...]]:
-    """The exponents tried: kept fractions r^e, falling evenly, late, and early."""
+    """The exponents tried: kept fractions r^e, falling evenly, late, and early.
+
+    The paper's two selectors were trained with (1, 2); a first reduction that keeps more leaves the choice to
+    selectors that have seen more layers.
+    """
     even = np.arange(1, reductions + 1, dtype=float)
     return [tuple(even), tuple(even - 0.5), tuple(even**1.5)] if reductions > 1 else [(1.0,)]
 
@@ -179,7 +183,7 @@ class Calibration:
             ConfigurationError: there is none; says what there is.
         """
         if speedup is not None:
-            fast = [point for point in self.points if point.flops_speedup >= speedup * 0.99]
+            fast = [point for point in self.points if point.flops_speedup >= speedup * _AS_FAST]
             if fast:
                 return min(fast, key=lambda point: point.drop)
             raise ConfigurationError(
@@ -297,11 +301,14 @@ def _timed(engine: Engine, documents: Sequence[Any], policy: Any) -> tuple[Docum
 
 
 def pareto_front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """The points that no other beats in both speed and metric, by rising speed."""
+    """The points that no other beats in metric while being as fast, by rising speed."""
     front: list[OperatingPoint] = []
     for point in sorted(points, key=lambda point: (-point.flops_speedup, -point.metric)):
-        if not front or point.metric > front[-1].metric:
-            front.append(point)
+        if front and point.metric <= front[-1].metric:
+            continue
+        while front and point.flops_speedup >= _AS_FAST * front[-1].flops_speedup:
+            front.pop()
+        front.append(point)
     return front[::-1]
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .configuration import TRBertConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigurationError
 from .modeling import (
+    TRBertForMultipleChoice,
     TRBertForQuestionAnswering,
     TRBertForSequenceClassification,
     TRBertModel,
@@ -38,6 +39,7 @@ _IGNORED = re.compile(r"^(cls\.|vocab_|bert\.embeddings\.(position_ids|token_typ
 _HEADS = {
     "classification": TRBertForSequenceClassification,
     "question-answering": TRBertForQuestionAnswering,
+    "multiple-choice": TRBertForMultipleChoice,
     "none": TRBertModel,
 }
 # What an adapter holds: low-rank updates of the layers' matrices, and the small modules whole.
@@ -55,6 +57,7 @@ def convert_checkpoint(
     fresh_head: bool = False,
     reduction_layers: list[int] | None = None,
     selector_size: int | None = None,
+    max_positions: int | None = None,
 ) -> TRBertPreTrainedModel:
     """Read a checkpoint directory as a TR-BERT model, in eval mode and fp32.
 
@@ -65,14 +68,18 @@ def convert_checkpoint(
         src: a directory with config.json and safetensors weights: transformers BERT or DistilBERT, or the original
             TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a model saved by this package,
             whose selectors are replaced by fresh ones.
-        task: "classification", "question-answering" or "none"; default: the head the checkpoint has.
+        task: "classification", "question-answering", "multiple-choice" or "none"; default: the head the checkpoint
+            has, where one with a single output is a classifier's unless the checkpoint says that it chooses.
         labels: give the model a fresh classification head with these labels, whatever head the checkpoint has.
         fresh_head: give the model a fresh head for the task, whatever head the checkpoint has.
         reduction_layers: zero-based layers with a selector; default: the paper's. The original's checkpoints fix
             their own.
         selector_size: width of fresh selectors' hidden layer; default: 32, the paper's.
+        max_positions: extend the position table to so many, the new ones beginning as copies of the old in their
+            order (Longformer's way): to be trained, for until then a token far behind looks like one at the front.
 
     Raises:
+        ConfigurationError: fewer positions than the checkpoint has.
         CheckpointError: no safetensors weights, another architecture, tensors missing or left over, or a task the
             checkpoint has no head for.
     """
@@ -90,7 +97,9 @@ def convert_checkpoint(
     if not any(name.startswith("bert.encoder.layer.") for name in state):
         raise CheckpointError(f"{src}: no BERT or DistilBERT encoder among its tensors (first: {sorted(tensors)[:3]})")
 
-    found = next((task for task, tensor in _HEAD_TENSOR.items() if tensor in state), "none")
+    if max_positions is not None:
+        _extend_positions(state, max_positions, src)
+    found = _found_task(raw_config, state, asked=task)
     if labels is not None or fresh_head:
         state = {name: value for name, value in state.items() if name.startswith("bert.")}
         task = "classification" if labels is not None else task
@@ -184,6 +193,23 @@ def _bert_name(name: str) -> str:
     if match := re.match(r"(bert\.encoder\.layer\.\d+\.)(.+)(\.(?:weight|bias))$", name):
         name = match[1] + _DISTILBERT_LAYER.get(match[2], match[2]) + match[3]
     return name
+
+
+def _found_task(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
+    """The task of the head a checkpoint has. Choosing among options and regression have the same tensors, so that
+    the checkpoint's class or the caller must say."""
+    chooses = asked == "multiple-choice" or any("MultipleChoice" in name for name in raw.get("architectures") or [])
+    if chooses and state.get("classifier.weight", torch.empty(0)).shape[:1] == (1,):
+        return "multiple-choice"
+    return next((task for task, tensor in _HEAD_TENSOR.items() if tensor in state), "none")
+
+
+def _extend_positions(state: dict[str, Tensor], positions: int, src: Path) -> None:
+    name = "bert.embeddings.position_embeddings.weight"
+    table = state[name]
+    if positions < len(table):
+        raise ConfigurationError(f"max_positions {positions}: {src} has {len(table)} positions already")
+    state[name] = table.repeat(-(-positions // len(table)), 1)[:positions].clone()
 
 
 def _config(

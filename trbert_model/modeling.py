@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel, BertSelfAttention
 from transformers.utils import ModelOutput
 
@@ -83,6 +89,15 @@ class TRBertQuestionAnsweringOutput(ModelOutput):
     kept_tokens: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     selections: tuple[Selection, ...] | None = None
+
+
+@dataclass
+class TRBertMultipleChoiceOutput(ModelOutput):
+    """loss: (); logits: (groups, choices); kept_tokens as in `TRBertModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
 
 
 class TokenSelector(nn.Module):
@@ -158,7 +173,7 @@ class TRBertEncoder(nn.Module):
     ) -> TRBertModelOutput:
         """hidden: (total tokens, hidden) with its cu_seqlens; the options are `TRBertModel.forward`'s."""
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if reduce else {}
-        policy = selection_policy or self._threshold_policy
+        policy = selection_policy or self.threshold_policy
         alive = torch.arange(hidden.shape[0], device=hidden.device)
         skipped: list[tuple[Tensor, Tensor]] = []
         kept_tokens: list[Tensor] = []
@@ -219,7 +234,8 @@ class TRBertEncoder(nn.Module):
                 first = last
         return torch.cat(outputs)
 
-    def _threshold_policy(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def threshold_policy(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What goes on if nothing else is said: tokens whose keep probability reaches the reduction's threshold."""
         return torch.sigmoid(logits) >= self.config.selector_thresholds[reduction]
 
 
@@ -475,7 +491,108 @@ def _position_loss(logits: Tensor, positions: Tensor, cu_seqlens: Tensor | None)
     return torch.stack(losses).mean()
 
 
+class TRBertForMultipleChoice(TRBertPreTrainedModel):
+    """One of several options, from the [CLS] of one row an option: thunlp/TR-BERT's head for RACE.
+
+    The rows of a group begin with the same tokens ([CLS], article and question). These are judged together: each goes
+    on in all rows of its group or in none, by the mean of its keep logits. An option's own tokens always go on.
+    """
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__(config)
+        self.bert = TRBertModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        shared_tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        num_choices: int | None = None,
+        labels: Tensor | None = None,
+        reduce: bool = True,
+        selection_policy: SelectionPolicy | None = None,
+        return_dict: bool | None = None,
+    ) -> TRBertMultipleChoiceOutput:
+        """Compute on (groups, choices, length) tensors, or on a varlen batch when `cu_seqlens` is given.
+
+        Args:
+            shared_tokens: int64 (groups,), with how many tokens all rows of a group begin alike.
+            cu_seqlens, num_choices: of a varlen batch whose rows are `num_choices` a group, group after group.
+            labels: int64 (groups,), the right option.
+            reduce, selection_policy: `TRBertModel.forward`'s.
+
+        Raises:
+            InputError: rows that do not make whole groups.
+        """
+        if cu_seqlens is None:
+            num_choices = input_ids.shape[1]
+            input_ids, attention_mask, token_type_ids = (
+                None if values is None else values.flatten(0, 1)
+                for values in (input_ids, attention_mask, token_type_ids)
+            )
+        rows = input_ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if not num_choices or rows != num_choices * len(shared_tokens):
+            raise InputError(f"{rows} rows are not {len(shared_tokens)} groups of {num_choices} options")
+        policy = GroupPolicy(selection_policy or self.bert.encoder.threshold_policy, shared_tokens, num_choices)
+        output = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            cu_seqlens=cu_seqlens,
+            reduce=reduce,
+            selection_policy=policy,
+            token_states=False,
+        )
+        logits = self.classifier(self.dropout(output.pooler_output)).view(-1, num_choices)
+        return TRBertMultipleChoiceOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            kept_tokens=output.kept_tokens,
+        )
+
+
+class GroupPolicy:
+    """A policy for rows in groups that begin alike: what they share goes on in all rows of a group or in none, and
+    the rest always. For one forward pass.
+
+    Args:
+        policy: judges the shared tokens by the mean of their keep logits over the group's rows.
+        shared: int64 (groups,), tokens that the rows of a group begin with.
+        choices: rows in a group.
+    """
+
+    def __init__(self, policy: SelectionPolicy, shared: Tensor, choices: int):
+        self.policy, self.shared, self.choices = policy, shared, choices
+
+    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
+        lengths, groups = cu_seqlens.diff().long(), len(self.shared)
+        row = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
+        place = torch.arange(len(logits), device=logits.device) - first_tokens(cu_seqlens)[row]
+        shared = place < self.shared[row // self.choices]
+        first_slots = F.pad(self.shared.cumsum(0), (1, 0))
+        slot = (first_slots[row // self.choices] + place)[shared]
+        means = logits.new_zeros(int(first_slots[-1])).index_add_(0, slot, logits[shared]) / self.choices
+        keep = self.policy(reduction, logits.masked_scatter(shared, means[slot]), cu_seqlens).clone()
+        keep[first_tokens(cu_seqlens)] = True
+        # A policy that draws at random may say something else in each row: the group's first row decides.
+        first_row = (row % self.choices == 0)[shared]
+        goes_on = torch.zeros(len(means), dtype=torch.bool, device=logits.device)
+        goes_on[slot[first_row]] = keep[shared][first_row]
+        owner = torch.arange(groups, device=logits.device).repeat_interleave(self.shared)
+        self.shared = torch.zeros_like(self.shared).index_add_(0, owner, goes_on.long())
+        keep[shared] = goes_on[slot]
+        return keep | ~shared
+
+
 AutoConfig.register("trbert", TRBertConfig)
 AutoModel.register(TRBertConfig, TRBertModel)
 AutoModelForSequenceClassification.register(TRBertConfig, TRBertForSequenceClassification)
+AutoModelForMultipleChoice.register(TRBertConfig, TRBertForMultipleChoice)
 AutoModelForQuestionAnswering.register(TRBertConfig, TRBertForQuestionAnswering)

@@ -68,6 +68,7 @@ class TrainingConfig:
     context_column: str = option("context", "column with the texts that the questions are about")
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
+    max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
     speedup: float | None = option(
         3.0, "FLOPs speed-up over the dense model that the saved thresholds give; none: 0.5, as in the paper"
     )
@@ -181,12 +182,16 @@ def read_corpus(uri: str, options: Any, task: Any, model_config: TRBertConfig) -
 def _model(config: TrainingConfig) -> Model:
     """The backbone with the selectors asked for, and a fresh head unless it is taken as fine-tuned."""
     layers = None if config.reduction_layers is None else list(config.reduction_layers)
-    selectors: dict[str, Any] = {"reduction_layers": layers, "selector_size": config.selector_size}
+    changes: dict[str, Any] = {
+        "reduction_layers": layers,
+        "selector_size": config.selector_size,
+        "max_positions": config.max_positions,
+    }
     if config.task == CLASSIFICATION:
-        model = _classifier(config, selectors)
+        model = _classifier(config, changes)
     else:
         fresh = bool(config.fine_tune_epochs)
-        model = convert_checkpoint(config.backbone, task=QUESTION_ANSWERING, fresh_head=fresh, **selectors)
+        model = convert_checkpoint(config.backbone, task=QUESTION_ANSWERING, fresh_head=fresh, **changes)
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = config.attention_dropout
@@ -199,14 +204,14 @@ def _model(config: TrainingConfig) -> Model:
     return model
 
 
-def _classifier(config: TrainingConfig, selectors: dict[str, Any]) -> Model:
+def _classifier(config: TrainingConfig, changes: dict[str, Any]) -> Model:
     _, labels = read_labelled(config.train, config.text_column, config.label_column)
     names = sorted(set(labels))
     if len(names) < 2:
         raise InputError(f"{config.train}: column {config.label_column!r} has fewer than two different labels")
     if config.fine_tune_epochs:
-        return convert_checkpoint(config.backbone, labels=names, **selectors)
-    model: Model = convert_checkpoint(config.backbone, task=CLASSIFICATION, **selectors)
+        return convert_checkpoint(config.backbone, labels=names, **changes)
+    model: Model = convert_checkpoint(config.backbone, task=CLASSIFICATION, **changes)
     if missing := sorted(set(names) - set(model.config.id2label.values())):
         raise ConfigurationError(
             f"{config.backbone}: its labels do not have {missing[:5]} of {config.train}; fine_tune_epochs 0 takes a "

@@ -73,7 +73,7 @@ def point(speedup: float, accuracy: float, drop: float = 0.0) -> OperatingPoint:
 
 
 def test_the_front_has_no_point_that_another_beats():
-    points = [point(2, 90), point(3, 91), point(4, 85), point(4, 86), point(6, 70), point(5, 60)]
+    points = [point(2, 90), point(3, 91), point(4, 85), point(4, 86), point(4.03, 40), point(6, 70), point(5, 60)]
     assert [(p.flops_speedup, p.metric) for p in pareto_front(points)] == [(3, 91), (4, 86), (6, 70)]
 
 
