@@ -533,10 +533,9 @@ class TRBertForMultipleChoice(TRBertPreTrainedModel):
         """
         if cu_seqlens is None:
             num_choices = input_ids.shape[1]
-            input_ids, attention_mask, token_type_ids = (
-                None if values is None else values.flatten(0, 1)
-                for values in (input_ids, attention_mask, token_type_ids)
-            )
+            input_ids = input_ids.flatten(0, 1)
+            attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+            token_type_ids = None if token_type_ids is None else token_type_ids.flatten(0, 1)
         rows = input_ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if not num_choices or rows != num_choices * len(shared_tokens):
             raise InputError(f"{rows} rows are not {len(shared_tokens)} groups of {num_choices} options")
