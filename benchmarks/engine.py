@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertPreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import held_out_texts, machine, repeated, save
 from trbert_model import TRBertConfig, TRBertForSequenceClassification
 from trbert_model.engine import Engine, EngineOptions, load_model
-from trbert_model.modeling import SelectionPolicy
+from trbert_model.modeling import SelectionPolicy, TRBertPreTrainedModel
 
 FORCED = ((0.5, 0.25), (0.3, 0.1), (0.1, 0.05))
 
@@ -58,13 +58,13 @@ def matrix_product_peak(config: TRBertConfig) -> float:
     return 4 * tokens * hidden * intermediate / float(np.median(times))
 
 
-def transformers_bert(model: TRBertForSequenceClassification) -> BertForSequenceClassification:
+def transformers_bert(model: TRBertPreTrainedModel, bert_class: type[BertPreTrainedModel]) -> Any:
     """The same weights in transformers' own BERT, with its default attention."""
     config = BertConfig(
         **{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)}
         | {"architectures": None, "attn_implementation": "sdpa", "model_type": "bert"}
     )
-    bert = BertForSequenceClassification(config).eval()
+    bert = bert_class(config).eval()
     bert.load_state_dict({name: value for name, value in model.state_dict().items() if ".selectors." not in name})
     return bert
 
@@ -87,8 +87,8 @@ def run_padded(
 
 
 def measure(
-    systems: dict[str, Callable[[list[np.ndarray]], Any]],
-    documents: list[np.ndarray],
+    systems: dict[str, Callable[[list[Any]], Any]],
+    documents: list[Any],
     block: int,
     peak: Callable[[], float],
 ) -> tuple[dict[str, float], dict[str, list[Any]], float]:
@@ -123,7 +123,7 @@ def compare(
     baselines: bool,
 ) -> dict[str, Any]:
     """Measure one model: dense, each reduction, and transformers' BERT."""
-    bert = transformers_bert(model)
+    bert = transformers_bert(model, BertForSequenceClassification)
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
 
     def windows_of(docs: list[np.ndarray]) -> list[np.ndarray]:
