@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trbert_model import TRBertConfig, TRBertForSequenceClassification
+from trbert_model import TRBertConfig, TRBertForQuestionAnswering, TRBertForSequenceClassification
+from trbert_model.modeling import TRBertPreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hub
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -52,15 +53,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_classifier(seed: int = 0, **config) -> TRBertForSequenceClassification:
-    """A random model whose selectors really choose: their weights are large enough to be on both sides of 0.5."""
+    """A random model whose selectors really choose."""
     torch.manual_seed(seed)
     labels = {0: "bad", 1: "fine", 2: "good"}
     settings = TINY | {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} | config
     model = TRBertForSequenceClassification(TRBertConfig(**settings)).eval()
-    for selector in model.bert.encoder.selectors:
+    _let_selectors_choose(model)
+    return model
+
+
+def _let_selectors_choose(model: TRBertPreTrainedModel) -> None:
+    """Weights large enough for keep probabilities on both sides of 0.5."""
+    for selector in model.base_model.encoder.selectors:
         torch.nn.init.normal_(selector.linear_1.weight, std=1.0)
         torch.nn.init.normal_(selector.linear_2.weight, std=1.0)
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -68,5 +74,18 @@ def model_directory(tmp_path_factory) -> Path:
     """A saved tiny classification model with its tokenizer."""
     directory = tmp_path_factory.mktemp("model")
     tiny_classifier().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def answering_model(tmp_path_factory) -> Path:
+    """A saved tiny model that answers, at random, and whose selectors choose."""
+    directory = tmp_path_factory.mktemp("answers")
+    torch.manual_seed(0)
+    model = TRBertForQuestionAnswering(TRBertConfig(**TINY)).eval()
+    _let_selectors_choose(model)
+    torch.nn.init.normal_(model.qa_outputs.weight, std=1.0)
+    model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

@@ -6,14 +6,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import torch
 
 from pipeline.commit import Committed, open_output, write_marker
 from pipeline.predict import SplitPredictor, TRBertPredictor
 from pipeline.storage import Storage
-from tests.conftest import TINY, tiny_tokenizer
 from tests.pipeline.stages import encode_options, only_shard, run_stages, write_shard
-from trbert_model import TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.engine import Engine, EngineOptions
 
 CONTEXT = "the good news of a game and the bad bank " * 4 + "é 中."
@@ -30,21 +27,6 @@ ROWS = [
 REASONS = {"c": "null", "d": "empty", "e": "null", "f": "question_too_long", "g": "no_tokens"}
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    """A saved tiny model that answers, at random, and whose selectors choose."""
-    directory = tmp_path_factory.mktemp("answers")
-    torch.manual_seed(0)
-    model = TRBertForQuestionAnswering(TRBertConfig(**TINY)).eval()
-    for selector in model.bert.encoder.selectors:
-        torch.nn.init.normal_(selector.linear_1.weight, std=1.0)
-        torch.nn.init.normal_(selector.linear_2.weight, std=1.0)
-    torch.nn.init.normal_(model.qa_outputs.weight, std=1.0)
-    model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def shard(tmp_path):
     ids, questions, contexts = zip(*ROWS)
@@ -53,9 +35,9 @@ def shard(tmp_path):
     return tmp_path / "in"
 
 
-def expected(model_directory, threshold=None, **options):
+def expected(answering_model, threshold=None, **options):
     """Each good question alone, by the engine."""
-    engine = Engine.from_pretrained(model_directory, EngineOptions(device="cpu", **options))
+    engine = Engine.from_pretrained(answering_model, EngineOptions(device="cpu", **options))
     answers = {}
     for name, question, context in ROWS:
         if name not in REASONS:
@@ -65,12 +47,12 @@ def expected(model_directory, threshold=None, **options):
 
 
 @pytest.mark.parametrize("threshold", [None, -0.5])
-def test_every_question_has_one_end(shard, model_directory, tmp_path, threshold):
+def test_every_question_has_one_end(shard, answering_model, tmp_path, threshold):
     options = encode_options(
-        shard, model_directory, text_columns=("question", "context"), split_bytes=300, keep_columns=("context",)
+        shard, answering_model, text_columns=("question", "context"), split_bytes=300, keep_columns=("context",)
     )
     settings = {"no_answer_threshold": threshold, "spans": True, "n_best": 3}
-    predictor = SplitPredictor(["id", "context"], "id", model=str(model_directory), device="cpu", **settings)
+    predictor = SplitPredictor(["id", "context"], "id", model=str(answering_model), device="cpu", **settings)
     output = Storage(str(tmp_path / "out"))
     rows = run_stages(only_shard(shard), options, predictor, output)
     assert len(rows) > 1
@@ -78,7 +60,7 @@ def test_every_question_has_one_end(shard, model_directory, tmp_path, threshold)
     write_marker(output, only_shard(shard), [Committed(**json.loads(row["committed"])) for row in rows], "run", [])
 
     results = open_output(output.uri).to_table().to_pylist()
-    wanted = expected(model_directory, threshold, n_best=3)
+    wanted = expected(answering_model, threshold, n_best=3)
     assert [row["id"] for row in results] == list(wanted)
     for row in results:
         answer, best, context = wanted[row["id"]]
@@ -104,8 +86,8 @@ def test_every_question_has_one_end(shard, model_directory, tmp_path, threshold)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "pandas", "pyarrow"])
-def test_the_notebooks_call_answers_whole_batches(model_directory, kind):
-    predictor = TRBertPredictor(str(model_directory), device="cpu")
+def test_the_notebooks_call_answers_whole_batches(answering_model, kind):
+    predictor = TRBertPredictor(str(answering_model), device="cpu")
     ids, questions, contexts = zip(*ROWS)
     columns = {"id": list(ids), "question": list(questions), "context": list(contexts)}
     batch = {
@@ -115,7 +97,7 @@ def test_the_notebooks_call_answers_whole_batches(model_directory, kind):
     }[kind]
     found = predictor(batch)
     frame = found.to_pandas() if kind == "pyarrow" else pd.DataFrame({name: list(found[name]) for name in found})
-    wanted = expected(model_directory)
+    wanted = expected(answering_model)
     for row in frame.to_dict("records"):
         if row["id"] in REASONS:
             assert row["error"] == REASONS[row["id"]]
