@@ -38,10 +38,10 @@ from trbert_model.calibration import (
     with_table,
 )
 from trbert_model.engine import Engine, EngineOptions, load_model
-from trbert_model.labelled import LabelledCorpus
+from trbert_model.labelled import LabelledCorpus, read_corpus
 from trbert_model.modeling import SelectionPolicy
 from trbert_model.options import parse_options
-from trbert_model.training import TrainingConfig, read_corpus, train
+from trbert_model.training import TrainingConfig, train
 
 RECIPES = Path(__file__).parent / "recipes"
 TIMED = 500  # documents that dense and reduced models are timed on, one after the other

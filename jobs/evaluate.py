@@ -18,21 +18,17 @@ from pipeline.errors import UsageError
 from pipeline.storage import Storage, fetch_model, model_digest
 from trbert_model.calibration import FILE, SPEEDUPS, Calibration, OperatingPoint, calibrate, calibration_key, with_table
 from trbert_model.engine import Engine, EngineOptions
+from trbert_model.labelled import LabelledColumns, read_corpus
 from trbert_model.options import option, parse_options
 from trbert_model.plotting import draw_calibration
-from trbert_model.training import read_corpus
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(LabelledColumns):
     """The options of an evaluation."""
 
     model: str = option("", "directory or URI of a TR-BERT model")
     corpus: str = option("", "Parquet file or URI with labelled documents; for questions also SQuAD's JSON")
-    text_column: str = option("text", "column with the documents")
-    label_column: str = option("label", "column with the labels")
-    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
-    context_column: str = option("context", "column with the texts that the questions are about")
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
     speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
     plot: str | None = option(None, "PNG or SVG file to draw (default: a local model directory's calibration.png)")

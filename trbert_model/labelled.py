@@ -15,13 +15,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .configuration import TRBertConfig
 from .engine import DocumentResults
 from .errors import InputError
 from .losses import AnswerLosses, ClassificationLosses, TaskLosses
+from .options import option
 from .tasks.classification import ClassificationTask
 from .tasks.question_answering import EncodedQuestion, QuestionAnsweringTask, exact_match, f1
 from .teacher import TeacherSignals
 from .varlen import model_inputs
+
+
+@dataclass(frozen=True)
+class LabelledColumns:
+    """Where a labelled corpus has what; options of every command that reads one."""
+
+    text_column: str = option("text", "column with the documents")
+    label_column: str = option("label", "column with the labels")
+    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
+    context_column: str = option("context", "column with the texts that the questions are about")
 
 
 class LabelledCorpus(ABC):
@@ -149,6 +161,18 @@ class LabelledQuestions(LabelledCorpus):
 
     def dataset(self, task: QuestionAnsweringTask) -> "WindowDataset":
         return QuestionWindows(self, task)
+
+
+def read_corpus(uri: str, columns: LabelledColumns, task: Any, config: TRBertConfig) -> LabelledCorpus:
+    """Labelled documents for a model's task.
+
+    Raises:
+        InputError: they cannot be read, or have labels that the model has not.
+    """
+    if isinstance(task, QuestionAnsweringTask):
+        return LabelledQuestions.read(uri, task, columns.question_column, columns.context_column)
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    return LabelledTexts.read(uri, task, columns.text_column, columns.label_column, names=names)
 
 
 def read_labelled(uri: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:

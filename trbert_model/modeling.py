@@ -431,6 +431,9 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
 class TRBertForQuestionAnswering(TRBertPreTrainedModel):
     """Start and end logits for every token; a skipped token answers from the state it left with.
 
+    thunlp/TR-BERT's head for TriviaQA is the same one, trained with one softmax over all windows of a document, which
+    is how every question is trained and answered here (`losses.AnswerLosses`, `tasks.question_answering`).
+
     `forward` takes `start_positions` and `end_positions`, int64 (sequences,), token indices within the sequence (the
     column, for padded input), and `TRBertModel.forward`'s arguments.
     """

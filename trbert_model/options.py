@@ -29,7 +29,8 @@ def parse_options(cls: type[Options], arguments: Sequence[str] | None, descripti
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; the command line goes first")
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    # A command's own options before those that it shares with others.
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):  # type: ignore[arg-type]
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if field.default not in (None, "", ()) and not isinstance(field.default, bool):
             text += f" (default: {field.default})"

@@ -30,15 +30,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from .calibration import cuts_for, kept_fractions_for, schedules, thresholds_of
-from .configuration import TRBertConfig
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
 from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, make_task
 from .errors import ConfigurationError, InputError, TrainingError
-from .labelled import LabelledCorpus, LabelledQuestions, LabelledTexts, WindowDataset, read_labelled
+from .labelled import LabelledColumns, LabelledCorpus, WindowDataset, read_corpus, read_labelled
 from .modeling import SelectionPolicy
 from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
 from .options import option
-from .tasks.question_answering import QuestionAnsweringTask
 from .teacher import TeacherSignals, deep_layer, signals_digest, teacher_signals
 
 logger = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ _COLLAPSED = (0.002, 0.998)
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(LabelledColumns):
     """Everything a training run depends on."""
 
     task: str = option(CLASSIFICATION, "classification or question-answering")
@@ -62,10 +60,6 @@ class TrainingConfig:
     backbone: str = option("", "directory of a BERT or DistilBERT checkpoint, or of a model this command fine-tuned")
     output: str = option("", "directory for the trained model; a killed run resumes from its stages/")
     evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
-    text_column: str = option("text", "column with the documents")
-    label_column: str = option("label", "column with the labels")
-    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
-    context_column: str = option("context", "column with the texts that the questions are about")
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
     max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
@@ -165,18 +159,6 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
         _save(model, tokenizer, config, output)
         (output / "training.json").write_text(json.dumps(run.measurements, indent=1) + "\n")
     return run.measurements
-
-
-def read_corpus(uri: str, options: Any, task: Any, model_config: TRBertConfig) -> LabelledCorpus:
-    """Labelled documents for a task; `options` names the columns, as `TrainingConfig` does.
-
-    Raises:
-        InputError: they cannot be read, or have labels that the model has not.
-    """
-    if isinstance(task, QuestionAnsweringTask):
-        return LabelledQuestions.read(uri, task, options.question_column, options.context_column)
-    names = [model_config.id2label[i] for i in range(model_config.num_labels)]
-    return LabelledTexts.read(uri, task, options.text_column, options.label_column, names=names)
 
 
 def _model(config: TrainingConfig) -> Model:
