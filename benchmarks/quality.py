@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import BertModel
 
-from benchmarks.common import machine, save
+from benchmarks.common import RESULTS, machine, save
 from benchmarks.corpora import prepare
 from pipeline.storage import model_digest
 from trbert_model.calibration import (
@@ -374,6 +375,37 @@ def tables(work: Path) -> tuple[dict[str, Any], str]:
     return {"machine": machine(), "summaries": summaries}, "\n".join(lines)
 
 
+def draw(summaries: dict[str, Any], path: Path) -> None:
+    """The metric's difference to dense over FLOPs speed-up and over measured speed-up, with 95% intervals."""
+    import matplotlib  # late: only who draws needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for name, summary in summaries.items():
+        if "measured_speedup" in summary:
+            lines[name.rsplit(" at ", 1)[0]].append(summary)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for panel, speed, title in (
+        (panels[0], "flops_speedup", "FLOPs speed-up over dense"),
+        (panels[1], "measured_speedup", "measured speed-up over dense"),
+    ):
+        for name, points in lines.items():
+            differences = np.array([point["difference"] for point in points])
+            intervals = np.array([point["interval"] for point in points])
+            errors = [differences - intervals[:, 0], intervals[:, 1] - differences]
+            panel.errorbar([p[speed] for p in points], differences, yerr=errors, marker="o", capsize=3, label=name)
+        panel.plot(1, 0, "k*", markersize=12, label="dense")
+        panel.axhline(0, color="gray", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("points against dense, on test documents")
+    panels[0].legend(loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Outcomes of several parts as one's."""
     lists = ("scores", "tokens", "flops", "dense_flops")
@@ -413,7 +445,9 @@ def main() -> None:
     workshop = Workshop(arguments.work)
     for name in arguments.runs:
         workshop.run(name)
-    save("quality", *tables(arguments.work))
+    result, table = tables(arguments.work)
+    save("quality", result, table)
+    draw(result["summaries"], RESULTS / "quality.png")
 
 
 if __name__ == "__main__":
