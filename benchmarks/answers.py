@@ -1,11 +1,12 @@
 """Answering questions over long contexts: the clock against transformers' `BertForQuestionAnswering`.
 
-    python -m benchmarks.answers --model MODEL --questions test-6000.parquet --speedup 3
+    python -m benchmarks.answers --model MODEL [--longer MODEL] --questions test-1500.parquet test-6000.parquet
 
 The model is one that `benchmarks.quality --runs squad` trained; its thresholds come from its calibration table. Every
 system computes the same windows of the same weights, block by block in turn: the engine, dense and reduced, and
 transformers' model in padded batches of windows sorted by length, of several sizes, of which the best counts.
 Tokenisation is outside of all timings, and so is finding the spans of the padded systems' logits (not of the engine's).
+With --longer, a dense model with more positions answers the same questions from fewer, longer windows.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from benchmarks.engine import matrix_product_peak, measure, total, transformers_
 from pipeline.storage import model_digest
 from trbert_model import TRBertForQuestionAnswering
 from trbert_model.calibration import calibration_key, read_calibration
-from trbert_model.engine import Engine, EngineOptions, load_model
+from trbert_model.engine import DocumentResults, Engine, EngineOptions, load_model
 from trbert_model.labelled import LabelledQuestions
 from trbert_model.tasks.question_answering import EncodedQuestion, QuestionAnsweringTask
 
@@ -49,7 +50,7 @@ def run_padded(
         bert(ids, token_type_ids=types, attention_mask=mask)
 
 
-def compare(directory: Path, questions: Path, speedup: float, block: int) -> dict[str, Any]:
+def compare(directory: Path, longer: Path | None, questions: Path, speedup: float, block: int) -> dict[str, Any]:
     model, tokenizer = load_model(directory)
     assert isinstance(model, TRBertForQuestionAnswering)
     bert = transformers_bert(model, BertForQuestionAnswering)
@@ -60,8 +61,12 @@ def compare(directory: Path, questions: Path, speedup: float, block: int) -> dic
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
     reduced = Engine(model, tokenizer, EngineOptions(device="cpu"))
     reduced.config.selector_thresholds = list(table.pick(speedup=speedup).thresholds)
-    documents = LabelledQuestions.read(str(questions), dense.task).documents
+    corpus = LabelledQuestions.read(str(questions), dense.task)
+    documents = corpus.documents
     systems: dict[str, Any] = {"dense": dense.score, "reduced": reduced.score}
+    if longer is not None:
+        engine = Engine.from_pretrained(longer, EngineOptions(device="cpu", reduce=False))
+        systems[f"dense, windows of {engine.config.max_position_embeddings}"] = engine.score
     for batch in BATCHES:
         systems[f"padded {batch}, sorted"] = lambda block, batch=batch: run_padded(bert, dense.task, block, batch)
     seconds, results, peak = measure(systems, documents, block, lambda: matrix_product_peak(model.config))
@@ -74,6 +79,11 @@ def compare(directory: Path, questions: Path, speedup: float, block: int) -> dic
         "peak_gflops_per_second": peak / 1e9,
         "flops_speedup": flops,
         "seconds": seconds,
+        "metrics": {
+            name: corpus.measure(DocumentResults.concatenate(results[name]))
+            for name in systems
+            if not name.startswith("padded")
+        },
         "speedup_over_best_padded": {name: best / value for name, value in seconds.items()},
     }
 
@@ -85,12 +95,13 @@ def markdown(result: dict[str, Any]) -> str:
             f"**{name}**, {measured['questions']:,} questions, {measured['windows']:,} windows, "
             f"{measured['tokens']:,} tokens; FLOPs of the reduced model {measured['flops_speedup']:.2f}× fewer",
             "",
-            "| system | questions/s | over the best padded |",
-            "|---|---:|---:|",
+            "| system | questions/s | over the best padded | F1 |",
+            "|---|---:|---:|---:|",
         ]
         for system, spent in measured["seconds"].items():
             over = measured["speedup_over_best_padded"][system]
-            lines.append(f"| {system} | {measured['questions'] / spent:.2f} | {over:.2f}× |")
+            metric = f"{100 * measured['metrics'][system]['f1']:.1f}" if system in measured["metrics"] else "as dense"
+            lines.append(f"| {system} | {measured['questions'] / spent:.2f} | {over:.2f}× | {metric} |")
         lines.append("")
     where = result["machine"]
     lines.append(f"{where['cores']} cores of {where['cpu']}, fp32, torch {where['torch']}, {where['date']}.")
@@ -100,13 +111,15 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a question answering model with its table")
+    parser.add_argument("--longer", type=Path, help="a dense model of more positions, measured beside it")
     parser.add_argument("--questions", type=Path, nargs="+", required=True, help="Parquet files of questions")
     parser.add_argument("--speedup", type=float, default=3.0, help="FLOPs speed-up to choose thresholds for")
     parser.add_argument("--block", type=int, default=10, help="questions each system computes in its turn")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     corpora = {
-        path.stem: compare(arguments.model, path, arguments.speedup, arguments.block) for path in arguments.questions
+        path.stem: compare(arguments.model, arguments.longer, path, arguments.speedup, arguments.block)
+        for path in arguments.questions
     }
     result = {"machine": machine(), "corpora": corpora}
     save("answers", result, markdown(result))
