@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from .errors import InputError
 
 ATTENTION_NAME = "trbert_varlen"
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -118,17 +119,18 @@ def varlen_attention(
     """Attention within each sequence of a varlen batch, as a transformers attention function.
 
     query, key, value: (1, heads, total tokens, head size). Returns (1, total tokens, heads, head size) and None.
-    Half precision on CUDA without dropout runs torch's varlen kernel; everything else torch's SDPA, a sequence at a
-    time, so that no sequence is ever padded or sees another. SDPA runs in fp32 on CPUs: in bfloat16 it takes 1.8 times
-    as long there (torch 2.13, AMX), which undoes what bfloat16 gains in the rest of a layer.
+    On CPUs there may be more rows than tokens: what comes after the last sequence is zeros in the output. Half
+    precision on CUDA without dropout runs torch's varlen kernel; everything else torch's SDPA, a sequence at a time, so
+    that no sequence is ever padded or sees another. SDPA runs in fp32 on CPUs: in bfloat16 it takes 1.8 times as long
+    there (torch 2.13, AMX), which undoes what bfloat16 gains in the rest of a layer.
     """
     if attention_mask is not None or query.shape[0] != 1:
         raise InputError(
             "varlen attention takes one unpadded batch without a mask; padded tensors must be packed first"
         )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    if query.is_cuda and query.dtype in HALF_PRECISION and dropout == 0.0:
         return _flash_varlen(query, key, value, cu_seqlens, max_seqlen, scaling), None
-    if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
+    if query.device.type == "cpu" and query.dtype in HALF_PRECISION:
         with torch.autocast("cpu", enabled=False):
             output = _attention(query.float(), key.float(), value.float(), cu_seqlens, scaling, dropout)
         return output.to(query.dtype), None
@@ -139,7 +141,8 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
     """torch's SDPA, a sequence at a time; same shapes as `varlen_attention`."""
-    output = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3])) if not query.requires_grad else None
+    shape = (1, query.shape[2], query.shape[1], query.shape[3])
+    output = None if query.requires_grad else query.new_empty(shape)
     bounds = cu_seqlens.tolist()
     pieces = []
     for start, end in zip(bounds, bounds[1:]):
@@ -154,7 +157,10 @@ def _attention(
             pieces.append(piece)
         else:
             output[:, start:end] = piece
-    return torch.cat(pieces, dim=1) if output is None else output
+    if output is None:
+        return torch.cat([*pieces, query.new_zeros((1, shape[1] - bounds[-1], *shape[2:]))], dim=1)
+    output[:, bounds[-1] :] = 0
+    return output
 
 
 def _flash_varlen(
