@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 Model = Any
 
 STAGES = ("fine_tune", "imitation", "selectors", "joint")
-# Documents that thresholds are set with.
-_CALIBRATION_DOCUMENTS = 256
+# Tokens that thresholds are set with; fewer where training begins, which moves them to what they should let through.
+_CALIBRATION_TOKENS = 60_000
+_STARTING_TOKENS = 15_000
 # A selector that lets through more or less than this, over a logging period, has stopped choosing.
 _COLLAPSED = (0.002, 0.998)
 
@@ -217,8 +218,7 @@ class _Run:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.dataset, self.evaluation = dataset, evaluation
         self.lengths = np.array([len(window.input_ids) for window in dataset.windows])
-        every = max(1, len(corpus.documents) // _CALIBRATION_DOCUMENTS)
-        self.sample = corpus.documents[::every]
+        self.documents = corpus.documents
         self.measurements: dict = {"config": dataclasses.asdict(config), "stages": {}}
 
     def execute(self, selection_policy: SelectionPolicy | None) -> None:
@@ -261,6 +261,10 @@ class _Run:
             self.evaluate("joint", policy=selection_policy)
             self.evaluate("joint_without_reduction", reduce=False)
 
+    def sample(self, tokens: int) -> list[Any]:
+        """Some of the training documents, of about so many tokens together."""
+        return self.documents[:: max(1, int(self.lengths.sum()) // tokens)]
+
     def fractions(self) -> tuple[list[list[float]], list[float] | None]:
         """The kept fractions to train for, one list a point, and those of the saved thresholds."""
         config, model_config = self.config, self.model.config
@@ -281,14 +285,14 @@ class _Run:
         if self.config.speed_range is None and self.config.speedup is None:
             return OperatingPoints([], [], reductions)
         fractions, _ = self.fractions()
-        engine = self.engine()
-        return OperatingPoints(fractions, [cuts_for(engine, self.sample, each) for each in fractions], reductions)
+        engine, documents = self.engine(), self.sample(_STARTING_TOKENS)
+        return OperatingPoints(fractions, [cuts_for(engine, documents, each) for each in fractions], reductions)
 
     def set_thresholds(self) -> None:
         """The thresholds of the speed-up asked for, on training documents."""
         _, fractions = self.fractions()
         if fractions is not None:
-            thresholds = thresholds_of(cuts_for(self.engine(), self.sample, fractions))
+            thresholds = thresholds_of(cuts_for(self.engine(), self.sample(_CALIBRATION_TOKENS), fractions))
             self.model.config.selector_thresholds = thresholds
             logger.info("kept fractions %s, thresholds %s", np.round(fractions, 3), np.round(thresholds, 3))
 
