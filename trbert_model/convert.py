@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -137,7 +138,7 @@ def convert_checkpoint(
 
 
 def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrainedModel:
-    """A backbone checkpoint and an adapter that `jobs/train.py --adapter-rank` saved → the trained classifier.
+    """A backbone checkpoint and an adapter that `jobs/train.py --adapter-rank` saved → the trained model.
 
     Raises:
         CheckpointError: the adapter is incomplete or was trained on another backbone's shapes.
@@ -149,8 +150,15 @@ def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrained
         if not (adapter / name).is_file():
             raise CheckpointError(f"{adapter}: no {name} there; an adapter is what jobs/train.py --adapter-rank saves")
     trained = TRBertConfig.from_pretrained(adapter)
-    labels = [trained.id2label[i] for i in range(trained.num_labels)]
-    model = convert_checkpoint(backbone, labels=labels, reduction_layers=trained.reduction_layers)
+    answers = TRBertForQuestionAnswering.__name__ in (trained.architectures or [])
+    head: dict[str, Any] = {"labels": [trained.id2label[i] for i in range(trained.num_labels)]}
+    model = convert_checkpoint(
+        backbone,
+        **({"task": "question-answering", "fresh_head": True} if answers else head),
+        reduction_layers=trained.reduction_layers,
+        selector_size=trained.selector_size,
+        max_positions=trained.max_position_embeddings,
+    )
     try:
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError) as error:

@@ -403,6 +403,10 @@ def _unpack(values: Tensor, indices: Tensor, shape: torch.Size, fill: float) -> 
     return padded.index_copy(0, indices, values).unflatten(0, (shape[0], shape[1]))
 
 
+def _head_dropout(config: TRBertConfig) -> nn.Dropout:
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
 class TRBertForSequenceClassification(TRBertPreTrainedModel):
     """One label a sequence, from [CLS]. Multi-label and regression heads are refused.
 
@@ -421,9 +425,8 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
                 f"num_labels {config.num_labels} makes this a regression head, which is not supported: "
                 "classification needs at least two labels"
             )
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.bert = TRBertModel(config)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _head_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -517,8 +520,7 @@ class TRBertForMultipleChoice(TRBertPreTrainedModel):
     def __init__(self, config: TRBertConfig):
         super().__init__(config)
         self.bert = TRBertModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _head_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 

@@ -92,7 +92,7 @@ class TrainingConfig(LabelledColumns):
         None, "directory that runs with the same dense model and corpus share their teacher in (default: the output's)"
     )
     seed: int = option(0, "of everything random")
-    dtype: str = option("float32", "float32, or bfloat16 for autocast (half the time where the CPU has AMX)")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast (faster where the CPU has AMX)")
 
     def __post_init__(self):
         for name in ("train", "backbone", "output"):

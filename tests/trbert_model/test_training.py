@@ -233,3 +233,19 @@ def test_questions_train_through_every_stage(corpus):
     )
     found = [row["context"][a.spans[0].start : a.spans[0].end] for a, row in zip(answers.answers, rows[64:])]
     assert np.mean([answer == row["question"] for answer, row in zip(found, rows[64:])]) > 0.8
+
+
+def test_an_adapter_that_answers_over_longer_positions_is_rebuilt(corpus):
+    rows = [{"question": "good", "context": "the good game", "answers": ["good"], "answer_start": [4]}] * 16
+    pq.write_table(pa.Table.from_pylist(rows), corpus / "questions.parquet")
+    none = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
+    settings = {"task": "question-answering", "adapter_rank": 4, "max_positions": 48, "selector_size": 8}
+    files = dict.fromkeys(("train", "evaluation"), str(corpus / "questions.parquet"))
+    train(options(corpus, **settings, **files, **none | {"fine_tune_epochs": 2.0}))
+    trained, _ = load_model(corpus / "model")
+    rebuilt = apply_adapter(corpus / "backbone", corpus / "model/adapter")
+    assert rebuilt.config.max_position_embeddings == 48
+    assert type(rebuilt) is type(trained)
+    expected = trained.state_dict()
+    for name, tensor in rebuilt.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
