@@ -145,14 +145,11 @@ def _attention(
     output = None if query.requires_grad else query.new_empty(shape)
     bounds = cu_seqlens.tolist()
     pieces = []
-    for start, end in zip(bounds, bounds[1:]):
-        piece = F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            scale=scaling,
-        ).transpose(1, 2)
+    # Split once: the gradient of a slice is a tensor of zeros as long as the batch, for every sequence.
+    sizes = [end - start for start, end in zip(bounds, bounds[1:])] + [shape[1] - bounds[-1]]
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
+    for start, end, (q, k, v) in zip(bounds, bounds[1:], parts):
+        piece = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
         if output is None:
             pieces.append(piece)
         else:
