@@ -25,9 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .calibration import cuts_for, kept_fractions_for, schedules, thresholds_of
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
@@ -360,9 +363,15 @@ class _Run:
             joint_learning_rate=config.joint_learning_rate if name == "joint" else None,
         )
         checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
+        if checkpoint and state and state.global_step >= state.max_steps:
+            # Trainer would take one more step.
+            objective.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            state = trainer.state
         self.measurements["replicas"] = _replicas(self.model)
-        history = [entry["dense_passes"] for entry in trainer.state.log_history if "dense_passes" in entry]
+        history = [entry["dense_passes"] for entry in state.log_history if "dense_passes" in entry]
         if history:
             self.measurements["stages"].setdefault(name, {})["dense_passes_per_document"] = float(np.mean(history))
 
