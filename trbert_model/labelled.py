@@ -20,7 +20,7 @@ from .engine import DocumentResults
 from .errors import InputError
 from .losses import AnswerLosses, ClassificationLosses, TaskLosses
 from .options import option
-from .tasks.classification import ClassificationTask
+from .tasks.classification import ClassificationTask, Window
 from .tasks.question_answering import EncodedQuestion, QuestionAnsweringTask, exact_match, f1
 from .teacher import TeacherSignals
 from .varlen import model_inputs
@@ -249,11 +249,13 @@ class WindowDataset(Dataset, ABC):
     """Examples for training: of each document the places of some of its `windows`, drawn anew each time.
 
     windows: all documents' windows, as the task cuts them; losses: the task's; teacher: what the dense model says of
-    the windows, once it is known.
+    the windows, once it is known; crops: the share of examples of which only a random piece is shown, where the task
+    can (then what the dense model says of the windows is of no use).
     """
 
     losses: TaskLosses
     teacher: TeacherSignals | None = None
+    crops: float = 0.0
 
     def __init__(self, documents: Sequence[Any], task: Any):
         self.task = task
@@ -265,6 +267,10 @@ class WindowDataset(Dataset, ABC):
 
     def __len__(self) -> int:
         return len(self.first_window) - 1
+
+    def shown(self, window: Any) -> Any:
+        """What training sees of a window."""
+        return window
 
     @abstractmethod
     def target(self, place: int) -> Any:
@@ -280,11 +286,11 @@ class WindowDataset(Dataset, ABC):
     def collate(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Examples → one varlen batch with `example`, int64 (windows,), the targets and the teacher's signals."""
         places = [place for example in examples for place in example]
-        windows = [self.windows[place] for place in places]
+        windows = [self.shown(self.windows[place]) for place in places]
         batch = model_inputs([window.input_ids for window in windows], self.task.token_types(windows))
         batch["example"] = torch.tensor([i for i, example in enumerate(examples) for _ in example])
         batch |= self.targets(examples)
-        if self.teacher is not None:
+        if self.teacher is not None and not self.crops:
             batch["teacher"], batch["guide"] = self.teacher.of_windows(places)
         return batch
 
@@ -301,6 +307,16 @@ class TextWindows(WindowDataset):
 
     def target(self, place: int) -> int:
         return self.labels[place]
+
+    def shown(self, window: Window) -> Window:
+        """The window, or with probability `crops` a random piece of it, of a fifth of its tokens or more."""
+        tokens = len(window.input_ids) - 2  # [CLS] and [SEP] stay
+        if not self.crops or tokens < 2 or float(torch.rand(())) >= self.crops:
+            return window
+        count = int(tokens * (0.2 + 0.8 * float(torch.rand(())))) or 1
+        start = 1 + int(torch.randint(tokens - count + 1, ()))
+        ids = window.input_ids
+        return Window(np.concatenate([ids[:1], ids[start : start + count], ids[-1:]]), count)
 
     def __getitem__(self, index: int) -> list[int]:
         first, end = self.first_window[index], self.first_window[index + 1]

@@ -219,18 +219,32 @@ class Joint(Reinforcement):
 
     Args: as `Reinforcement`'s, with distillation unless it is said otherwise, and
         samples: 0 leaves the selectors as they are.
+        dense: gives the probabilities that the batches lack; frozen.
         selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
     """
 
-    def __init__(self, *reinforcement: Any, selection_policy: SelectionPolicy | None = None, **settings: Any):
+    def __init__(
+        self,
+        *reinforcement: Any,
+        selection_policy: SelectionPolicy | None = None,
+        dense: nn.Module | None = None,
+        **settings: Any,
+    ):
         super().__init__(*reinforcement, **{"distillation": True, **settings})
-        self.selection_policy = selection_policy
+        self.selection_policy, self.dense = selection_policy, dense
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         points, lengths = _points_of(self.points, batch), batch["cu_seqlens"].diff()
-        loss, measured = torch.zeros((), device=lengths.device), {"dense_passes": torch.zeros(())}
+        loss, cost = torch.zeros((), device=lengths.device), torch.zeros(())
+        if self.dense is not None:
+            self.dense.eval()
+            with torch.no_grad():
+                batch["teacher"] = self.losses.signals(self.dense(**inputs_of(batch), reduce=False)).float()
+            cost = cost + 1
+        measured: dict[str, Tensor] = {}
         if self.samples:
             loss, measured = self.policy_loss(batch, points)
+            cost = cost + measured["dense_passes"]
             self.model.train(self.training)
         # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
         # many, those that it will be used with.
@@ -243,7 +257,7 @@ class Joint(Reinforcement):
         task_loss = self.task_losses(output, batch).mean()
         measured |= {
             "task_loss": task_loss.detach(),
-            "dense_passes": measured["dense_passes"] + 3 * self._cost(lengths, kept),
+            "dense_passes": cost + 3 * self._cost(lengths, kept),
             **_kept_measurements(kept, lengths),
         }
         return {"loss": loss + task_loss, **measured}

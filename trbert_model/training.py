@@ -78,6 +78,11 @@ class TrainingConfig(LabelledColumns):
     samples: int = option(4, "random selections of a document in a step of reinforcement")
     guide_rate: float = option(0.5, "share of the selectors' steps in which a sample follows the guide")
     distillation: bool = option(True, "in the joint stage, learn the dense model's probabilities, not the labels")
+    crops: float = option(
+        0.0,
+        "in the joint stage, share of the documents of which a random piece is learnt, as the dense model judges it: "
+        "against overfitting (classification, with distillation)",
+    )
     adapter_rank: int | None = option(
         None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
     )
@@ -111,6 +116,10 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(
                 f"speed_range {self.speed_range} must be two rising numbers above 1, such as 1.5,6"
             )
+        if not 0 <= self.crops <= 1:
+            raise ConfigurationError(f"crops {self.crops} must be between 0 and 1")
+        if self.crops and (self.task != CLASSIFICATION or not self.distillation):
+            raise ConfigurationError(f"crops {self.crops}: only for classification with distillation")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
         least = {"batch_size": 1, "samples": 0, "length_penalty": 0, "joint_length_penalty": 0, "guide_rate": 0}
@@ -250,6 +259,9 @@ class _Run:
         if config.joint_epochs:
             if selection_policy is not None:
                 reinforced["samples"] = 0
+            # The backbone is the dense model's until this stage, and a resumed stage begins with it too.
+            dense = copy.deepcopy(model).requires_grad_(False) if config.crops else None
+            self.dataset.crops = config.crops
             joint = Joint(
                 model,
                 losses,
@@ -257,6 +269,7 @@ class _Run:
                 length_penalty=config.joint_length_penalty,
                 distillation=config.distillation,
                 selection_policy=selection_policy,
+                dense=dense,
                 **reinforced,
             )
             self.stage("joint", joint)

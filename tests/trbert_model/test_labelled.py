@@ -40,6 +40,28 @@ def test_windows_keep_their_documents_labels_and_teachers():
     ]
 
 
+def test_crops_are_pieces_of_the_window():
+    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
+    dataset = LabelledTexts([np.arange(5, 25), np.array([], np.int32)], [1, 0], ["x", "y"]).dataset(task)
+    dataset.crops = 1.0
+    torch.manual_seed(0)
+    whole, lengths = dataset.windows[0].input_ids, set()
+    for _ in range(200):
+        batch = dataset.collate([dataset[0], dataset[1]])
+        first, second = batch["input_ids"].split(batch["cu_seqlens"].diff().tolist())
+        assert second.tolist() == dataset.windows[1].input_ids.tolist()
+        assert (first[0], first[-1]) == (whole[0], whole[-1])
+        piece = first[1:-1].tolist()
+        assert piece == list(range(piece[0], piece[-1] + 1))
+        assert batch["labels"].tolist() == [1, 0]
+        lengths.add(len(piece))
+    assert lengths <= set(range(4, 21))
+    assert len(lengths) > 10
+    dataset.crops = 0.3
+    cut = sum(len(dataset.collate([[0]])["input_ids"]) < len(whole) for _ in range(300))
+    assert 50 < cut < 130
+
+
 def test_labels_that_the_model_does_not_have_are_refused(tmp_path):
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
     path = tmp_path / "corpus.parquet"

@@ -163,6 +163,25 @@ def test_the_joint_stage_trains_everything_and_restores_the_mode():
     assert {"reward", "task_loss", "policy_entropy", "kept_0", "kept_1", "dense_passes"} <= set(measured)
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_dense_model_beside_the_joint_stage_judges_what_no_teacher_has_seen(samples):
+    model, dense = tiny_classifier(), tiny_classifier().requires_grad_(False)
+    data = batch(dense)
+    settings = {"samples": samples, "length_penalty": 0.5}
+    model.config.hidden_dropout_prob = 0.0
+    known = Joint(model, LOSSES, single_cut(), **settings).eval()
+    torch.manual_seed(0)
+    expected = known(**data)
+    seen = {name: value for name, value in data.items() if name not in ("teacher", "guide")}
+    beside = Joint(model, LOSSES, single_cut(), dense=dense, **settings).eval()
+    torch.manual_seed(0)
+    found = beside(**seen)
+    torch.testing.assert_close(found["loss"], expected["loss"])
+    assert float(found["dense_passes"]) == pytest.approx(float(expected["dense_passes"]) + 1)
+    found["loss"].backward()
+    assert all(p.grad is None for p in dense.parameters())
+
+
 def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
     model = tiny_classifier()
     nothing = Joint(

@@ -30,6 +30,9 @@ def test_options_out_of_range_are_refused():
         ({"samples": 1}, "compares at least 2"),
         ({"length_penalty": float("nan")}, "length_penalty nan"),
         ({"joint_epochs": -1.0}, "joint_epochs -1.0"),
+        ({"crops": 1.5}, "crops 1.5"),
+        ({"crops": 0.5, "distillation": False}, "crops 0.5: only"),
+        ({"crops": 0.5, "task": "question-answering"}, "crops 0.5: only"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             TrainingConfig(**places | wrong)
@@ -121,7 +124,8 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(corpus, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             train(config)
     before = {path: path.read_bytes() for path in (corpus / "model/stages/imitation").rglob("*.safetensors")}
-    assert before and (corpus / "model/stages/joint/checkpoint-50").is_dir()
+    assert before
+    assert (corpus / "model/stages/joint/checkpoint-50").is_dir()
 
     def counted(self, *args, **kwargs):
         calls.append(1)
@@ -149,6 +153,7 @@ def test_one_model_for_many_speeds_from_a_fine_tuned_backbone(corpus):
         speed_range=(1.3, 3.0),
         speedup=2.0,
         joint_epochs=8.0,
+        crops=0.5,
         teacher_cache=str(corpus / "cache"),
     )
     measured = train(config)["stages"]
