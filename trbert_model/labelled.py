@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from .configuration import TRBertConfig
 from .engine import DocumentResults
 from .errors import InputError
-from .losses import AnswerLosses, ClassificationLosses, TaskLosses
+from .losses import UNLABELLED, AnswerLosses, ClassificationLosses, TaskLosses
 from .options import option
 from .tasks.classification import ClassificationTask, Window
 from .tasks.question_answering import EncodedQuestion, QuestionAnsweringTask, exact_match, f1
@@ -60,7 +60,7 @@ class LabelledCorpus(ABC):
 
 @dataclass(frozen=True)
 class LabelledTexts(LabelledCorpus):
-    """Documents as token ids, int32 (tokens,) each, with label indices, and the label names."""
+    """Documents as token ids, int32 (tokens,) each, with label indices (or UNLABELLED), and the label names."""
 
     documents: list[np.ndarray]
     labels: list[int]
@@ -94,6 +94,16 @@ class LabelledTexts(LabelledCorpus):
 
     def scores(self, results: DocumentResults) -> np.ndarray:
         return (results.logits.argmax(1) == np.asarray(self.labels)).astype(np.float64)
+
+    def with_unlabelled(self, uri: str, task: ClassificationTask, text_column: str) -> "LabelledTexts":
+        """The corpus and, after it, a Parquet file's documents, which have no labels.
+
+        Raises:
+            InputError: the file cannot be read, the column is missing, or a text is null.
+        """
+        texts = _strings(_read_table(uri, [text_column])[text_column].to_pylist())
+        documents = self.documents + task.tokenize(texts)
+        return LabelledTexts(documents, self.labels + [UNLABELLED] * len(texts), self.names)
 
     def dataset(self, task: ClassificationTask) -> "WindowDataset":
         return TextWindows(self, task)
@@ -292,6 +302,7 @@ class WindowDataset(Dataset, ABC):
         batch |= self.targets(examples)
         if self.teacher is not None and not self.crops:
             batch["teacher"], batch["guide"] = self.teacher.of_windows(places)
+            batch = self.losses.completed(batch, batch["teacher"])
         return batch
 
 

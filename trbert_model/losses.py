@@ -27,6 +27,13 @@ class TaskLosses(Protocol):
     def rows(self, lengths: Tensor) -> Tensor:
         """How many of these rows belong to windows of these lengths, int64 (windows,)."""
 
+    def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
+        """The batch with what the dense model says, such rows, in the place of what nobody knows to be right."""
+
+
+# The label of a document that has none.
+UNLABELLED = -1
+
 
 class ClassificationLosses:
     """Cross-entropy; batches have `labels`, int64 (windows,), and `teacher`, float32 (windows, labels)."""
@@ -43,6 +50,10 @@ class ClassificationLosses:
 
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)
+
+    def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
+        labels = batch["labels"]
+        return {**batch, "labels": torch.where(labels == UNLABELLED, signals.argmax(-1), labels)}
 
 
 class AnswerLosses:
@@ -76,6 +87,9 @@ class AnswerLosses:
 
     def rows(self, lengths: Tensor) -> Tensor:
         return lengths.long()
+
+    def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
+        return batch
 
     @staticmethod
     def _log_softmax(logits: Tensor, batch: dict[str, Tensor], repeats: int) -> tuple[Tensor, Tensor, int]:

@@ -57,7 +57,9 @@ class TeacherSignals:
         partial.rename(path)
 
 
-def teacher_signals(model: Any, dataset: Any, tokens_per_batch: int = 4096) -> TeacherSignals:
+def teacher_signals(
+    model: Any, dataset: Any, tokens_per_batch: int = 4096, *, autocast: torch.dtype | None = None
+) -> TeacherSignals:
     """Run the dense model, a task's model or peft's wrapper around one, over a `labelled.WindowDataset`'s windows."""
     was_training, losses = model.training, dataset.losses
     model.eval()
@@ -71,7 +73,8 @@ def teacher_signals(model: Any, dataset: Any, tokens_per_batch: int = 4096) -> T
             end += 1
         # Each window an example of its own: what it says must not depend on those it is drawn with.
         batch = dataset.collate([[place] for place in range(start, end)])
-        found, scores = guide(model, {name: value.to(device) for name, value in batch.items()}, losses)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            found, scores = guide(model, {name: value.to(device) for name, value in batch.items()}, losses)
         lengths = batch["cu_seqlens"].diff().tolist()
         # Over each window's highest: only the order counts, and raw saliencies would vanish in half precision.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
@@ -90,13 +93,15 @@ def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Ten
     """The dense model's outputs and how much each token matters to its loss, fp32 (layers below `deep_layer`, tokens).
 
     abs⟨∂loss/∂h_d, h_d − h_i⟩ with h_k the input of layer k (thunlp/TR-BERT counts layer outputs from one, which is
-    the same), d = `deep_layer`, for every layer i below it.
+    the same), d = `deep_layer`, for every layer i below it. The loss of a document without a label is that to the
+    model's own most probable one.
     """
     deep = deep_layer(model.config)
     with torch.enable_grad():
         output = model(**inputs_of(batch), reduce=False, output_hidden_states=True)
+        loss = losses.labelled(output, losses.completed(batch, losses.signals(output)))
         # A sum, so that a document's gradients don't depend on the batch's size.
-        (gradient,) = torch.autograd.grad(losses.labelled(output, batch).sum(), output.hidden_states[deep])
+        (gradient,) = torch.autograd.grad(loss.sum(), output.hidden_states[deep])
     states = output.hidden_states
     scores = [(gradient * (states[deep] - states[layer])).sum(-1).abs().float().detach() for layer in range(deep)]
     return losses.signals(output).detach(), torch.stack(scores)
@@ -123,9 +128,9 @@ def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
     return chosen
 
 
-def signals_digest(model: Any, dataset: Any) -> str:
-    """What tells one dense model on one corpus from another."""
-    digest = hashlib.sha256()
+def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:
+    """What tells the signals of one dense model, on one corpus and in one precision, from others."""
+    digest = hashlib.sha256(f"{autocast};".encode())
     for name, weight in sorted(model.state_dict().items()):
         if ".selectors." not in name:
             digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -36,7 +36,7 @@ from .calibration import cuts_for, kept_fractions_for, schedules, thresholds_of
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
 from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, make_task
 from .errors import ConfigurationError, InputError, TrainingError
-from .labelled import LabelledColumns, LabelledCorpus, WindowDataset, read_corpus, read_labelled
+from .labelled import LabelledColumns, LabelledCorpus, LabelledTexts, read_corpus, read_labelled
 from .modeling import SelectionPolicy
 from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
 from .options import option
@@ -83,6 +83,11 @@ class TrainingConfig(LabelledColumns):
         "in the joint stage, share of the documents of which a random piece is learnt, as the dense model judges it: "
         "against overfitting (classification, with distillation)",
     )
+    unlabelled: str | None = option(
+        None,
+        "Parquet file or URI with more documents for the stages after the fine-tune, which learn from the dense model: "
+        "such as the corpus to score (classification, with distillation)",
+    )
     adapter_rank: int | None = option(
         None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
     )
@@ -120,6 +125,8 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(f"crops {self.crops} must be between 0 and 1")
         if self.crops and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(f"crops {self.crops}: only for classification with distillation")
+        if self.unlabelled and (self.task != CLASSIFICATION or not self.distillation):
+            raise ConfigurationError(f"unlabelled {self.unlabelled}: only for classification with distillation")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
         least = {"batch_size": 1, "samples": 0, "length_penalty": 0, "joint_length_penalty": 0, "guide_rate": 0}
@@ -163,10 +170,9 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     task = make_task(config.task, tokenizer, model.config, EngineOptions())
     corpus = read_corpus(config.train, config, task, model.config)
     evaluation = read_corpus(config.evaluation, config, task, model.config) if config.evaluation else None
-    dataset = corpus.dataset(task)
     if config.adapter_rank:
         model = _with_adapter(model, config)
-    run = _Run(config, model, tokenizer, corpus, dataset, evaluation)
+    run = _Run(config, model, tokenizer, task, corpus, evaluation)
     run.execute(selection_policy)
     if _is_main_process():
         _save(model, tokenizer, config, output)
@@ -223,15 +229,20 @@ class _Run:
         config: TrainingConfig,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
+        task: Any,
         corpus: LabelledCorpus,
-        dataset: WindowDataset,
         evaluation: LabelledCorpus | None,
     ):
-        self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.dataset, self.evaluation = dataset, evaluation
-        self.lengths = np.array([len(window.input_ids) for window in dataset.windows])
-        self.documents = corpus.documents
+        self.config, self.model, self.tokenizer, self.task = config, model, tokenizer, task
+        self.evaluation = evaluation
         self.measurements: dict = {"config": dataclasses.asdict(config), "stages": {}}
+        self.learn_from(corpus)
+
+    def learn_from(self, corpus: LabelledCorpus) -> None:
+        """Train with these documents from now on."""
+        self.corpus, self.dataset = corpus, corpus.dataset(self.task)
+        self.documents = corpus.documents
+        self.lengths = np.array([len(window.input_ids) for window in self.dataset.windows])
 
     def execute(self, selection_policy: SelectionPolicy | None) -> None:
         config, model, losses = self.config, self.model, self.dataset.losses
@@ -240,6 +251,8 @@ class _Run:
         self.evaluate("fine_tune", reduce=False)
         if not any(config.epochs(stage) for stage in STAGES[1:]):
             return
+        if config.unlabelled and isinstance(self.corpus, LabelledTexts):
+            self.learn_from(self.corpus.with_unlabelled(config.unlabelled, self.task, config.text_column))
         self.dataset.teacher = self.teacher()
         if config.imitation_epochs:
             targets, _ = self.fractions()
@@ -326,10 +339,11 @@ class _Run:
     def teacher(self) -> TeacherSignals:
         """The dense model's signals, computed once for a dense model and corpus."""
         cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
-        path = cache / f"teacher-{signals_digest(self.model, self.dataset)}.safetensors"
+        autocast = torch.bfloat16 if self.config.dtype == "bfloat16" else None
+        path = cache / f"teacher-{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
         if not path.is_file() and _is_main_process():
             self.model.requires_grad_(False)
-            teacher_signals(self.model, self.dataset).save(path)
+            teacher_signals(self.model, self.dataset, autocast=autocast).save(path)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return TeacherSignals.load(path)

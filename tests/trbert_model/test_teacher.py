@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import tiny_classifier, tiny_tokenizer
 from trbert_model.labelled import LabelledTexts
-from trbert_model.losses import ClassificationLosses
+from trbert_model.losses import UNLABELLED, ClassificationLosses
 from trbert_model.tasks.classification import ClassificationTask
 from trbert_model.teacher import TeacherSignals, guide, signals_digest, teacher_signals, top_tokens
 from trbert_model.varlen import model_inputs
@@ -63,6 +63,17 @@ def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_a_document_without_a_label_has_the_guide_of_the_most_probable_one():
+    model = tiny_classifier(num_hidden_layers=6)
+    windows = [np.arange(5, 14), np.arange(6, 20), np.arange(5, 19)]
+    unlabelled = as_dataset(windows, [UNLABELLED, 2, UNLABELLED])
+    unlabelled.teacher = teacher_signals(model, unlabelled)
+    probable = unlabelled.teacher.targets.argmax(1).tolist()
+    known = teacher_signals(model, as_dataset(windows, [probable[0], 2, probable[2]]))
+    torch.testing.assert_close(unlabelled.teacher.guide, known.guide)
+    assert unlabelled.collate([[2], [1]])["labels"].tolist() == [probable[2], 2]
+
+
 def test_another_dense_model_or_corpus_has_other_signals():
     model, windows = tiny_classifier(), [np.arange(5, 9), np.arange(6, 12)]
     digest = signals_digest(model, as_dataset(windows, [0, 1]))
@@ -70,6 +81,7 @@ def test_another_dense_model_or_corpus_has_other_signals():
         model.bert.encoder.selectors[0].linear_1.weight += 1  # no part of the dense model
     assert signals_digest(model, as_dataset(windows, [0, 1])) == digest
     assert signals_digest(model, as_dataset(windows, [1, 1])) != digest
+    assert signals_digest(model, as_dataset(windows, [0, 1]), autocast=torch.bfloat16) != digest
     assert signals_digest(model, as_dataset([np.arange(5, 10), np.arange(6, 12)], [0, 1])) != digest
     with torch.no_grad():
         model.classifier.bias += 1

@@ -15,7 +15,7 @@ from trbert_model import ConfigurationError, InputError, TrainingError
 from trbert_model.convert import apply_adapter, convert_checkpoint
 from trbert_model.engine import Engine, EngineOptions, load_model
 from trbert_model.labelled import read_labelled
-from trbert_model.objectives import Joint
+from trbert_model.objectives import FineTune, Imitation, Joint, Reinforcement
 from trbert_model.training import TrainingConfig, train
 
 
@@ -33,6 +33,8 @@ def test_options_out_of_range_are_refused():
         ({"crops": 1.5}, "crops 1.5"),
         ({"crops": 0.5, "distillation": False}, "crops 0.5: only"),
         ({"crops": 0.5, "task": "question-answering"}, "crops 0.5: only"),
+        ({"unlabelled": "u", "distillation": False}, "unlabelled u: only"),
+        ({"unlabelled": "u", "task": "question-answering"}, "unlabelled u: only"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             TrainingConfig(**places | wrong)
@@ -169,6 +171,25 @@ def test_one_model_for_many_speeds_from_a_fine_tuned_backbone(corpus):
     other = dataclasses.replace(config, train=str(corpus / "other.parquet"), output=str(corpus / "other"))
     with pytest.raises(ConfigurationError, match=r"dense: its labels do not have \['x', 'y'\]"):
         train(other)
+
+
+def test_more_documents_without_labels_are_learnt_from_after_the_fine_tune(corpus, monkeypatch):
+    labelled, _ = read_labelled(str(corpus / "train.parquet"), "text", "label")
+    others, _ = read_labelled(str(corpus / "evaluation.parquet"), "text", "label")
+    pq.write_table(pa.table({"text": others}), corpus / "unlabelled.parquet")
+    seen: dict[str, list] = {"FineTune": [], "Imitation": [], "Reinforcement": [], "Joint": []}
+    for objective in (FineTune, Imitation, Reinforcement, Joint):
+
+        def counted(self, *, forward=objective.forward, **batch):
+            assert (batch["labels"] >= 0).all()
+            seen[type(self).__name__].append(len(batch["labels"]))
+            return forward(self, **batch)
+
+        monkeypatch.setattr(objective, "forward", counted)
+    epochs = {"fine_tune_epochs": 1.0, "imitation_epochs": 1.0, "selectors_epochs": 1.0, "joint_epochs": 1.0}
+    train(options(corpus, unlabelled=str(corpus / "unlabelled.parquet"), **epochs))
+    assert sum(seen.pop("FineTune")) == len(labelled)
+    assert {stage: sum(counts) for stage, counts in seen.items()} == dict.fromkeys(seen, len(labelled) + len(others))
 
 
 def test_one_label_is_none_to_learn(corpus):
