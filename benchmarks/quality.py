@@ -132,6 +132,7 @@ RUNS: dict[str, Run] = {
     "squad": Run("squad", "full recipe", targets=(2.0, 3.0, 4.0), parts=CONTEXTS),
     "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
     "20news-short": _compared("full recipe"),
+    "20news-features": _compared("full recipe, learning the dense model's features too", feature_distillation=1.0),
     "20news-imitation": Run(
         "20news", "imitation only", {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5}, AT_3
     ),

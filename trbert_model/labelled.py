@@ -309,10 +309,9 @@ class WindowDataset(Dataset, ABC):
 class TextWindows(WindowDataset):
     """One window of each document, of the several that a long one has a random one."""
 
-    losses = ClassificationLosses()
-
     def __init__(self, corpus: LabelledTexts, task: ClassificationTask):
         super().__init__(corpus.documents, task)
+        self.losses = ClassificationLosses(len(corpus.names))
         counts = np.diff(self.first_window)
         self.labels = np.repeat(np.asarray(corpus.labels, np.int64), counts).tolist()
 

@@ -5,6 +5,7 @@ one softmax. `repeats` is how often the batch was repeated (`TRBertModel.forward
 order, the whole batch after the whole batch.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ class TaskLosses(Protocol):
         """The loss to the labels, (repeats · examples,)."""
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
-        """The cross-entropy to the dense model's probabilities, `batch["teacher"]`, (repeats · examples,)."""
+        """The loss to what the dense model says, `batch["teacher"]`, (repeats · examples,)."""
 
     def signals(self, output: Any) -> Tensor:
         """What of the dense model's output is a later `batch["teacher"]`, (rows, columns)."""
@@ -35,25 +36,39 @@ class TaskLosses(Protocol):
 UNLABELLED = -1
 
 
+@dataclass
 class ClassificationLosses:
-    """Cross-entropy; batches have `labels`, int64 (windows,), and `teacher`, float32 (windows, labels)."""
+    """Cross-entropy; batches have `labels`, int64 (windows,), and `teacher`, float32 (windows, labels + hidden): the
+    dense model's logits and what its classifier sees.
+
+    features: how much it counts in `distilled` that the classifier sees what the dense model's sees: the squared
+    distance over the squared length. The logits of a few labels say little about a document, these say all that the
+    dense model makes of it.
+    """
+
+    num_labels: int
+    features: float = 0.0
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         return F.cross_entropy(output.logits, batch["labels"].repeat(repeats), reduction="none")
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
-        teacher = batch["teacher"].softmax(-1).repeat(repeats, 1)
-        return -(teacher * output.logits.log_softmax(-1)).sum(-1)
+        logits, features = batch["teacher"].tensor_split([self.num_labels], dim=1)
+        loss = -(logits.softmax(-1).repeat(repeats, 1) * output.logits.log_softmax(-1)).sum(-1)
+        if not self.features:
+            return loss
+        distance = (output.pooler_output.float() - features.repeat(repeats, 1)).square().sum(-1)
+        return loss + self.features * distance / features.square().sum(-1).repeat(repeats)
 
     def signals(self, output: Any) -> Tensor:
-        return output.logits
+        return torch.cat([output.logits.float(), output.pooler_output.float()], dim=1)
 
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         labels = batch["labels"]
-        return {**batch, "labels": torch.where(labels == UNLABELLED, signals.argmax(-1), labels)}
+        return {**batch, "labels": torch.where(labels == UNLABELLED, signals[:, : self.num_labels].argmax(-1), labels)}
 
 
 class AnswerLosses:

@@ -78,6 +78,7 @@ class TRBertSequenceClassifierOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    pooler_output: Tensor | None = None
     kept_tokens: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     selections: tuple[Selection, ...] | None = None
@@ -438,6 +439,7 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
         return TRBertSequenceClassifierOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
+            pooler_output=output.pooler_output,
             kept_tokens=output.kept_tokens,
             hidden_states=output.hidden_states,
             selections=output.selections,

@@ -28,7 +28,7 @@ class TeacherSignals:
     """The dense model's view of every window of a corpus.
 
     Args:
-        targets: float32 (rows, columns): logits, as `TaskLosses.signals` gives them.
+        targets: float32 (rows, columns), as `TaskLosses.signals` gives them.
         target_bounds: int64 (windows + 1,): window i's rows are `target_bounds[i]:target_bounds[i + 1]` of them.
         guide: float16 (layers, total tokens): of each token, at the input of each layer below `deep_layer`, its
             saliency over the highest one of its window.
@@ -130,7 +130,7 @@ def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
 
 def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:
     """What tells the signals of one dense model, on one corpus and in one precision, from others."""
-    digest = hashlib.sha256(f"{autocast};".encode())
+    digest = hashlib.sha256(f"2;{autocast};".encode())  # 2: what is saved has changed once
     for name, weight in sorted(model.state_dict().items()):
         if ".selectors." not in name:
             digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -37,6 +37,7 @@ from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
 from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, make_task
 from .errors import ConfigurationError, InputError, TrainingError
 from .labelled import LabelledColumns, LabelledCorpus, LabelledTexts, read_corpus, read_labelled
+from .losses import ClassificationLosses
 from .modeling import SelectionPolicy
 from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
 from .options import option
@@ -78,6 +79,10 @@ class TrainingConfig(LabelledColumns):
     samples: int = option(4, "random selections of a document in a step of reinforcement")
     guide_rate: float = option(0.5, "share of the selectors' steps in which a sample follows the guide")
     distillation: bool = option(True, "in the joint stage, learn the dense model's probabilities, not the labels")
+    feature_distillation: float = option(
+        0.0,
+        "with distillation, learn also what the dense model's classifier sees, with this weight (classification)",
+    )
     crops: float = option(
         0.0,
         "in the joint stage, share of the documents of which a random piece is learnt, as the dense model judges it: "
@@ -129,7 +134,18 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(f"unlabelled {self.unlabelled}: only for classification with distillation")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
-        least = {"batch_size": 1, "samples": 0, "length_penalty": 0, "joint_length_penalty": 0, "guide_rate": 0}
+        if self.feature_distillation and (self.task != CLASSIFICATION or not self.distillation):
+            raise ConfigurationError(
+                f"feature_distillation {self.feature_distillation}: only for classification with distillation"
+            )
+        least = {
+            "batch_size": 1,
+            "feature_distillation": 0,
+            "samples": 0,
+            "length_penalty": 0,
+            "joint_length_penalty": 0,
+            "guide_rate": 0,
+        }
         for name in (*least, *(f"{stage}_epochs" for stage in STAGES)):
             if not getattr(self, name) >= least.get(name, 0):  # NaN is neither
                 raise ConfigurationError(f"{name} {getattr(self, name)} must be at least {least.get(name, 0)}")
@@ -241,19 +257,22 @@ class _Run:
     def learn_from(self, corpus: LabelledCorpus) -> None:
         """Train with these documents from now on."""
         self.corpus, self.dataset = corpus, corpus.dataset(self.task)
+        if isinstance(self.dataset.losses, ClassificationLosses):
+            self.dataset.losses.features = self.config.feature_distillation
         self.documents = corpus.documents
         self.lengths = np.array([len(window.input_ids) for window in self.dataset.windows])
 
     def execute(self, selection_policy: SelectionPolicy | None) -> None:
-        config, model, losses = self.config, self.model, self.dataset.losses
+        config, model = self.config, self.model
         reinforced: dict[str, Any] = {"samples": config.samples}
-        self.stage("fine_tune", FineTune(model, losses))
+        self.stage("fine_tune", FineTune(model, self.dataset.losses))
         self.evaluate("fine_tune", reduce=False)
         if not any(config.epochs(stage) for stage in STAGES[1:]):
             return
         if config.unlabelled and isinstance(self.corpus, LabelledTexts):
             self.learn_from(self.corpus.with_unlabelled(config.unlabelled, self.task, config.text_column))
         self.dataset.teacher = self.teacher()
+        losses = self.dataset.losses
         if config.imitation_epochs:
             targets, _ = self.fractions()
             zeros = [[0.0] * len(targets[0])] * len(targets)

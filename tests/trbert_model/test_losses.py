@@ -10,7 +10,7 @@ from tests.conftest import TINY, tiny_tokenizer
 from trbert_model import InputError, TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.labelled import LabelledQuestions, read_questions
-from trbert_model.losses import AnswerLosses
+from trbert_model.losses import UNLABELLED, AnswerLosses, ClassificationLosses
 from trbert_model.objectives import Joint, OperatingPoints
 from trbert_model.tasks.question_answering import QuestionAnsweringTask
 from trbert_model.teacher import teacher_signals
@@ -19,6 +19,25 @@ CONTEXTS = ["the good news of a game and the bad bank " * 8, "a fine game", "the
 QUESTIONS = ["good game", "fine", "sport"]
 ANSWERS = [["bad bank"], ["fine game", "game"], []]
 STARTS = [[CONTEXTS[0].index("bad bank")], [2, 7], []]
+
+
+def test_features_are_distilled_by_their_relative_squared_distance():
+    generator = torch.Generator().manual_seed(0)
+    output, dense = (
+        SimpleNamespace(
+            logits=torch.randn(n, 3, generator=generator), pooler_output=torch.randn(n, 5, generator=generator)
+        )
+        for n in (4, 2)
+    )
+    plain = ClassificationLosses(3)
+    batch = {"teacher": plain.signals(dense), "labels": torch.tensor([0, UNLABELLED])}
+    found = ClassificationLosses(3, features=0.5).distilled(output, batch, repeats=2)
+    for i, j in enumerate((0, 1, 0, 1)):
+        cross_entropy = -(dense.logits[j].softmax(0) * output.logits[i].log_softmax(0)).sum()
+        distance = (output.pooler_output[i] - dense.pooler_output[j]).norm() / dense.pooler_output[j].norm()
+        assert found[i] == pytest.approx(float(cross_entropy + 0.5 * distance**2), rel=1e-5)
+        assert plain.distilled(output, batch, repeats=2)[i] == pytest.approx(float(cross_entropy), rel=1e-5)
+    assert plain.completed(batch, batch["teacher"])["labels"].tolist() == [0, int(dense.logits[1].argmax())]
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ def test_options_out_of_range_are_refused():
         ({"crops": 1.5}, "crops 1.5"),
         ({"crops": 0.5, "distillation": False}, "crops 0.5: only"),
         ({"crops": 0.5, "task": "question-answering"}, "crops 0.5: only"),
+        ({"feature_distillation": 1.0, "task": "question-answering"}, "feature_distillation 1.0: only"),
+        ({"feature_distillation": -1.0}, "feature_distillation -1.0 must be at least 0"),
         ({"unlabelled": "u", "distillation": False}, "unlabelled u: only"),
         ({"unlabelled": "u", "task": "question-answering"}, "unlabelled u: only"),
     ]:
@@ -187,7 +189,7 @@ def test_more_documents_without_labels_are_learnt_from_after_the_fine_tune(corpu
 
         monkeypatch.setattr(objective, "forward", counted)
     epochs = {"fine_tune_epochs": 1.0, "imitation_epochs": 1.0, "selectors_epochs": 1.0, "joint_epochs": 1.0}
-    train(options(corpus, unlabelled=str(corpus / "unlabelled.parquet"), **epochs))
+    train(options(corpus, unlabelled=str(corpus / "unlabelled.parquet"), feature_distillation=1.0, **epochs))
     assert sum(seen.pop("FineTune")) == len(labelled)
     assert {stage: sum(counts) for stage, counts in seen.items()} == dict.fromkeys(seen, len(labelled) + len(others))
 
