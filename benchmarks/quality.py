@@ -219,11 +219,15 @@ class Workshop:
         measured = self._read(corpus, part, reference)
         dev = self._read(corpus, run.parts[part], reference)
         dense_outcome = self._dense_outcome(corpus, part, reference, measured)
-        points = []
+        points: list[dict[str, Any]] = []
         for target in run.targets:
             engine = self._at(run, corpus, model_directory, dev, run.parts[part], target)
-            outcome = _outcome(engine, measured)
-            outcome |= {"target": target, "measured_speedup": _measured_speedup(reference, engine, measured.documents)}
+            thresholds = engine.config.selector_thresholds if run.rule is None else target
+            if points and points[-1]["thresholds"] == thresholds:  # a faster point was no less accurate
+                points.append({**points[-1], "target": target})
+                continue
+            outcome = _outcome(engine, measured) | {"target": target, "thresholds": thresholds}
+            outcome["measured_speedup"] = _measured_speedup(reference, engine, measured.documents)
             points.append(outcome)
             logging.info("%s, %s at %gx: %s", run.title, part, target, _summary(dense_outcome, outcome))
         return {"dense": dense_outcome, "points": points}
