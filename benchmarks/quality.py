@@ -403,7 +403,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         if not RUNS[name].is_comparison:
             lines += [_line(f"{RUNS[name].corpus}, {row['title']}", row) for row in result["rows"]]
-    lines += ["", "| corpus | compared | FLOPs | accuracy | difference to dense (95%) |", "|---|---|---:|---:|---:|"]
+    if any(RUNS[name].is_comparison for name in results):
+        lines += [
+            "",
+            "| corpus | compared | FLOPs | accuracy | difference to dense (95%) |",
+            "|---|---|---:|---:|---:|",
+        ]
     for name, result in results.items():
         if RUNS[name].is_comparison:
             (row,) = result["rows"]
