@@ -23,7 +23,7 @@ from benchmarks.engine import matrix_product_peak, measure, total, transformers_
 from pipeline.storage import model_digest
 from trbert_model import TRBertForQuestionAnswering
 from trbert_model.calibration import calibration_key, read_calibration
-from trbert_model.engine import DocumentResults, Engine, EngineOptions, load_model
+from trbert_model.engine import DTYPES, DocumentResults, Engine, EngineOptions, load_model
 from trbert_model.labelled import LabelledQuestions
 from trbert_model.tasks.question_answering import EncodedQuestion, QuestionAnsweringTask
 
@@ -50,14 +50,16 @@ def run_padded(
         bert(ids, token_type_ids=types, attention_mask=mask)
 
 
-def compare(directory: Path, longer: Path | None, questions: Path, speedup: float, block: int) -> dict[str, Any]:
+def compare(
+    directory: Path, longer: Path | None, questions: Path, speedup: float, calibrated: str, block: int
+) -> dict[str, Any]:
     model, tokenizer = load_model(directory)
     assert isinstance(model, TRBertForQuestionAnswering)
     bert = transformers_bert(model, BertForQuestionAnswering)
-    key = calibration_key(model_digest(directory), "float32", model.config.max_position_embeddings)
+    key = calibration_key(model_digest(directory), calibrated, model.config.max_position_embeddings)
     table = read_calibration(directory, key)
     if table is None:
-        raise SystemExit(f"{directory}: no calibration table; jobs/evaluate.py makes it")
+        raise SystemExit(f"{directory}: no calibration table in {calibrated}; jobs/evaluate.py makes it")
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
     reduced = Engine(model, tokenizer, EngineOptions(device="cpu"))
     reduced.config.selector_thresholds = list(table.pick(speedup=speedup).thresholds)
@@ -114,11 +116,16 @@ def main() -> None:
     parser.add_argument("--longer", type=Path, help="a dense model of more positions, measured beside it")
     parser.add_argument("--questions", type=Path, nargs="+", required=True, help="Parquet files of questions")
     parser.add_argument("--speedup", type=float, default=3.0, help="FLOPs speed-up to choose thresholds for")
+    parser.add_argument(
+        "--calibrated", choices=list(DTYPES), default="float32", help="what its table was measured in (%(default)s)"
+    )
     parser.add_argument("--block", type=int, default=10, help="questions each system computes in its turn")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     corpora = {
-        path.stem: compare(arguments.model, arguments.longer, path, arguments.speedup, arguments.block)
+        path.stem: compare(
+            arguments.model, arguments.longer, path, arguments.speedup, arguments.calibrated, arguments.block
+        )
         for path in arguments.questions
     }
     result = {"machine": machine(), "corpora": corpora}

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 DEV = 1000
 # Of English text in a BERT's word pieces, about.
 _CHARACTERS_PER_TOKEN = 4.6
+# Training questions that are asked of 1,500 tokens: each costs as much as seven of a paragraph.
+_LONG_SHARE = 0.25
 # Questions that the long contexts are measured on: each costs what its whole context costs.
 _LONG_QUESTIONS = {1500: 400, 6000: 150}
 
@@ -59,9 +61,9 @@ def _five_folds(table: pa.Table, corpora: Path) -> None:
 def _questions(data: Path, version: str) -> dict[str, pa.Table]:
     """SQuAD's development questions, whole articles for training, choosing and measuring.
 
-    Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) half the training's
-    questions are asked of their paragraph and half of 1,500 tokens of the article; so are, each by itself, the ones to
-    choose and to measure with (and of 6,000). Questions without an answer (2.0) are asked of their paragraph only:
+    Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) a quarter of the
+    training's questions is asked of 1,500 tokens of the article, the others of their paragraph; so are, each by itself,
+    the ones to choose and to measure with (and of 6,000). Questions without an answer (2.0) are asked of their paragraph only:
     elsewhere in the article there may be one.
     """
     rows = pq.read_table(data / f"squad-{version}-articles.parquet").to_pylist()
@@ -88,7 +90,7 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
         return _within(row, holding)
 
     tables = {name: _table([_within(row, [row["context"]]) for row in parts[name]]) for name in ("dev", "test")}
-    mixed = rng.random(len(parts["train"])) < 0.5
+    mixed = rng.random(len(parts["train"])) < _LONG_SHARE
     tables["train"] = _table(
         [long(row, 1500) if is_long else _within(row, [row["context"]]) for row, is_long in zip(parts["train"], mixed)]
     )
