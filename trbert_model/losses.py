@@ -58,7 +58,7 @@ class ClassificationLosses:
         if not self.features:
             return loss
         distance = (output.pooler_output.float() - features.repeat(repeats, 1)).square().sum(-1)
-        return loss + self.features * distance / features.square().sum(-1).repeat(repeats)
+        return loss + self.features * distance / features.square().sum(-1).clamp(min=1e-6).repeat(repeats)
 
     def signals(self, output: Any) -> Tensor:
         return torch.cat([output.logits.float(), output.pooler_output.float()], dim=1)
