@@ -4,52 +4,77 @@ The product has no switch for this: the hook wraps the engine's and the tokenize
 """
 
 import ctypes
+import importlib.abc
+import importlib.machinery
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
 import ray
 
-from pipeline import ScoreConfig, score
-
-SEGFAULT, KILL, TOKENIZER = "game game game game bank", "sport sport sport sport bank", "fine fine fine fine bank"
+SEGFAULT, TOKENIZER = "game game game game bank", "fine fine fine fine bank"
 
 
-def arm() -> None:
-    """Set up a Ray worker: the marked documents are deadly from now on."""
-    from tests.conftest import tiny_tokenizer
-    from trbert_model.engine import Engine
-    from trbert_model.tasks.classification import ClassificationTask
+class _Armoury(importlib.abc.MetaPathFinder):
+    """Wraps functions of the project's modules when a process imports them: few of Ray's workers ever do, and the
+    imports take seconds."""
 
-    tokenizer = tiny_tokenizer()
-    deadly = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]): text for text in (SEGFAULT, KILL)}
-    forward, tokenize = Engine._forward_once, ClassificationTask.tokenize
+    def find_spec(self, name, path=None, target=None):
+        arm_module = {"trbert_model.engine": _arm_engine, "trbert_model.tasks.classification": _arm_task}.get(name)
+        spec = arm_module and importlib.machinery.PathFinder.find_spec(name, path)
+        if not spec:
+            return None
+        load = spec.loader.exec_module
 
-    def poisoned_forward(self, windows):
+        def load_and_arm(module):
+            load(module)
+            arm_module(module)
+
+        spec.loader.exec_module = load_and_arm
+        return spec
+
+
+def _arm_engine(module) -> None:
+    forward = module.Engine._forward_once
+    deadly = json.loads(os.environ["DEADLY"])
+
+    def poisoned(self, windows):
         for window in windows:
-            text = deadly.get(tuple(int(token) for token in window.input_ids[1:-1]))
-            if text == SEGFAULT:
+            if window.input_ids[1:-1].tolist() == deadly:
                 ctypes.string_at(0)
-            elif text == KILL:  # as the kernel does it when memory runs out
-                os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, windows)
 
-    def poisoned_tokenize(self, texts):
+    module.Engine._forward_once = poisoned
+
+
+def _arm_task(module) -> None:
+    tokenize = module.ClassificationTask.tokenize
+
+    def poisoned(self, texts):
         if TOKENIZER in texts:
             os.abort()
         return tokenize(self, texts)
 
-    Engine._forward_once, ClassificationTask.tokenize = poisoned_forward, poisoned_tokenize
+    module.ClassificationTask.tokenize = poisoned
+
+
+def arm() -> None:
+    """Set up a Ray worker: the marked documents are deadly from now on."""
+    sys.meta_path.insert(0, _Armoury())
 
 
 def main() -> int:
     """Score with armed workers: `python -m tests.integration.poison CONFIG.json`, on RAY_ADDRESS."""
+    from pipeline import ScoreConfig, score
+    from tests.conftest import tiny_tokenizer
+
     config = ScoreConfig(**json.loads(Path(sys.argv[1]).read_text()))
+    tokenizer = tiny_tokenizer()
+    deadly = tokenizer(SEGFAULT, add_special_tokens=False)["input_ids"]
     # A worker that cannot import its hook exits, and Ray starts another one, for ever.
-    where = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    hook = {"worker_process_setup_hook": "tests.integration.poison.arm", "env_vars": where}
+    variables = {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "DEADLY": json.dumps(deadly)}
+    hook = {"worker_process_setup_hook": "tests.integration.poison.arm", "env_vars": variables}
     ray.init(logging_level="warning", runtime_env=hook)
     return score(config)["exit_code"]
 

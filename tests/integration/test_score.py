@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from s3fs import S3FileSystem
 
 from pipeline import ScoreConfig, UsageError, open_output, score
 from pipeline.storage import Storage
-from tests.pipeline.stages import texts, write_shard
+from tests.pipeline.stages import texts
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.tasks.classification import softmax
 
@@ -31,17 +32,6 @@ def put_table(uri: str, name: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=16)
     Storage(uri).write(name, sink.getvalue().to_pybytes())
-
-
-@pytest.fixture
-def corpus(s3, request):
-    """A bucket with a corpus of three shards, and things among them that are no shards."""
-    uri = s3.bucket(f"corpus-{abs(hash(request.node.nodeid)) % 10**8}")
-    for name, rows in ROWS.items():
-        put_table(f"{uri}/in", name, shard_table(name, rows))
-    for name in ("_SUCCESS", ".hidden.parquet", "notes.txt"):
-        Storage(f"{uri}/in").write(name, b"")
-    return uri
 
 
 @pytest.fixture(scope="session")
@@ -62,11 +52,41 @@ def config(corpus, model_uri, **changes):
         "keep_columns": ("source",),
         "probabilities": True,
         "split_bytes": 600,
-        "num_actors": 2,
+        "num_actors": 1,
         "threads_per_actor": 1,
         "progress_interval": 1.0,
     }
     return ScoreConfig(**settings | changes)
+
+
+def put_corpus(uri: str) -> str:
+    """A corpus of three shards below `uri`/in, and things among them that are no shards."""
+    for name, rows in ROWS.items():
+        put_table(f"{uri}/in", name, shard_table(name, rows))
+    for name in ("_SUCCESS", ".hidden.parquet", "notes.txt"):
+        Storage(f"{uri}/in").write(name, b"")
+    return uri
+
+
+@pytest.fixture
+def corpus(s3, request):
+    """A bucket with a corpus."""
+    return put_corpus(s3.bucket(f"corpus-{abs(hash(request.node.nodeid)) % 10**8}"))
+
+
+@pytest.fixture(scope="module")
+def first_run(s3, model_uri):
+    """A bucket with a corpus that several tests share, and the report of the run that scored it."""
+    uri = put_corpus(s3.bucket("finished"))
+    return uri, score(config(uri, model_uri, num_actors=2))
+
+
+@pytest.fixture
+def finished(first_run, model_uri):
+    """A bucket with a corpus and its complete output, whatever the test before did to that."""
+    uri, _ = first_run
+    assert score(config(uri, model_uri))["exit_code"] == 0
+    return uri
 
 
 def accounted_rows(output: str) -> dict[str, list[int]]:
@@ -78,8 +98,8 @@ def accounted_rows(output: str) -> dict[str, list[int]]:
     return {shard: sorted(numbers) for shard, numbers in rows.items()}
 
 
-def test_a_corpus_in_s3_is_scored_row_by_row(corpus, model_uri, model_directory, s3):
-    report = score(config(corpus, model_uri))
+def test_a_corpus_in_s3_is_scored_row_by_row(finished, first_run, model_directory):
+    corpus, report = first_run
     assert (report["status"], report["exit_code"]) == ("complete", 0)
     assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
 
@@ -108,11 +128,10 @@ def test_a_corpus_in_s3_is_scored_row_by_row(corpus, model_uri, model_directory,
     assert "test-secret-key" not in json.dumps(stored)
 
 
-def test_running_again_computes_nothing(corpus, model_uri, s3, capfd):
-    score(config(corpus, model_uri))
-    bucket = corpus.removeprefix("s3://")
+def test_running_again_computes_nothing(finished, model_uri, s3, capfd):
+    bucket = finished.removeprefix("s3://")
     before = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
-    report = score(config(corpus, model_uri))
+    report = score(config(finished, model_uri))
     assert (report["status"], report["documents"]) == ("complete already: nothing to do", 0)
     assert "3 of 3 shards are complete" in capfd.readouterr().err
     after = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
@@ -120,37 +139,36 @@ def test_running_again_computes_nothing(corpus, model_uri, s3, capfd):
     assert [key for key in after if key not in before] == [f"out/_runs/{report['run']}.json"]
 
 
-def test_a_rerun_finishes_what_is_missing(corpus, model_uri):
+def test_a_rerun_finishes_what_is_missing(finished, model_uri):
     """Some splits' objects without a marker, as a killed run leaves them: only the others are computed."""
-    first = score(config(corpus, model_uri))
-    whole = open_output(f"{corpus}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
-    output = Storage(f"{corpus}/out")
+    whole = open_output(f"{finished}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
+    output = Storage(f"{finished}/out")
     markers = output.files("_shards")
     splits = json.loads(output.read(markers[0].path))["splits"]
     lost = [split["object"] for split in splits[1:]]
     output.delete([markers[0].path, *lost])
-    second = score(config(corpus, model_uri))
+    second = score(config(finished, model_uri))
     assert second["splits"]["committed"] == len(lost)
     assert second["splits"]["found_committed"] == 1
-    assert 0 < second["documents"] < first["documents"]
-    again = open_output(f"{corpus}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
+    assert 0 < second["documents"] < whole.num_rows
+    again = open_output(f"{finished}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
     assert again.drop_columns(["score", "probabilities"]) == whole.drop_columns(["score", "probabilities"])
 
 
-def test_a_marker_that_is_missing_is_written_without_computing(corpus, model_uri):
-    score(config(corpus, model_uri))
-    output = Storage(f"{corpus}/out")
+def test_a_marker_that_is_missing_is_written_without_computing(finished, model_uri):
+    output = Storage(f"{finished}/out")
     lost = output.files("_shards")[0].path
     before = json.loads(output.read(lost))
     output.delete([lost])
-    report = score(config(corpus, model_uri))
+    report = score(config(finished, model_uri))
     assert (report["documents"], report["shards"]["completed"], report["exit_code"]) == (0, 1, 0)
     after = json.loads(output.read(lost))
     assert after["splits"] == before["splits"]
     assert after["rows"] == before["rows"]
 
 
-def test_a_rewritten_shard_is_scored_again_and_replaces_the_old(corpus, model_uri, s3):
+def test_what_changed_is_scored_again_and_replaces_the_old(corpus, model_uri):
+    """A shard with other rows; then other settings, which are refused by name unless all may be scored again."""
     score(config(corpus, model_uri))
     put_table(f"{corpus}/in", "a.parquet", shard_table("a.parquet", 44, version=" good"))
     report = score(config(corpus, model_uri))
@@ -163,15 +181,12 @@ def test_a_rewritten_shard_is_scored_again_and_replaces_the_old(corpus, model_ur
     by_prefix = sum(pq.read_table(output.open(name)).num_rows for name in objects)
     assert by_prefix == open_output(f"{corpus}/out").count_rows()
 
-
-def test_other_settings_are_refused_and_named(corpus, model_uri):
-    score(config(corpus, model_uri))
     with pytest.raises(UsageError, match=r"overflow 'windows' where this run has 'truncate'"):
         score(config(corpus, model_uri, overflow="truncate"))
-    report = score(config(corpus, model_uri, overflow="truncate", overwrite=True))
-    assert report["documents"] > 0
-    assert report["windows"] == report["documents"]
-    assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
+    report = score(config(corpus, model_uri, overflow="truncate", overwrite=True, max_bad_rows=1))
+    assert (report["status"], report["exit_code"]) == ("complete, with more than 1 bad rows", 3)
+    assert report["documents"] == report["windows"] == by_prefix
+    assert accounted_rows(f"{corpus}/out") == {n: list(range(44 if n == "a.parquet" else r)) for n, r in ROWS.items()}
 
 
 def test_unreadable_shards_are_named_and_the_others_go_on(corpus, model_uri):
@@ -185,23 +200,15 @@ def test_unreadable_shards_are_named_and_the_others_go_on(corpus, model_uri):
     assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
 
 
-def test_more_bad_rows_than_allowed_is_an_exit_code(corpus, model_uri):
-    report = score(config(corpus, model_uri, max_bad_rows=1))
-    assert report["exit_code"] == 3
-    assert "more than 1 bad rows" in report["status"]
-    assert report["shards"]["completed"] == 3
-
-
-def test_a_dry_run_tells_and_writes_nothing(corpus, model_uri, s3):
+def test_a_dry_run_tells_and_writes_nothing(corpus, finished, model_uri, s3):
     bucket = corpus.removeprefix("s3://")
     before = s3.keys(bucket)
     plan = score(config(corpus, model_uri, dry_run=True))
     assert [shard["shard"] for shard in plan["shards_to_score"]] == sorted(ROWS)
     assert plan["bytes_to_read"] > 0
     assert s3.keys(bucket) == before
-    score(config(corpus, model_uri))
-    assert score(config(corpus, model_uri, dry_run=True))["shards_complete"] == 3
-    refused = score(config(corpus, model_uri, dry_run=True, stride=3))
+    assert score(config(finished, model_uri, dry_run=True))["shards_complete"] == 3
+    refused = score(config(finished, model_uri, dry_run=True, stride=3))
     assert refused["exit_code"] == 2
     assert refused["differences"] == ["stride None where this run has 3"]
 
@@ -222,12 +229,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(corpus, model_ur
     assert s3.keys(bucket) == before
 
 
-def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, model_directory):
-    for name, rows in ROWS.items():
-        write_shard(tmp_path / "in" / name, dict(zip(["id", "text", "source"], shard_table(name, rows).columns)))
+def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, finished):
     output = str(tmp_path / "out")
-    score(config(str(tmp_path), str(model_directory), input=str(tmp_path / "in"), output=output))
-    expected = open_output(output).count_rows()
+    S3FileSystem().get(f"{finished}/out", output, recursive=True)
+    expected = open_output(f"{finished}/out").count_rows()
     assert len(pd.read_parquet(output)) == expected
     assert duckdb.sql(f"select count(*) from read_parquet('{output}/*.parquet')").fetchall() == [(expected,)]
     assert pq.read_table(output).num_rows == expected

@@ -11,28 +11,18 @@ import pytest
 from ray.util import state
 
 from pipeline import ScoreConfig, score
-from pipeline.storage import Storage
+from tests.integration.conftest import ROOT, submit
 from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY
-from tests.integration.test_jobs import ROOT
-from tests.integration.test_score import put_table, shard_table
 
 
-def test_secrets_reach_no_log_report_marker_exception_or_dump(ray_cluster, s3, model_directory):
-    """A job that works, one that ends in a storage error, one whose shards are broken; then everything they wrote."""
-    bucket = s3.bucket("secrets")
-    put_table(f"{bucket}/in", "a.parquet", shard_table("a.parquet", 20))
-    Storage(f"{bucket}/in").write("broken.parquet", b"PAR1")
-    dashboard = f"http://{ray_cluster.head_node.webui_url}"
-    written: dict[str, bytes] = {}
-    for name, output in (("good", f"{bucket}/out"), ("failing", "s3://no-such-bucket/out")):
-        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", dashboard]
-        job = [sys.executable, "jobs/score.py", "--input", f"{bucket}/in", "--output", output, "--num-actors", "1"]
-        options = ["--working-dir", ".", "--submission-id", f"secrets-{name}", "--"]
-        command = [*submit, *options, *job, "--model", str(model_directory), "--id-column", "id"]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=False)
-        written[f"{name} job"] = finished.stdout + finished.stderr
-    assert b"cannot write: there is no such bucket" in written["failing job"]
-    assert b"complete but for unreadable shards" in written["good job"]
+def test_secrets_reach_no_log_report_marker_exception_or_dump(good_job, ray_cluster, s3, model_directory):
+    """A job that worked, one that ends in a storage error; the same as an exception; then everything they wrote."""
+    bucket, good = good_job
+    places = ("--input", f"{bucket}/in", "--model", str(model_directory))
+    failing = submit(ray_cluster, "failing", *places, "--output", "s3://no-such-bucket/out")
+    assert "29 scored" in good.stdout
+    assert "cannot write: there is no such bucket" in failing.stdout + failing.stderr
+    written = {"jobs": "".join(job.stdout + job.stderr for job in (good, failing)).encode()}
     with pytest.raises(Exception, match="no such bucket") as raised:
         score(ScoreConfig(input=f"{bucket}/in", output="s3://no-such-bucket/out", model=str(model_directory)))
     causes = [raised.value, raised.value.__cause__]
@@ -43,6 +33,7 @@ def test_secrets_reach_no_log_report_marker_exception_or_dump(ray_cluster, s3, m
     for path in Path(ray_cluster.head_node.get_session_dir_path()).rglob("*"):
         if path.is_file() and "runtime_resources" not in path.parts:  # the uploaded working directory: our own source
             written[str(path)] = path.read_bytes()
+    dashboard = f"http://{ray_cluster.head_node.webui_url}"
     for what in (state.list_jobs, state.list_actors, state.list_tasks, state.list_runtime_envs, state.list_workers):
         found = what(address=dashboard, detail=True, limit=10_000, raise_on_missing_output=False)
         written[what.__name__] = "\n".join(map(repr, found)).encode()
