@@ -133,15 +133,6 @@ RUNS: dict[str, Run] = {
     "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
     "20news-short": _compared("full recipe"),
     "20news-features": _compared("full recipe, learning the dense model's features too", feature_distillation=1.0),
-    "20news-straight-through": _compared(
-        "full recipe, a straight-through gradient beside the policy's", straight_through=True
-    ),
-    "20news-no-policy": _compared(
-        "a straight-through gradient in the place of the policy's",
-        straight_through=True,
-        selectors_epochs=0.0,
-        samples=0,
-    ),
     "20news-imitation": Run(
         "20news", "imitation only", {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5}, AT_3
     ),

@@ -34,8 +34,7 @@ HALF_LAYER_TOKENS = 4096
 HALF_LAYER_MULTIPLE = 512
 
 # Called at each reduction with its index, the keep logits (tokens entering,) and their cu_seqlens; returns the tokens
-# that go on, bool (tokens entering,), or gates, float (tokens entering,): a token whose gate is 0 goes no further, the
-# others' states are multiplied by theirs. The first token of a sequence goes on whatever it says.
+# that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
 SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -194,10 +193,8 @@ class TRBertEncoder(nn.Module):
                     hidden, cu_seqlens = _repeated(hidden, cu_seqlens, samples)
                     alive = torch.arange(hidden.shape[0], device=hidden.device)
                 logits = self.selectors[reduction](hidden)
-                chosen = policy(reduction, logits, cu_seqlens)
-                keep = chosen.bool().clone()
+                keep = policy(reduction, logits, cu_seqlens).clone()
                 keep[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
-                gates = chosen.index_fill(0, first_tokens(cu_seqlens), 1.0) if chosen.is_floating_point() else None
                 if output_selections:
                     selections.append(Selection(hidden, logits, keep, alive, cu_seqlens))
                 kept_before = F.pad(keep.cumsum(0), (1, 0))
@@ -211,8 +208,6 @@ class TRBertEncoder(nn.Module):
                         leaves = torch.nonzero_static(~keep, size=hidden.shape[0] - bounds[-1]).squeeze(1)
                         skipped.append((alive[leaves], hidden[leaves]))
                     hidden, alive = hidden[goes_on], alive[goes_on]
-                if gates is not None:
-                    hidden = hidden * gates[keep, None].to(hidden.dtype)
                 kept_tokens.append(cu_seqlens.diff().long())
             if output_hidden_states:
                 hidden_states.append(hidden)

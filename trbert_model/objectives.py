@@ -220,7 +220,6 @@ class Joint(Reinforcement):
     Args: as `Reinforcement`'s, with distillation unless it is said otherwise, and
         samples: 0 leaves the selectors as they are.
         dense: gives the probabilities that the batches lack; frozen.
-        straight_through: the selectors have a gradient of the task's loss too, see `SamplingPolicy`.
         selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
     """
 
@@ -229,11 +228,10 @@ class Joint(Reinforcement):
         *reinforcement: Any,
         selection_policy: SelectionPolicy | None = None,
         dense: nn.Module | None = None,
-        straight_through: bool = False,
         **settings: Any,
     ):
         super().__init__(*reinforcement, **{"distillation": True, **settings})
-        self.selection_policy, self.dense, self.straight_through = selection_policy, dense, straight_through
+        self.selection_policy, self.dense = selection_policy, dense
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         points, lengths = _points_of(self.points, batch), batch["cu_seqlens"].diff()
@@ -251,9 +249,7 @@ class Joint(Reinforcement):
         # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
         # many, those that it will be used with.
         cuts = self.points.cuts_at(points, sampled=not self.points.follows)
-        selectors = SamplingPolicy(
-            cuts, at_random=not self.points.follows, straight_through=self.straight_through and self.training
-        )
+        selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
         output = self.model(**inputs_of(batch), selection_policy=self.selection_policy or selectors)
         kept = torch.stack(output.kept_tokens, 1)
         if self.selection_policy is None and self.points.follows:
@@ -275,22 +271,10 @@ class SamplingPolicy:
         guided: the sequences whose tokens the guide chooses instead, bool (sequences,).
         guide: (reductions, total tokens), needed where a sequence is guided.
         at_random: False keeps what is more likely kept than not.
-        straight_through: a token that is kept goes on multiplied by 1, but by its probability for the gradient. To
-            first order that is what the loss would gain or lose by less of the token (as in the Taylor criterion of
-            Molchanov et al., 2017), so that the selectors learn from every kept token at no further pass.
     """
 
-    def __init__(
-        self,
-        cuts: Tensor,
-        guided: Tensor | None = None,
-        guide: Tensor | None = None,
-        *,
-        at_random: bool = True,
-        straight_through: bool = False,
-    ):
+    def __init__(self, cuts: Tensor, guided: Tensor | None = None, guide: Tensor | None = None, at_random: bool = True):
         self.cuts, self.guided, self.guide, self.at_random = cuts, guided, guide, at_random
-        self.straight_through = straight_through
         self.alive: Tensor | None = None
         self._spreads: list[Tensor] = []
 
@@ -301,11 +285,8 @@ class SamplingPolicy:
     def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
         self._spreads.append(logits.detach().std(correction=0))
         lengths = cu_seqlens.diff().long()
-        differentiable = torch.sigmoid(logits - self.cuts[:, reduction].repeat_interleave(lengths))
-        probability = differentiable.detach()
+        probability = torch.sigmoid(logits.detach() - self.cuts[:, reduction].repeat_interleave(lengths))
         keep = torch.rand_like(probability) < probability if self.at_random else probability >= 0.5
-        if self.straight_through:
-            return keep * (1.0 + differentiable - probability)
         if self.guide is None or self.guided is None:
             return keep
         if self.alive is None:

@@ -83,9 +83,6 @@ class TrainingConfig(LabelledColumns):
         0.0,
         "with distillation, learn also what the dense model's classifier sees, with this weight (classification)",
     )
-    straight_through: bool = option(
-        False, "in the joint stage, give the selectors a gradient of the task's loss beside the policy's"
-    )
     crops: float = option(
         0.0,
         "in the joint stage, share of the documents of which a random piece is learnt, as the dense model judges it: "
@@ -305,7 +302,6 @@ class _Run:
                 distillation=config.distillation,
                 selection_policy=selection_policy,
                 dense=dense,
-                straight_through=config.straight_through,
                 **reinforced,
             )
             self.stage("joint", joint)

@@ -231,22 +231,6 @@ def test_a_token_stays_at_exactly_the_threshold():
     assert [int(kept) for kept in varlen(model, [torch.arange(5, 15)]).kept_tokens] == [10, 10]
 
 
-def test_gates_multiply_the_states_that_go_on():
-    """A policy may give gates instead of choices: zeros go no further, [CLS] does whatever its gate, at 1."""
-    model = tiny_classifier(reduction_layers=[1])
-    ids = [torch.randint(5, TINY["vocab_size"], (length,)) for length in (9, 14)]
-    gates = torch.randint(0, 3, (23,)).float()
-    gates[0] = gates[9] = 0.0
-    with torch.inference_mode():
-        gated = varlen(model.bert, ids, selection_policy=lambda *_: gates, output_hidden_states=True)
-        plain = varlen(model.bert, ids, selection_policy=lambda *_: gates > 0, output_hidden_states=True)
-    keep = gates > 0
-    keep[0] = keep[9] = True
-    factors = torch.where(gates > 0, gates, 1.0)[keep, None]
-    torch.testing.assert_close(gated.hidden_states[1], plain.hidden_states[1] * factors)
-    torch.testing.assert_close(gated.last_hidden_state[~keep], plain.last_hidden_state[~keep])
-
-
 def test_a_skipped_token_answers_from_the_state_it_left_with():
     model = question_answerer(reduction_layers=[2])
     ids = torch.randint(5, TINY["vocab_size"], (20,))

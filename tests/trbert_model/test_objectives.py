@@ -11,7 +11,7 @@ from trbert_model.labelled import TextWindows
 from trbert_model.losses import ClassificationLosses
 from trbert_model.objectives import Imitation, Joint, OperatingPoints, Reinforcement, SamplingPolicy
 from trbert_model.tasks.classification import ClassificationTask, Window
-from trbert_model.teacher import inputs_of, teacher_signals
+from trbert_model.teacher import teacher_signals
 from trbert_model.varlen import model_inputs
 
 RNG = np.random.default_rng(0)
@@ -117,37 +117,6 @@ def test_a_guided_sample_keeps_what_the_guide_ranks_highest(monkeypatch):
     made.clear()
     objective(**data)  # the guided steps are over
     assert not torch.equal(made[0].split([30, 30])[0], guided)
-
-
-def test_straight_through_gives_selectors_the_losss_gradient_by_their_gates():
-    """The loss is what it was; the selectors' gradient is the chain rule through gates of the size of probabilities."""
-    model = tiny_classifier(reduction_layers=[1], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    data = batch(model)
-    cuts = OperatingPoints([[0.5]], [[0.0]], 1)
-    plain = Joint(model, LOSSES, cuts, samples=0, length_penalty=0.0).train()
-    found = Joint(model, LOSSES, cuts, samples=0, length_penalty=0.0, straight_through=True).train()
-    loss = found(**data)["loss"]
-    cuts.cuts.zero_()  # they followed
-    torch.testing.assert_close(loss, plain(**data)["loss"])
-    cuts.cuts.zero_()
-
-    selector = model.bert.encoder.selectors[0]
-    mine = torch.autograd.grad(loss, list(selector.parameters()))
-    seen = []
-
-    def gates(reduction, logits, cu_seqlens):
-        probability = torch.sigmoid(logits)
-        gate = (probability >= 0.5).float().detach().requires_grad_()
-        seen.append((gate, probability))
-        return gate
-
-    output = model(**inputs_of(data), selection_policy=gates)
-    (gate, probability) = seen[0]
-    (slope,) = torch.autograd.grad(found.task_losses(output, data).mean(), gate)
-    theirs = torch.autograd.grad((slope * (gate > 0) * probability).sum(), list(selector.parameters()))
-    for a, b in zip(mine, theirs):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
 def test_imitation_teaches_each_selector_the_guides_choice():
