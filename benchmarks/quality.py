@@ -88,7 +88,8 @@ class Run:
 
     folds: models, each of its own part of the corpus, whose test documents are measured as one set; parts: what to
     measure on, and the documents that thresholds for it are chosen on; speedups: of the calibration table that they
-    are chosen from; long: measure the documents of more than 512 tokens by themselves too.
+    are chosen from; long: measure the documents of more than 512 tokens by themselves too; against: another run, of the
+    same documents, that this one is compared with beside the dense model.
     """
 
     corpus: str
@@ -101,6 +102,7 @@ class Run:
     parts: dict[str, str] = field(default_factory=lambda: {"test": "dev"})
     speedups: tuple[float, ...] = ()  # the targets
     long: bool = False
+    against: str | None = None
 
     @property
     def corpora(self) -> list[str]:
@@ -117,11 +119,11 @@ AT_3 = (3.0,)
 CONTEXTS = {"test": "dev", "test-1500": "dev-1500", "test-6000": "dev-6000"}
 # What is compared at 3× has a third of the joint stage, the full recipe to compare with too.
 SHORT = {"joint_epochs": 0.35}
-OURS = "20news-short"
+FULL = "20news-short"
 
 
 def _compared(title: str, **options: Any) -> Run:
-    return Run("20news", title, {**SHORT, **options}, AT_3)
+    return Run("20news", title, {**SHORT, **options}, AT_3, against=FULL)
 
 
 RUNS: dict[str, Run] = {
@@ -132,10 +134,14 @@ RUNS: dict[str, Run] = {
     "hyperpartisan": Run("hyperpartisan", "full recipe", targets=(2.0, 3.0), folds=5, parts={"test": "train"}),
     "squad": Run("squad", "full recipe", targets=(2.0, 3.0, 4.0), parts=CONTEXTS),
     "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
-    "20news-short": _compared("full recipe"),
+    FULL: Run("20news", "full recipe", SHORT, AT_3),
     "20news-features": _compared("full recipe, learning the dense model's features too", feature_distillation=1.0),
     "20news-imitation": Run(
-        "20news", "imitation only", {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5}, AT_3
+        "20news",
+        "imitation only",
+        {"selectors_epochs": 0.0, "joint_epochs": 0.0, "imitation_epochs": 0.5},
+        AT_3,
+        against=FULL,
     ),
     "20news-no-imitation": _compared("reinforcement only", imitation_epochs=0.0, selectors_epochs=0.35),
     "20news-no-reinforcement": _compared("no reinforcement", selectors_epochs=0.0, samples=0),
@@ -151,7 +157,7 @@ RUNS: dict[str, Run] = {
     "20news-one-speed": _compared("trained for 3× alone", speed_range=None),
     "20news-random": dataclasses.replace(_compared("random tokens"), rule=random_tokens_policy),
     "20news-first": dataclasses.replace(_compared("first tokens"), rule=first_tokens_policy),
-    "20news-two-layers": Run("20news", "dense, the first 2 of 6 layers", layers=2, targets=AT_3),
+    "20news-two-layers": Run("20news", "dense, the first 2 of 6 layers", layers=2, targets=AT_3, against=FULL),
     "20news-three-layers": Run("20news", "dense, the first 3 of 6 layers", layers=3, targets=(2.0,)),
     "imdb-embeddings": Run(
         "imdb",
@@ -194,32 +200,38 @@ class Workshop:
         return dataclasses.replace(config, teacher_cache=str(self.work / "teachers"), **changes)
 
     def run(self, name: str) -> dict[str, Any]:
-        """Train, choose, measure; nothing of what is there already."""
+        """A run's result."""
         run = RUNS[name]
-        training, parts = [], defaultdict(list)
+        stages, parts = self._measured(name)
+        rows = _rows(run, parts)
+        if run.against is not None:
+            _, others = self._measured(run.against)
+            behind = _summary(parts["test"][0]["points"][0], others["test"][0]["points"][0])
+            rows[0]["behind"] = {key: behind[key] for key in ("difference", "interval")}
+        return {
+            "run": name,
+            "machine": next(iter(parts.values()))[0]["machine"],  # where and when it was measured
+            "dtype": self.dtype,
+            "stages": stages,
+            "rows": rows,
+        }
+
+    def _measured(self, name: str) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+        """Train, choose, measure; nothing of what is there already. What the stages of each of the run's models took,
+        and what was measured of each, by part."""
+        run = RUNS[name]
+        stages, parts = [], defaultdict(list)
         for corpus in run.corpora:
             output = self.work / "runs" / (name if run.folds is None else corpus)
             dense = self.dense(corpus)
             model_directory = self._train(run, corpus, dense, output)
-            training.append(json.loads((output / "training.json").read_text()))
+            stages.append(json.loads((output / "training.json").read_text())["stages"])
             for part in run.parts:
                 path = self._outcomes / output.name / f"{part}.json"
                 if not path.exists():
                     _write(path, self._measure(run, corpus, dense, model_directory, part))
                 parts[part].append(json.loads(path.read_text()))
-        rows = _rows(run, parts)
-        ours = self._outcomes / OURS / "test.json"
-        if run.corpus == RUNS[OURS].corpus and run.targets == AT_3 and name != OURS and ours.exists():
-            ours_scores = json.loads(ours.read_text())["points"][0]["scores"]
-            ahead = np.array(ours_scores) - np.array(parts["test"][0]["points"][0]["scores"])
-            rows[0] |= {"ours_ahead": float(ahead.mean()), "ours_ahead_interval": bootstrap_interval(ahead)}
-        return {
-            "run": name,
-            "machine": next(iter(parts.values()))[0]["machine"],  # where and when it was measured
-            "dtype": self.dtype,
-            "stages": [each["stages"] for each in training],
-            "rows": rows,
-        }
+        return stages, parts
 
     def _measure(self, run: Run, corpus: str, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
         """The dense model and the run's at each of its speeds, on a part of the corpus."""
@@ -420,10 +432,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         if RUNS[name].is_comparison:
             (row,) = result["rows"]
-            ahead = _interval(row["ours_ahead"], row["ours_ahead_interval"]) if "ours_ahead" in row else "–"
+            behind = _difference(row["behind"]) if "behind" in row else "–"
             lines.append(
                 f"| {RUNS[name].corpus} | {row['title']} | {row['flops_speedup']:.2f}× | {row['reduced']:.2f} | "
-                f"{_interval(row['difference'], row['interval'])} | {ahead} |"
+                f"{_difference(row)} | {behind} |"
             )
     conditions: dict[str, list[str]] = defaultdict(list)
     for name, result in results.items():
@@ -474,9 +486,9 @@ def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     return {**outcomes[0], **{name: [value for outcome in outcomes for value in outcome[name]] for name in lists}}
 
 
-def _interval(value: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+def _difference(summary: dict[str, Any]) -> str:
+    low, high = summary["interval"]
+    return f"{summary['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _line(title: str, summary: dict[str, Any]) -> str:
@@ -489,7 +501,7 @@ def _line(title: str, summary: dict[str, Any]) -> str:
         f"{summary['flops_speedup']:.2f}×",
         f"{summary['measured_speedup']:.2f}×" if "measured_speedup" in summary else "–",
         f"{summary['reduced']:.2f}",
-        _interval(summary["difference"], summary["interval"]),
+        _difference(summary),
     ]
     return f"| {' | '.join(cells)} |"
 

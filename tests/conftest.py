@@ -12,6 +12,9 @@ from trbert_model import TRBertConfig, TRBertForQuestionAnswering, TRBertForSequ
 from trbert_model.modeling import TRBertPreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hub
+# Ray Data's executors ask for their cluster when they are collected, too: tests that are interrupted would start a Ray
+# of their own on the way out, and hang.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 WORDS = [

@@ -8,12 +8,13 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import ray
 
-SEGFAULT, TOKENIZER = "game game game game bank", "fine fine fine fine bank"
+SEGFAULT, KILL, TOKENIZER = "game game game game bank", "sport sport sport sport bank", "fine fine fine fine bank"
 
 
 class _Armoury(importlib.abc.MetaPathFinder):
@@ -37,12 +38,15 @@ class _Armoury(importlib.abc.MetaPathFinder):
 
 def _arm_engine(module) -> None:
     forward = module.Engine._forward_once
-    deadly = json.loads(os.environ["DEADLY"])
+    deadly = {tuple(ids): text for text, ids in json.loads(os.environ["DEADLY"]).items()}
 
     def poisoned(self, windows):
         for window in windows:
-            if window.input_ids[1:-1].tolist() == deadly:
+            text = deadly.get(tuple(window.input_ids[1:-1].tolist()))
+            if text == SEGFAULT:
                 ctypes.string_at(0)
+            elif text == KILL:  # as the kernel does it when memory runs out
+                os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, windows)
 
     module.Engine._forward_once = poisoned
@@ -71,7 +75,7 @@ def main() -> int:
 
     config = ScoreConfig(**json.loads(Path(sys.argv[1]).read_text()))
     tokenizer = tiny_tokenizer()
-    deadly = tokenizer(SEGFAULT, add_special_tokens=False)["input_ids"]
+    deadly = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in (SEGFAULT, KILL)}
     # A worker that cannot import its hook exits, and Ray starts another one, for ever.
     variables = {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "DEADLY": json.dumps(deadly)}
     hook = {"worker_process_setup_hook": "tests.integration.poison.arm", "env_vars": variables}

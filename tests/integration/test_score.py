@@ -185,6 +185,7 @@ def test_what_changed_is_scored_again_and_replaces_the_old(corpus, model_uri):
         score(config(corpus, model_uri, overflow="truncate"))
     report = score(config(corpus, model_uri, overflow="truncate", overwrite=True, max_bad_rows=1))
     assert (report["status"], report["exit_code"]) == ("complete, with more than 1 bad rows", 3)
+    assert report["shards"]["completed"] == 3
     assert report["documents"] == report["windows"] == by_prefix
     assert accounted_rows(f"{corpus}/out") == {n: list(range(44 if n == "a.parquet" else r)) for n, r in ROWS.items()}
 
