@@ -35,11 +35,10 @@ benchmarks: .venv/installed build/demo/model/config.json
 build/demo/model/config.json: .venv/installed
 	$(BIN)/python examples/demo.py
 
-# Modules are compiled when they are first imported: most of the packages' never are, and compiling all takes a minute.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -211,7 +211,7 @@ def become(monkeypatch):
     S3FileSystem.clear_instance_cache()
 
 
-def test_storage_that_refuses_and_another_run_are_named_before_anything_starts(places, become):
+def test_storage_that_refuses_and_another_run_are_named_before_anything_starts(places, become, monkeypatch):
     nowhere = "s3://no-such-bucket"
     for changes, error, message in [
         ({"input": f"{nowhere}/in"}, StorageError, f"{nowhere}/in: cannot list: there is no such bucket"),
@@ -220,6 +220,7 @@ def test_storage_that_refuses_and_another_run_are_named_before_anything_starts(p
     ]:
         with pytest.raises(error, match=message):
             score(settings(places, **changes))
+    monkeypatch.setattr("pipeline.lock._RENEWAL_SECONDS", 1.0)
     with OutputLock(Storage(places["output"]), "theirs"), pytest.raises(OutputBusyError, match="run theirs is at work"):
         score(settings(places))
     become(**READER)

@@ -213,11 +213,12 @@ def test_an_interrupted_compaction_is_finished(output, tmp_path, monkeypatch):
     assert rows_of(into.uri) == rows_of(output.uri)
 
 
-def test_what_cannot_be_compacted_is_refused(output, tmp_path):
+def test_what_cannot_be_compacted_is_refused(output, tmp_path, monkeypatch):
     into = str(tmp_path / "compacted")
     config = CompactConfig(output=output.uri, into=into)
     with pytest.raises(UsageError, match="lie inside each other"):
         compact(CompactConfig(output=output.uri, into=f"{output.uri}/small"))
+    monkeypatch.setattr("pipeline.lock._RENEWAL_SECONDS", 1.0)
     with OutputLock(output, "scoring"), pytest.raises(OutputBusyError, match="run scoring is at work there"):
         compact(config)
     Storage(into).write("theirs.parquet", b"")
