@@ -63,7 +63,7 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
 
     Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) a quarter of the
     training's questions is asked of 1,500 tokens of the article, the others of their paragraph; so are, each by itself,
-    the ones to choose and to measure with (and of 6,000). Questions without an answer (2.0) are asked of their
+    the ones to choose and to measure with (the latter also of 6,000). Questions without an answer (2.0) are asked of their
     paragraph only: elsewhere in the article there may be one.
     """
     rows = pq.read_table(data / f"squad-{version}-articles.parquet").to_pylist()
@@ -94,10 +94,9 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
     tables["train"] = _table(
         [long(row, 1500) if is_long else _within(row, [row["context"]]) for row, is_long in zip(parts["train"], mixed)]
     )
-    for tokens, count in _LONG_QUESTIONS.items():
-        for name in ("dev", "test"):
-            chosen = rng.permutation(len(parts[name]))[:count]
-            tables[f"{name}-{tokens}"] = _table([long(parts[name][i], tokens) for i in sorted(chosen)])
+    for name, tokens in (("dev", 1500), ("test", 1500), ("test", 6000)):
+        chosen = rng.permutation(len(parts[name]))[: _LONG_QUESTIONS[tokens]]
+        tables[f"{name}-{tokens}"] = _table([long(parts[name][i], tokens) for i in sorted(chosen)])
     return tables
 
 
