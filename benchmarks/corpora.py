@@ -63,8 +63,8 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
 
     Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) a quarter of the
     training's questions is asked of 1,500 tokens of the article, the others of their paragraph; so are, each by itself,
-    the ones to choose and to measure with (the latter also of 6,000). Questions without an answer (2.0) are asked of their
-    paragraph only: elsewhere in the article there may be one.
+    the ones to choose and to measure with (the latter also of 6,000). Questions without an answer (2.0) are asked of
+    their paragraph only: elsewhere in the article there may be one.
     """
     rows = pq.read_table(data / f"squad-{version}-articles.parquet").to_pylist()
     titles = sorted(set(pq.read_table(data / "squad-1.1-articles.parquet", columns=["title"])["title"].to_pylist()))
