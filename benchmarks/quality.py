@@ -327,11 +327,11 @@ class Workshop:
 def _outcome(engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
     """Scores of a corpus's documents, percent, and what they cost."""
     results = engine.score(corpus.documents)
-    measured = {name: 100 * value for name, value in corpus.measure(results).items() if name != corpus.metric}
+    scores = {name: np.round(100 * values, 3).tolist() for name, values in corpus.all_scores(results).items()}
     return {
         "metric": corpus.metric,
-        "scores": np.round(100 * corpus.scores(results), 3).tolist(),
-        **({"also": measured} if measured else {}),
+        "scores": scores.pop(corpus.metric),
+        "also": scores,
         "tokens": results.num_tokens.tolist(),
         "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
         "kept_fractions": (results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist(),
@@ -376,24 +376,22 @@ def _first_layers(backbone: str, output: Path, layers: int) -> None:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _summary(dense: dict[str, Any], point: dict[str, Any], rows: np.ndarray | None = None) -> dict[str, Any]:
-    """The metric, its difference to dense with the paired-bootstrap interval, and speed, of some of the documents."""
-    before, after = np.array(dense["scores"]), np.array(point["scores"])
-    rows = np.ones(len(before), bool) if rows is None else rows
+def _summary(
+    dense: dict[str, Any], point: dict[str, Any], rows: np.ndarray | None = None, metric: str | None = None
+) -> dict[str, Any]:
+    """A metric (the one that counts), its difference to dense with the paired-bootstrap interval, and speed, of some of
+    the documents, or of those that the metric says something about."""
+    before, after = (np.array(each["also"][metric] if metric else each["scores"]) for each in (dense, point))
+    rows = ~np.isnan(before) if rows is None else rows
     difference = (after - before)[rows]
     return {
         "documents": int(rows.sum()),
-        "metric": dense["metric"],
+        "metric": metric or dense["metric"],
         "dense": float(before[rows].mean()),
         "reduced": float(after[rows].mean()),
         "difference": float(difference.mean()),
         "interval": bootstrap_interval(difference),
         "flops_speedup": float(np.array(dense["dense_flops"])[rows].sum() / np.array(point["flops"])[rows].sum()),
-        **{
-            f"{name} difference": point["also"][name] - value
-            for name, value in dense.get("also", {}).items()
-            if rows.all()
-        },
     }
 
 
@@ -407,12 +405,13 @@ def _rows(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
             points = [each["points"][index] for each in measured]
             point = _joined(points)
             speed = float(np.mean([each["measured_speedup"] for each in points]))
-            summary = _summary(dense, point)
-            rows.append({"title": title, "target": target, **summary, "measured_speedup": speed})
+            rows.append({"title": title, "target": target, **_summary(dense, point), "measured_speedup": speed})
+            for metric in dense.get("also", ()):
+                rows.append({"title": title, "target": target, **_summary(dense, point, metric=metric)})
             if run.long:  # not timed by themselves
                 long = _summary(dense, point, np.array(dense["tokens"]) > 512)
                 rows.append({"title": f"{title}, > 512 tokens", "target": target, **long})
-    return sorted(rows, key=lambda row: row["title"])
+    return sorted(rows, key=lambda row: (row["title"], row["metric"] != dense["metric"], row["metric"]))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -484,7 +483,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Outcomes of several parts as one's."""
     lists = ("scores", "tokens", "flops", "dense_flops")
-    return {**outcomes[0], **{name: [value for outcome in outcomes for value in outcome[name]] for name in lists}}
+    also = {name: [value for each in outcomes for value in each["also"][name]] for name in outcomes[0].get("also", ())}
+    joined = {name: [value for outcome in outcomes for value in outcome[name]] for name in lists}
+    return {**outcomes[0], **joined, "also": also}
 
 
 def _difference(summary: dict[str, Any]) -> str:
@@ -496,7 +497,7 @@ def _line(title: str, summary: dict[str, Any]) -> str:
     cells = [
         title,
         f"{summary['documents']:,}",
-        summary["metric"],
+        summary["metric"].replace("_", " "),
         f"{summary['dense']:.2f}",
         f"{summary['target']:g}×",
         f"{summary['flops_speedup']:.2f}×",

@@ -39,19 +39,24 @@ class LabelledColumns:
 class LabelledCorpus(ABC):
     """Documents as the engine takes them, and what is right about them.
 
-    metric: what `scores` measures, by name; higher is better.
+    metric: the one of the task's metrics that counts, by name; higher is better.
     """
 
     documents: list[Any]
     metric: str
 
     @abstractmethod
+    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
+        """Each document's score by every metric of the task, from 0 to 1, float64 (documents,); NaN where a metric says
+        nothing about a document."""
+
     def scores(self, results: DocumentResults) -> np.ndarray:
-        """The metric of each document, from 0 to 1, float64 (documents,)."""
+        """Each document's score by `metric`."""
+        return self.all_scores(results)[self.metric]
 
     def measure(self, results: DocumentResults) -> dict[str, float]:
-        """The metric over all documents, by name, and others of the task."""
-        return {self.metric: float(self.scores(results).mean())}
+        """The mean over all documents by every metric."""
+        return {name: float(np.nanmean(scores)) for name, scores in self.all_scores(results).items()}
 
     @abstractmethod
     def dataset(self, task: Any) -> "WindowDataset":
@@ -92,8 +97,8 @@ class LabelledTexts(LabelledCorpus):
         index = {name: i for i, name in enumerate(known)}
         return cls(task.tokenize(texts), [index[label] for label in labels], known)
 
-    def scores(self, results: DocumentResults) -> np.ndarray:
-        return (results.logits.argmax(1) == np.asarray(self.labels)).astype(np.float64)
+    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
+        return {self.metric: (results.logits.argmax(1) == np.asarray(self.labels)).astype(np.float64)}
 
     def with_unlabelled(self, uri: str, task: ClassificationTask, text_column: str) -> "LabelledTexts":
         """The corpus and, after it, a Parquet file's documents, which have no labels.
@@ -157,17 +162,16 @@ class LabelledQuestions(LabelledCorpus):
             for span, document in zip(spans, self.documents)
         ]
 
-    def scores(self, results: DocumentResults) -> np.ndarray:
-        return np.array([f1(found, right) for found, right in zip(self.predictions(results), self.answers)])
-
-    def measure(self, results: DocumentResults) -> dict[str, float]:
-        exact = [exact_match(found, right) for found, right in zip(self.predictions(results), self.answers)]
-        scores = self.scores(results)
-        measured = {self.metric: float(scores.mean()), "exact_match": float(np.mean(exact))}
+    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
+        found = list(zip(self.predictions(results), self.answers))
+        scores = {
+            self.metric: np.array([f1(*each) for each in found]),
+            "exact_match": np.array([float(exact_match(*each)) for each in found]),
+        }
         unanswerable = np.array([not answers for answers in self.answers])
         if unanswerable.any():
-            measured["no_answer_f1"] = float(scores[unanswerable].mean())
-        return measured
+            scores["no_answer_f1"] = np.where(unanswerable, scores[self.metric], np.nan)
+        return scores
 
     def dataset(self, task: QuestionAnsweringTask) -> "WindowDataset":
         return QuestionWindows(self, task)
