@@ -67,9 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def as_text(table: Calibration) -> str:
     """The table for a terminal."""
+    others = list(table.dense_other_metrics)
+    dense = [f"{table.dense_metric:.2f}% {table.metric}"]
+    dense += [f"{table.dense_other_metrics[name]:.2f}% {name}" for name in others]
     lines = [
-        f"{table.documents:,} documents of {table.corpus}, dense {table.dense_metric:.2f}% {table.metric}",
-        f"{'':10} {'FLOPs':>7} {'time':>7} {table.metric:>9} {'drop':>7} {'95% interval':>16}  kept",
+        f"{table.documents:,} documents of {table.corpus}, dense {', '.join(dense)}",
+        f"{'':10} {'FLOPs':>7} {'time':>7} {table.metric:>9} {'drop':>7} {'95% interval':>16}  "
+        + "".join(f"{name:>13}" for name in others)
+        + f"{'  ' if others else ''}kept",
     ]
     for label, point in [*(("", point) for point in table.points), ("default", table.default)]:
         lines.append(_line(label, point))
@@ -78,10 +83,11 @@ def as_text(table: Calibration) -> str:
 
 def _line(label: str, point: OperatingPoint) -> str:
     low, high = point.drop_interval
+    others = "".join(f"{value:12.2f}%" for value in point.other_metrics.values())
     kept = " / ".join(f"{100 * fraction:.0f}%" for fraction in point.kept_fractions)
     return (
         f"{label:10} {point.flops_speedup:6.2f}x {point.measured_speedup:6.2f}x {point.metric:8.2f}% "
-        f"{point.drop:+7.2f} {low:+7.2f} to {high:+5.2f}  {kept}"
+        f"{point.drop:+7.2f} {low:+7.2f} to {high:+5.2f}  {others}{'  ' if others else ''}{kept}"
     )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ class OperatingPoint:
 
     thresholds, kept_fractions: one a reduction; kept_spread: the 5th and 95th percentile of the documents' own kept
     fractions, one pair a reduction; flops_speedup, measured_speedup: over the dense model, all documents together;
-    metric, drop: in percent and percentage points, with 95% bootstrap intervals, the drop's over paired documents.
+    metric, drop: in percent and percentage points, with 95% bootstrap intervals, the drop's over paired documents;
+    other_metrics: the task's others, in percent.
     """
 
     thresholds: tuple[float, ...]
@@ -146,6 +147,7 @@ class OperatingPoint:
     metric_interval: tuple[float, float]
     drop: float
     drop_interval: tuple[float, float]
+    other_metrics: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -165,7 +167,8 @@ class Calibration:
     in both speed and metric.
 
     key: model digest, dtype and window length in tokens, the conditions it was measured under; corpus: the labelled
-    documents' name, and documents their number; metric: what was measured; dense_metric: the dense model's, in percent.
+    documents' name, and documents their number; metric: what was measured; dense_metric, dense_other_metrics: the dense
+    model's, in percent.
     """
 
     key: str
@@ -175,6 +178,7 @@ class Calibration:
     dense_metric: float
     default: OperatingPoint
     points: tuple[OperatingPoint, ...]
+    dense_other_metrics: dict[str, float] = field(default_factory=dict)
 
     def pick(self, *, speedup: float | None = None, max_drop: float | None = None) -> OperatingPoint:
         """The most accurate point of at least this FLOPs speed-up, or the fastest that loses at most this many points.
@@ -272,6 +276,7 @@ def calibrate(
             metric_interval=bootstrap_interval(100 * scores),
             drop=float(drop.mean()),
             drop_interval=bootstrap_interval(drop),
+            other_metrics=_other_metrics(corpus, results),
         )
 
     points = []
@@ -291,7 +296,12 @@ def calibrate(
         dense_metric=100 * float(best.mean()),
         default=measure(config.selector_thresholds),
         points=tuple(pareto_front(points)),
+        dense_other_metrics=_other_metrics(corpus, dense),
     )
+
+
+def _other_metrics(corpus: LabelledCorpus, results: DocumentResults) -> dict[str, float]:
+    return {name: 100 * value for name, value in corpus.measure(results).items() if name != corpus.metric}
 
 
 def _timed(engine: Engine, documents: Sequence[Any], policy: Any) -> tuple[DocumentResults, float]:

@@ -15,6 +15,7 @@ from pipeline.storage import model_digest
 from tests.pipeline.stages import texts
 from trbert_model.calibration import calibration_key, read_calibration
 from trbert_model.engine import Engine, EngineOptions
+from trbert_model.labelled import LabelledQuestions
 
 
 @pytest.fixture
@@ -71,3 +72,32 @@ def test_what_cannot_be_measured_is_refused(labelled, tmp_path):
     (model / "config.json").write_text(json.dumps(config | {"reduction_layers": [], "selector_thresholds": []}))
     with pytest.raises(UsageError, match="no reduction layers"):
         main(["--model", str(model), "--corpus", str(corpus)])
+
+
+def test_questions_are_measured_by_all_their_metrics(answering_model, tmp_path, capsys):
+    contexts = texts(12)
+    answers = [[] if i % 3 == 0 else [context.split()[0]] for i, context in enumerate(contexts)]
+    columns = {
+        "id": [str(i) for i in range(12)],
+        "question": ["the good news"] * 12,
+        "context": contexts,
+        "answers": pa.array(answers, pa.list_(pa.string())),
+        "answer_start": pa.array([[0] * len(each) for each in answers], pa.list_(pa.int64())),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "questions.parquet")
+    model = tmp_path / "model"
+    shutil.copytree(answering_model, model)
+    assert main(["--model", str(model), "--corpus", str(tmp_path / "questions.parquet"), "--speedups", "1.2"]) == 0
+    engine = Engine.from_pretrained(model, EngineOptions(device="cpu", reduce=False))
+    corpus = LabelledQuestions.read(str(tmp_path / "questions.parquet"), engine.task)
+    dense = {name: 100 * value for name, value in corpus.measure(engine.score(corpus.documents)).items()}
+    printed = capsys.readouterr().out
+    assert (
+        f"12 documents of questions.parquet, dense {dense['f1']:.2f}% f1, {dense['exact_match']:.2f}% exact_match, "
+        f"{dense['no_answer_f1']:.2f}% no_answer_f1\n"
+    ) in printed
+    key = calibration_key(model_digest(model), "float32", engine.config.max_position_embeddings)
+    table = read_calibration(model, key)
+    assert table is not None
+    assert set(table.points[0].other_metrics) == {"exact_match", "no_answer_f1"}
+    assert table.dense_other_metrics["exact_match"] == pytest.approx(dense["exact_match"])
