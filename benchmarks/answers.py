@@ -50,8 +50,22 @@ def run_padded(
         bert(ids, token_type_ids=types, attention_mask=mask)
 
 
+def some(corpus: LabelledQuestions, limit: int | None) -> LabelledQuestions:
+    """At most so many of the questions, from all over the corpus."""
+    every = slice(None, None, -(-len(corpus.documents) // limit) if limit else None)
+    return LabelledQuestions(
+        corpus.documents[every], corpus.answers[every], corpus.starts[every], ids=corpus.ids[every]
+    )
+
+
 def compare(
-    directory: Path, longer: Path | None, questions: Path, speedup: float, calibrated: str, block: int
+    directory: Path,
+    longer: Path | None,
+    questions: Path,
+    speedup: float,
+    calibrated: str,
+    block: int,
+    limit: int | None,
 ) -> dict[str, Any]:
     model, tokenizer = load_model(directory)
     assert isinstance(model, TRBertForQuestionAnswering)
@@ -63,7 +77,7 @@ def compare(
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
     reduced = Engine(model, tokenizer, EngineOptions(device="cpu"))
     reduced.config.selector_thresholds = list(table.pick(speedup=speedup).thresholds)
-    corpus = LabelledQuestions.read(str(questions), dense.task)
+    corpus = some(LabelledQuestions.read(str(questions), dense.task), limit)
     documents = corpus.documents
     systems: dict[str, Any] = {"dense": dense.score, "reduced": reduced.score}
     if longer is not None:
@@ -119,12 +133,19 @@ def main() -> None:
     parser.add_argument(
         "--calibrated", choices=list(DTYPES), default="float32", help="what its table was measured in (%(default)s)"
     )
+    parser.add_argument("--limit", type=int, help="questions of each file, evenly chosen (default: all)")
     parser.add_argument("--block", type=int, default=10, help="questions each system computes in its turn")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     corpora = {
         path.stem: compare(
-            arguments.model, arguments.longer, path, arguments.speedup, arguments.calibrated, arguments.block
+            arguments.model,
+            arguments.longer,
+            path,
+            arguments.speedup,
+            arguments.calibrated,
+            arguments.block,
+            arguments.limit,
         )
         for path in arguments.questions
     }
