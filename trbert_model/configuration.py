@@ -21,8 +21,6 @@ class TRBertConfig(BertConfig):
         selector_size (`int`): width of the selectors' hidden layer.
         selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
             probability is at least the threshold. Default: 0.5 everywhere, as in the original.
-        keep_first_segment (`bool`): tokens of segment 0, which is the question where there is one, always go on. Not so
-            in the original: there only [CLS] does.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:
@@ -39,7 +37,6 @@ class TRBertConfig(BertConfig):
     else:
         reduction_layers: list[int] | None = None
         selector_thresholds: list[float] | None = None
-    keep_first_segment: bool = False
     pooler_activation: str = "tanh"
 
     def __post_init__(self, **kwargs):

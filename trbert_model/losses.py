@@ -28,10 +28,6 @@ class TaskLosses(Protocol):
     def rows(self, lengths: Tensor) -> Tensor:
         """How many of these rows belong to windows of these lengths, int64 (windows,)."""
 
-    def guide(self, batch: dict[str, Tensor]) -> Tensor:
-        """What ranks the tokens that the selectors should keep, by the layer they are kept in front of: (layers, total
-        tokens)."""
-
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         """The batch with what the dense model says, such rows, in the place of what nobody knows to be right."""
 
@@ -70,9 +66,6 @@ class ClassificationLosses:
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)
 
-    def guide(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["guide"]
-
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         labels = batch["labels"]
         return {**batch, "labels": torch.where(labels == UNLABELLED, signals[:, : self.num_labels].argmax(-1), labels)}
@@ -85,8 +78,6 @@ class AnswerLosses:
     those that are right, of which there may be several (an answer that several windows hold; every window's first
     token, where there is no answer); `example`, int64 (windows,); and `teacher`, float32 (total tokens, 2).
     """
-
-    _NEAR = 8.0
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         losses = []
@@ -111,27 +102,6 @@ class AnswerLosses:
 
     def rows(self, lengths: Tensor) -> Tensor:
         return lengths.long()
-
-    def guide(self, batch: dict[str, Tensor]) -> Tensor:
-        """The question, and then what is near to where the dense model sees an answer: a token that is e times less
-        likely to begin or end it ranks as `_NEAR` tokens further away do.
-
-        Not the paper's saliency: a dense model that drops tokens for 2× without having learnt to has an F1 of 32 on 217
-        of SQuAD's paragraphs if saliency chooses, 56 if the question always stays too, and 77 (dense: 73) with the
-        question and the right answer's neighbours.
-        """
-        scored, bounds = batch["scored"], batch["cu_seqlens"].tolist()
-        likely = torch.full_like(batch["teacher"], -torch.inf)
-        likely[scored] = batch["teacher"][scored]
-        near = torch.zeros(len(scored), device=scored.device)
-        for start, end in zip(bounds, bounds[1:]):
-            values = likely[start:end].log_softmax(0).amax(1).nan_to_num(nan=-torch.inf)
-            place = torch.arange(end - start, device=scored.device) / self._NEAR
-            before = (values + place).cummax(0).values - place
-            after = (values - place).flip(0).cummax(0).values.flip(0) + place
-            near[start:end] = torch.maximum(before, after)
-        rank = (1 / (1 - near)).masked_fill(batch["token_type_ids"] == 0, 1.0)
-        return rank.expand(len(batch["guide"]), -1)
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         return batch

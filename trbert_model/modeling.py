@@ -34,12 +34,8 @@ HALF_LAYER_TOKENS = 4096
 HALF_LAYER_MULTIPLE = 512
 
 # Called at each reduction with its index, the keep logits (tokens entering,) and their cu_seqlens; returns the tokens
-# that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says, and so does one with the
-# keep logit `CERTAIN`.
+# that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
 SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
-# The keep logit of tokens that are not for the selectors to judge (`TRBertConfig.keep_first_segment`): finite, for it
-# meets arithmetic, and with a probability that no threshold is above.
-CERTAIN = 100.0
 
 
 @dataclass
@@ -47,15 +43,13 @@ class Selection:
     """What one reduction saw and did.
 
     hidden: the states it judged, (tokens entering, hidden); logits: fp32 (tokens entering,); keep: bool, the same
-    shape; fixed: bool, the same shape, tokens that go on whatever their logits; token_index: int64, the same shape, the
-    tokens' places in the varlen batch, which is repeated end to end if there are several samples; cu_seqlens: int32
-    (sequences + 1,) of the tokens entering.
+    shape; token_index: int64, the same shape, the tokens' places in the varlen batch, which is repeated end to end if
+    there are several samples; cu_seqlens: int32 (sequences + 1,) of the tokens entering.
     """
 
     hidden: Tensor
     logits: Tensor
     keep: Tensor
-    fixed: Tensor
     token_index: Tensor
     cu_seqlens: Tensor
 
@@ -175,7 +169,6 @@ class TRBertEncoder(nn.Module):
         hidden: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        token_type_ids: Tensor,
         *,
         reduce: bool = True,
         selection_policy: SelectionPolicy | None = None,
@@ -184,11 +177,10 @@ class TRBertEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_selections: bool = False,
     ) -> TRBertModelOutput:
-        """hidden: (total tokens, hidden) with its cu_seqlens and segments; the options are `TRBertModel.forward`'s."""
+        """hidden: (total tokens, hidden) with its cu_seqlens; the options are `TRBertModel.forward`'s."""
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if reduce else {}
         policy = selection_policy or self.threshold_policy
         alive = torch.arange(hidden.shape[0], device=hidden.device)
-        certain = token_type_ids == 0 if self.config.keep_first_segment else None
         skipped: list[tuple[Tensor, Tensor]] = []
         kept_tokens: list[Tensor] = []
         hidden_states: list[Tensor] = []
@@ -200,16 +192,11 @@ class TRBertEncoder(nn.Module):
                 if reduction == 0 and samples > 1:
                     hidden, cu_seqlens = _repeated(hidden, cu_seqlens, samples)
                     alive = torch.arange(hidden.shape[0], device=hidden.device)
-                    certain = certain.repeat(samples) if certain is not None else None
                 logits = self.selectors[reduction](hidden)
-                fixed = torch.zeros_like(logits, dtype=torch.bool)
-                if certain is not None:
-                    logits = logits.masked_fill(certain[alive], CERTAIN)
-                    fixed |= certain[alive]
-                fixed[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
-                keep = policy(reduction, logits, cu_seqlens) | fixed
+                keep = policy(reduction, logits, cu_seqlens).clone()
+                keep[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
                 if output_selections:
-                    selections.append(Selection(hidden, logits, keep, fixed, alive, cu_seqlens))
+                    selections.append(Selection(hidden, logits, keep, alive, cu_seqlens))
                 kept_before = F.pad(keep.cumsum(0), (1, 0))
                 cu_seqlens = kept_before[cu_seqlens.long()].to(torch.int32)
                 # The one device-to-host copy of a reduction; nonzero would add another.
@@ -375,7 +362,6 @@ class TRBertModel(TRBertPreTrainedModel):
             hidden,
             batch.cu_seqlens,
             batch.max_seqlen,
-            batch.token_type_ids,
             reduce=reduce,
             selection_policy=selection_policy,
             samples=samples,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .flops import dense_flops, layer_flops, reduced_flops
 from .losses import TaskLosses
-from .modeling import CERTAIN, SelectionPolicy, TRBertEncoder
+from .modeling import SelectionPolicy, TRBertEncoder
 from .teacher import inputs_of, top_tokens
 from .varlen import first_tokens
 
@@ -106,9 +106,8 @@ class Imitation(Objective):
         super().__init__(model, losses)
         self.points = points
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, guide: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         self.model.eval()  # the states to be judged are those of inference
-        guide = self.losses.guide(batch)
         lengths = batch["cu_seqlens"].diff()
         points = _points_of(self.points, batch)
         counts = (lengths[:, None] * self.points.fractions[points]).round().long().clamp(min=1)
@@ -117,13 +116,12 @@ class Imitation(Objective):
             return top_tokens(logits.detach(), cu_seqlens, counts[:, reduction])
 
         output = self.model(**inputs_of(batch), selection_policy=highest, output_selections=True)
-        losses, fixed = [], output.selections[0].fixed
+        losses = []
         for reduction, selection in enumerate(output.selections):
-            scores = guide[self.model.config.reduction_layers[reduction]].masked_fill(fixed, torch.inf)
+            scores = guide[self.model.config.reduction_layers[reduction]]
             chosen = top_tokens(scores, batch["cu_seqlens"], counts[:, reduction])
-            judged = ~selection.fixed
             target = chosen[selection.token_index].float()
-            losses.append(F.binary_cross_entropy_with_logits(selection.logits[judged], target[judged]))
+            losses.append(F.binary_cross_entropy_with_logits(selection.logits, target))
         loss = torch.stack(losses).sum()
         kept = torch.stack(output.kept_tokens, 1)
         cost = torch.tensor(self._cost(lengths, kept))
@@ -175,9 +173,7 @@ class Reinforcement(Objective):
         guided[:windows] = bool(self.step < self.guided_steps)
         self.step.add_(1)
         layers = self.model.config.reduction_layers
-        policy = SamplingPolicy(
-            cuts, guided, self.losses.guide(batch)[layers].repeat(1, count) if guided.any() else None
-        )
+        policy = SamplingPolicy(cuts, guided, batch["guide"][layers].repeat(1, count) if guided.any() else None)
         # An example's windows are rewarded together.
         owner = torch.cat([example + examples * sample for sample in range(count)])
         with torch.no_grad():
@@ -199,8 +195,10 @@ class Reinforcement(Objective):
             logits = self.encoder.selectors[reduction](selection.hidden)
             logits = logits - cuts[:, reduction].repeat_interleave(entering)
             chosen = torch.where(selection.keep, F.logsigmoid(logits), F.logsigmoid(-logits))
-            log_probability = log_probability + _sequence_sums(chosen * ~selection.fixed, entering) / entering
-            probability = torch.sigmoid(logits.detach()[~selection.fixed])
+            was_choice = torch.ones_like(chosen)
+            was_choice[first_tokens(selection.cu_seqlens)] = 0.0  # [CLS] stays whatever its probability
+            log_probability = log_probability + _sequence_sums(chosen * was_choice, entering) / entering
+            probability = torch.sigmoid(logits.detach())
             entropy += F.binary_cross_entropy(probability, probability) / len(output.selections)
         measured = {
             "reward": reward.mean(),
@@ -285,8 +283,7 @@ class SamplingPolicy:
         return torch.stack(self._spreads)
 
     def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
-        certain = logits == CERTAIN
-        self._spreads.append(logits.detach()[~certain].std(correction=0))
+        self._spreads.append(logits.detach().std(correction=0))
         lengths = cu_seqlens.diff().long()
         probability = torch.sigmoid(logits.detach() - self.cuts[:, reduction].repeat_interleave(lengths))
         keep = torch.rand_like(probability) < probability if self.at_random else probability >= 0.5
@@ -295,9 +292,8 @@ class SamplingPolicy:
         if self.alive is None:
             self.alive = torch.arange(len(logits), device=logits.device)
         counts = _sequence_sums(probability, lengths).round().long().clamp(min=1)
-        scores = self.guide[reduction][self.alive].masked_fill(certain, torch.inf)
-        chosen = top_tokens(scores, cu_seqlens, counts)
-        keep = torch.where(self.guided.repeat_interleave(lengths), chosen, keep) | certain
+        chosen = top_tokens(self.guide[reduction][self.alive], cu_seqlens, counts)
+        keep = torch.where(self.guided.repeat_interleave(lengths), chosen, keep)
         keep[first_tokens(cu_seqlens)] = True
         self.alive = self.alive[keep]
         return keep

@@ -67,7 +67,6 @@ class TrainingConfig(LabelledColumns):
     evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
-    keep_question: bool = option(True, "the question's tokens always go on; not so in the paper (question answering)")
     max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
     speedup: float | None = option(
         3.0, "FLOPs speed-up over the dense model that the saved thresholds give; none: 0.5, as in the paper"
@@ -210,7 +209,6 @@ def _model(config: TrainingConfig) -> Model:
     else:
         fresh = bool(config.fine_tune_epochs)
         model = convert_checkpoint(config.backbone, task=QUESTION_ANSWERING, fresh_head=fresh, **changes)
-        model.config.keep_first_segment = config.keep_question
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = config.attention_dropout
