@@ -406,7 +406,7 @@ def _rows(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
             point = _joined(points)
             speed = float(np.mean([each["measured_speedup"] for each in points]))
             rows.append({"title": title, "target": target, **_summary(dense, point), "measured_speedup": speed})
-            for metric in dense.get("also", ()):
+            for metric in dense["also"]:
                 rows.append({"title": title, "target": target, **_summary(dense, point, metric=metric)})
             if run.long:  # not timed by themselves
                 long = _summary(dense, point, np.array(dense["tokens"]) > 512)
