@@ -71,20 +71,43 @@ def kept_fractions_for(
     return [float(low**power) for power in powers]
 
 
-def cuts_for(engine: Engine, documents: Sequence[Any], fractions: Sequence[float]) -> list[float]:
+@dataclass(frozen=True)
+class KeepLogits:
+    """What one reduction's selector said of documents: the keep logits it judged, falling, fp32, none of a window's
+    first token, which stays whatever it says; and how many tokens and windows there are."""
+
+    falling: Tensor
+    tokens: int
+    windows: int
+
+    def cut_for(self, fraction: float) -> float:
+        """Above which `fraction` of all tokens are."""
+        keep = min(max(round(fraction * self.tokens) - self.windows, 1), len(self.falling) - 1)
+        return float(self.falling[keep - 1 : keep + 1].mean())
+
+
+def keep_logits(engine: Engine, documents: Sequence[Any], cuts: Sequence[float] = ()) -> KeepLogits:
+    """What the reduction after those with these cuts says of documents; without any, the first."""
+    recorder = _Recorder(cuts)
+    results = _with_policy(engine, documents, recorder)
+    falling = torch.cat(recorder.logits).sort(descending=True).values
+    return KeepLogits(falling, int(results.num_tokens.sum()), int(results.num_windows.sum()))
+
+
+def cuts_for(
+    engine: Engine, documents: Sequence[Any], fractions: Sequence[float], first: KeepLogits | None = None
+) -> list[float]:
     """Keep logits above which these documents' tokens are `fractions` of all, one a reduction.
 
     One reduction after the other, because what a selector sees depends on the ones before it.
+
+    Args:
+        first: `keep_logits` of the first reduction, if known: it is the same whatever the fractions.
     """
     cuts: list[float] = []
     for fraction in fractions:
-        recorder = _Recorder(cuts)
-        results = _with_policy(engine, documents, recorder)
-        # [CLS] stays whatever its probability, so it counts as kept and the quantile is over the others.
-        logits = torch.cat(recorder.logits).sort(descending=True).values
-        keep = round(fraction * int(results.num_tokens.sum())) - int(results.num_windows.sum())
-        keep = min(max(keep, 1), len(logits) - 1)
-        cuts.append(float(logits[keep - 1 : keep + 1].mean()))
+        found = first if first is not None and not cuts else keep_logits(engine, documents, cuts)
+        cuts.append(found.cut_for(fraction))
     return cuts
 
 
@@ -280,13 +303,14 @@ def calibrate(
         )
 
     points = []
+    first = keep_logits(engine, documents)
     for speedup in speedups:
         for exponents in schedules(len(config.reduction_layers)):
             try:
                 fractions = kept_fractions_for(speedup, config, windows, exponents)
             except ConfigurationError:
                 continue  # out of reach
-            points.append(measure(thresholds_of(cuts_for(engine, documents, fractions))))
+            points.append(measure(thresholds_of(cuts_for(engine, documents, fractions, first))))
             logger.info("%.2fx: %.2f%% (dense %.2f%%)", points[-1].flops_speedup, points[-1].metric, 100 * best.mean())
     return Calibration(
         key=key,
