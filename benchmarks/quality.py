@@ -40,6 +40,7 @@ from trbert_model.calibration import (
     with_table,
 )
 from trbert_model.engine import DTYPES, Engine, EngineOptions, load_model
+from trbert_model.errors import ConfigurationError
 from trbert_model.labelled import LabelledCorpus, read_corpus
 from trbert_model.modeling import SelectionPolicy
 from trbert_model.options import parse_options
@@ -242,7 +243,11 @@ class Workshop:
         dense_outcome = self._dense_outcome(corpus, part, reference, measured)
         points: list[dict[str, Any]] = []
         for target in run.targets:
-            engine = self._at(run, corpus, model_directory, dev, run.parts[part], target)
+            try:
+                engine = self._at(run, corpus, model_directory, dev, run.parts[part], target)
+            except ConfigurationError as error:  # as is every faster one
+                logging.warning("%s, %s: %s", run.title, part, error)
+                break
             thresholds = engine.config.selector_thresholds if run.rule is None else target
             if points and points[-1]["thresholds"] == thresholds:  # a faster point was no less accurate
                 points.append({**points[-1], "target": target})
@@ -401,7 +406,8 @@ def _rows(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
     for part, measured in parts.items():
         title = run.title if len(run.parts) == 1 else f"{run.title}, {part}"
         dense = _joined([each["dense"] for each in measured])
-        for index, target in enumerate(run.targets):
+        reached = min(len(each["points"]) for each in measured)
+        for index, target in enumerate(run.targets[:reached]):
             points = [each["points"][index] for each in measured]
             point = _joined(points)
             speed = float(np.mean([each["measured_speedup"] for each in points]))
