@@ -21,6 +21,8 @@ class TRBertConfig(BertConfig):
         selector_size (`int`): width of the selectors' hidden layer.
         selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
             probability is at least the threshold. Default: 0.5 everywhere, as in the original.
+        question_aware (`bool`): the selectors know the question, which is segment 0: its tokens always go on, and of
+            the others they see how much of it stands near them (`question_match`). Not so in the original.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:
@@ -37,6 +39,7 @@ class TRBertConfig(BertConfig):
     else:
         reduction_layers: list[int] | None = None
         selector_thresholds: list[float] | None = None
+    question_aware: bool = False
     pooler_activation: str = "tanh"
 
     def __post_init__(self, **kwargs):

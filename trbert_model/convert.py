@@ -58,6 +58,7 @@ def convert_checkpoint(
     fresh_head: bool = False,
     reduction_layers: list[int] | None = None,
     selector_size: int | None = None,
+    question_aware: bool = False,
     max_positions: int | None = None,
 ) -> TRBertPreTrainedModel:
     """Read a checkpoint directory as a TR-BERT model, in eval mode and fp32.
@@ -76,6 +77,7 @@ def convert_checkpoint(
         reduction_layers: zero-based layers with a selector; default: the paper's. The original's checkpoints fix
             their own.
         selector_size: width of fresh selectors' hidden layer; default: 32, the paper's.
+        question_aware: fresh selectors know the question (`TRBertConfig.question_aware`).
         max_positions: extend the position table to so many, the new ones beginning as copies of the old in their
             order (Longformer's way): to be trained, for until then a token far behind looks like one at the front.
 
@@ -116,11 +118,15 @@ def convert_checkpoint(
     config = _config(raw_config, state, task, labels, reduction_layers)
     if selector_size is not None and not selectors_stored:
         config.selector_size = selector_size
+    config.question_aware = question_aware and not selectors_stored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same fresh selectors and head at every conversion
         model = _HEADS[task](config)
-    for selector in model.base_model.encoder.selectors:
-        torch.nn.init.constant_(selector.linear_2.bias, 1.0)
+        for selector in model.base_model.encoder.selectors:
+            torch.nn.init.constant_(selector.linear_2.bias, 1.0)
+            if config.question_aware:  # all words alike, and the nearer the better: a good choice to begin with
+                torch.nn.init.zeros_(selector.word_weight.weight)
+                torch.nn.init.constant_(selector.coverage.weight, 2.0)
     if task == "none":
         state = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
     if model.base_model.pooler is None:
@@ -157,6 +163,7 @@ def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrained
         **({"task": "question-answering", "fresh_head": True} if answers else head),
         reduction_layers=trained.reduction_layers,
         selector_size=trained.selector_size,
+        question_aware=trained.question_aware,
         max_positions=trained.max_position_embeddings,
     )
     try:

@@ -5,12 +5,15 @@ one softmax. `repeats` is how often the batch was repeated (`TRBertModel.forward
 order, the whole batch after the whole batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .varlen import first_tokens, top_tokens
 
 
 class TaskLosses(Protocol):
@@ -27,6 +30,16 @@ class TaskLosses(Protocol):
 
     def rows(self, lengths: Tensor) -> Tensor:
         """How many of these rows belong to windows of these lengths, int64 (windows,)."""
+
+    # Whether the guide is the dense model's saliency (`teacher.guide`), `batch["guide"]`.
+    guided_by_saliency: ClassVar[bool]
+
+    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
+        """What ranks the tokens that are to go on into each of these layers, (layers, total tokens)."""
+
+    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
+        """The keep probabilities that selectors in front of these layers imitate, (layers, total tokens), where
+        `counts`, int64 (windows, layers), are the tokens of each window that are to go on."""
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         """The batch with what the dense model says, such rows, in the place of what nobody knows to be right."""
@@ -46,6 +59,7 @@ class ClassificationLosses:
     dense model makes of it.
     """
 
+    guided_by_saliency: ClassVar[bool] = True
     num_labels: int
     features: float = 0.0
 
@@ -66,6 +80,13 @@ class ClassificationLosses:
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)
 
+    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
+        return batch["guide"][list(layers)]
+
+    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
+        ranked = zip(self.guide(batch, layers), counts.T)
+        return torch.stack([top_tokens(scores, batch["cu_seqlens"], count) for scores, count in ranked]).float()
+
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         labels = batch["labels"]
         return {**batch, "labels": torch.where(labels == UNLABELLED, signals[:, : self.num_labels].argmax(-1), labels)}
@@ -78,6 +99,9 @@ class AnswerLosses:
     those that are right, of which there may be several (an answer that several windows hold; every window's first
     token, where there is no answer); `example`, int64 (windows,); and `teacher`, float32 (total tokens, 2).
     """
+
+    guided_by_saliency: ClassVar[bool] = False
+    NEAR = 12.0
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         losses = []
@@ -102,6 +126,29 @@ class AnswerLosses:
 
     def rows(self, lengths: Tensor) -> Tensor:
         return lengths.long()
+
+    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
+        """How near a token is to a right answer: 1 at its ends, and e times less every `NEAR` tokens.
+
+        Not the paper's saliency, for what a dense model's loss depends on is not what it takes to answer: one that has
+        not learnt to reduce keeps, at 2× and tokens chosen with the right labels, 32 of 73 F1 by saliency, and all of
+        it with the question and the answer's neighbours (217 of SQuAD's paragraphs).
+        """
+        right = batch["start_targets"] | batch["end_targets"]
+        right[first_tokens(batch["cu_seqlens"])] = False  # no answer: nothing is near it
+        distance = torch.zeros(len(right), device=right.device).masked_fill(~right, -torch.inf)
+        bounds = batch["cu_seqlens"].tolist()
+        for start, end in zip(bounds, bounds[1:]):
+            there, place = distance[start:end], torch.arange(end - start, device=right.device) / self.NEAR
+            before = (there + place).cummax(0).values - place
+            after = (there - place).flip(0).cummax(0).values.flip(0) + place
+            distance[start:end] = torch.maximum(before, after)
+        return distance.exp().expand(len(layers), -1)
+
+    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
+        # Whatever the counts: a window without an answer has nothing to keep, and logits that say so can be compared
+        # between windows.
+        return self.guide(batch, layers)
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         return batch

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
+from .question_match import SCALES, QuestionMatch, question_match
 from .varlen import ATTENTION_NAME, HALF_PRECISION, VarlenBatch, first_tokens, varlen_attention
 
 # On CPUs a layer runs on groups of whole sequences of about this many tokens: larger activations leave the caches, and
@@ -34,22 +35,29 @@ HALF_LAYER_TOKENS = 4096
 HALF_LAYER_MULTIPLE = 512
 
 # Called at each reduction with its index, the keep logits (tokens entering,) and their cu_seqlens; returns the tokens
-# that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says.
+# that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says, and so does one with the
+# keep logit `CERTAIN`.
 SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
+# The keep logit of tokens that are not for the selectors to judge (`TRBertConfig.question_aware`): finite, for it
+# meets arithmetic, and with a probability that no threshold is above.
+CERTAIN = 100.0
 
 
 @dataclass
 class Selection:
     """What one reduction saw and did.
 
-    hidden: the states it judged, (tokens entering, hidden); logits: fp32 (tokens entering,); keep: bool, the same
-    shape; token_index: int64, the same shape, the tokens' places in the varlen batch, which is repeated end to end if
-    there are several samples; cu_seqlens: int32 (sequences + 1,) of the tokens entering.
+    hidden: the states it judged, (tokens entering, hidden); match: of the same tokens with the question, for selectors
+    that know it; logits: fp32 (tokens entering,); keep: bool, the same shape; fixed: bool, the same shape, tokens that
+    go on whatever their logits; token_index: int64, the same shape, the tokens' places in the varlen batch, which is
+    repeated end to end if there are several samples; cu_seqlens: int32 (sequences + 1,) of the tokens entering.
     """
 
     hidden: Tensor
+    match: QuestionMatch | None
     logits: Tensor
     keep: Tensor
+    fixed: Tensor
     token_index: Tensor
     cu_seqlens: Tensor
 
@@ -108,16 +116,27 @@ class TRBertMultipleChoiceOutput(ModelOutput):
 
 class TokenSelector(nn.Module):
     """The paper's policy network (section 3.2): (tokens, hidden) → keep logits (tokens,), always in fp32, so that the
-    choice of tokens does not hang on the precision the layers run in."""
+    choice of tokens does not hang on the precision the layers run in.
+
+    One that knows the question also sees how much of it stands near a token, with a learnt weight for each of its
+    words.
+    """
 
     def __init__(self, config: TRBertConfig):
         super().__init__()
         self.linear_1 = nn.Linear(config.hidden_size, config.selector_size)
         self.linear_2 = nn.Linear(config.selector_size, 1)
+        if config.question_aware:
+            self.word_weight = nn.Linear(config.hidden_size, 1)
+            self.coverage = nn.Linear(len(SCALES), 1, bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, match: QuestionMatch | None = None) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear_2(F.gelu(self.linear_1(hidden.float()))).squeeze(-1)
+            logits = self.linear_2(F.gelu(self.linear_1(hidden.float())))
+            if match is not None:
+                weights = torch.sigmoid(self.word_weight(match.words.float())).squeeze(-1)
+                logits = logits + self.coverage(match.coverage(weights))
+            return logits.squeeze(-1)
 
 
 class FusedSelfAttention(nn.Module):
@@ -169,6 +188,8 @@ class TRBertEncoder(nn.Module):
         hidden: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        question: Tensor | None = None,
+        match: QuestionMatch | None = None,
         *,
         reduce: bool = True,
         selection_policy: SelectionPolicy | None = None,
@@ -177,7 +198,8 @@ class TRBertEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_selections: bool = False,
     ) -> TRBertModelOutput:
-        """hidden: (total tokens, hidden) with its cu_seqlens; the options are `TRBertModel.forward`'s."""
+        """hidden: (total tokens, hidden) with its cu_seqlens; for selectors that know the question, which tokens it is,
+        bool (total tokens,), and its match with all; the options are `TRBertModel.forward`'s."""
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if reduce else {}
         policy = selection_policy or self.threshold_policy
         alive = torch.arange(hidden.shape[0], device=hidden.device)
@@ -192,11 +214,19 @@ class TRBertEncoder(nn.Module):
                 if reduction == 0 and samples > 1:
                     hidden, cu_seqlens = _repeated(hidden, cu_seqlens, samples)
                     alive = torch.arange(hidden.shape[0], device=hidden.device)
-                logits = self.selectors[reduction](hidden)
-                keep = policy(reduction, logits, cu_seqlens).clone()
-                keep[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
+                    if question is not None and match is not None:
+                        question, match = question.repeat(samples), match.repeated(samples)
+                seen = match.at(alive) if match is not None else None
+                logits = self.selectors[reduction](hidden, seen)
+                fixed = torch.zeros_like(logits, dtype=torch.bool)
+                if question is not None:
+                    asked = question[alive]
+                    fixed |= asked
+                    logits = logits.masked_fill(asked, CERTAIN)
+                fixed[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
+                keep = policy(reduction, logits, cu_seqlens) | fixed
                 if output_selections:
-                    selections.append(Selection(hidden, logits, keep, alive, cu_seqlens))
+                    selections.append(Selection(hidden, seen, logits, keep, fixed, alive, cu_seqlens))
                 kept_before = F.pad(keep.cumsum(0), (1, 0))
                 cu_seqlens = kept_before[cu_seqlens.long()].to(torch.int32)
                 # The one device-to-host copy of a reduction; nonzero would add another.
@@ -358,10 +388,17 @@ class TRBertModel(TRBertPreTrainedModel):
             token_type_ids=batch.token_type_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
         ).squeeze(0)
+        question, match = None, None
+        if self.config.question_aware and reduce:
+            words = self.embeddings.word_embeddings.weight
+            question = batch.token_type_ids == 0
+            match = question_match(batch.input_ids, batch.token_type_ids, batch.cu_seqlens, words)
         output = self.encoder(
             hidden,
             batch.cu_seqlens,
             batch.max_seqlen,
+            question,
+            match,
             reduce=reduce,
             selection_policy=selection_policy,
             samples=samples,

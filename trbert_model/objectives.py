@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .flops import dense_flops, layer_flops, reduced_flops
 from .losses import TaskLosses
-from .modeling import SelectionPolicy, TRBertEncoder
-from .teacher import inputs_of, top_tokens
-from .varlen import first_tokens
+from .modeling import CERTAIN, SelectionPolicy, TRBertEncoder
+from .teacher import inputs_of
+from .varlen import first_tokens, top_tokens
 
 
 class Objective(nn.Module):
@@ -32,6 +32,18 @@ class Objective(nn.Module):
     @property
     def encoder(self) -> TRBertEncoder:
         return next(module for module in self.model.modules() if isinstance(module, TRBertEncoder))
+
+    def imitation_loss(self, output: Any, batch: dict[str, Tensor], counts: Tensor) -> Tensor:
+        """Binary cross-entropy of the selectors to what they are to imitate, of the tokens that each of them judged,
+        summed over the reductions; counts: int64 (windows, reductions), how many tokens are to go on."""
+        targets = self.losses.keep_targets(batch, self.model.config.reduction_layers, counts)
+        losses = []
+        for selection, target in zip(output.selections, targets):
+            judged = ~selection.fixed
+            wanted = target[selection.token_index[judged]]
+            entropies = F.binary_cross_entropy_with_logits(selection.logits[judged], wanted, reduction="none")
+            losses.append(entropies.sum() / judged.sum().clamp(min=1))  # there may be nothing left to judge
+        return torch.stack(losses).sum()
 
     def _cost(self, lengths: Tensor, kept: Tensor, samples: int = 1) -> float:
         """FLOPs of a pass with these kept tokens, (samples · sequences, reductions), over those of the dense pass."""
@@ -76,6 +88,10 @@ class OperatingPoints(nn.Module):
         """A point for each sequence, int64 (sequences,)."""
         return torch.randint(len(self.fractions), (sequences,), device=device)
 
+    def counts(self, points: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens of sequences of these lengths that go on at these points, int64 (sequences, reductions)."""
+        return (lengths[:, None] * self.fractions[points]).round().long().clamp(min=1)
+
     def cuts_at(self, points: Tensor, *, sampled: bool) -> Tensor:
         """(sequences, reductions)."""
         return self.cuts[0 if sampled else 1, points]
@@ -106,23 +122,16 @@ class Imitation(Objective):
         super().__init__(model, losses)
         self.points = points
 
-    def forward(self, guide: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         self.model.eval()  # the states to be judged are those of inference
-        lengths = batch["cu_seqlens"].diff()
-        points = _points_of(self.points, batch)
-        counts = (lengths[:, None] * self.points.fractions[points]).round().long().clamp(min=1)
+        lengths, points = batch["cu_seqlens"].diff(), _points_of(self.points, batch)
+        counts = self.points.counts(points, lengths)
 
         def highest(reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
             return top_tokens(logits.detach(), cu_seqlens, counts[:, reduction])
 
         output = self.model(**inputs_of(batch), selection_policy=highest, output_selections=True)
-        losses = []
-        for reduction, selection in enumerate(output.selections):
-            scores = guide[self.model.config.reduction_layers[reduction]]
-            chosen = top_tokens(scores, batch["cu_seqlens"], counts[:, reduction])
-            target = chosen[selection.token_index].float()
-            losses.append(F.binary_cross_entropy_with_logits(selection.logits, target))
-        loss = torch.stack(losses).sum()
+        loss = self.imitation_loss(output, batch, counts)
         kept = torch.stack(output.kept_tokens, 1)
         cost = torch.tensor(self._cost(lengths, kept))
         return {"loss": loss, "imitation_loss": loss.detach(), "dense_passes": cost}
@@ -172,8 +181,10 @@ class Reinforcement(Objective):
         guided = torch.zeros(count * windows, dtype=torch.bool, device=lengths.device)
         guided[:windows] = bool(self.step < self.guided_steps)
         self.step.add_(1)
-        layers = self.model.config.reduction_layers
-        policy = SamplingPolicy(cuts, guided, batch["guide"][layers].repeat(1, count) if guided.any() else None)
+        guide = None
+        if guided.any():
+            guide = self.losses.guide(batch, self.model.config.reduction_layers).repeat(1, count)
+        policy = SamplingPolicy(cuts, guided, guide)
         # An example's windows are rewarded together.
         owner = torch.cat([example + examples * sample for sample in range(count)])
         with torch.no_grad():
@@ -192,13 +203,11 @@ class Reinforcement(Objective):
         log_probability, entropy = torch.zeros_like(fractions), torch.zeros((), device=lengths.device)
         for reduction, selection in enumerate(output.selections):
             entering = selection.cu_seqlens.diff().long()
-            logits = self.encoder.selectors[reduction](selection.hidden)
+            logits = self.encoder.selectors[reduction](selection.hidden, selection.match)
             logits = logits - cuts[:, reduction].repeat_interleave(entering)
             chosen = torch.where(selection.keep, F.logsigmoid(logits), F.logsigmoid(-logits))
-            was_choice = torch.ones_like(chosen)
-            was_choice[first_tokens(selection.cu_seqlens)] = 0.0  # [CLS] stays whatever its probability
-            log_probability = log_probability + _sequence_sums(chosen * was_choice, entering) / entering
-            probability = torch.sigmoid(logits.detach())
+            log_probability = log_probability + _sequence_sums(chosen * ~selection.fixed, entering) / entering
+            probability = torch.sigmoid(logits.detach()[~selection.fixed])
             entropy += F.binary_cross_entropy(probability, probability) / len(output.selections)
         measured = {
             "reward": reward.mean(),
@@ -218,7 +227,9 @@ class Joint(Reinforcement):
     """Everything together: the task's loss of the model as it reduces, and the selectors' policy gradient.
 
     Args: as `Reinforcement`'s, with distillation unless it is said otherwise, and
-        samples: 0 leaves the selectors as they are.
+        samples: 0: no policy gradient.
+        imitation: weight of the selectors' imitation loss, of which the layers below them learn too, to let them see
+            what they are to imitate.
         dense: gives the probabilities that the batches lack; frozen.
         selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
     """
@@ -226,12 +237,13 @@ class Joint(Reinforcement):
     def __init__(
         self,
         *reinforcement: Any,
+        imitation: float = 0.0,
         selection_policy: SelectionPolicy | None = None,
         dense: nn.Module | None = None,
         **settings: Any,
     ):
         super().__init__(*reinforcement, **{"distillation": True, **settings})
-        self.selection_policy, self.dense = selection_policy, dense
+        self.imitation, self.selection_policy, self.dense = imitation, selection_policy, dense
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         points, lengths = _points_of(self.points, batch), batch["cu_seqlens"].diff()
@@ -250,17 +262,26 @@ class Joint(Reinforcement):
         # many, those that it will be used with.
         cuts = self.points.cuts_at(points, sampled=not self.points.follows)
         selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
-        output = self.model(**inputs_of(batch), selection_policy=self.selection_policy or selectors)
+        output = self.model(
+            **inputs_of(batch),
+            selection_policy=self.selection_policy or selectors,
+            output_selections=bool(self.imitation),
+        )
         kept = torch.stack(output.kept_tokens, 1)
         if self.selection_policy is None and self.points.follows:
             self.points.follow(points, lengths, kept, selectors.spreads(), sampled=False)
         task_loss = self.task_losses(output, batch).mean()
+        loss = loss + task_loss
+        if self.imitation:
+            imitation_loss = self.imitation_loss(output, batch, self.points.counts(points, lengths))
+            loss = loss + self.imitation * imitation_loss
+            measured["imitation_loss"] = imitation_loss.detach()
         measured |= {
             "task_loss": task_loss.detach(),
             "dense_passes": cost + 3 * self._cost(lengths, kept),
             **_kept_measurements(kept, lengths),
         }
-        return {"loss": loss + task_loss, **measured}
+        return {"loss": loss, **measured}
 
 
 class SamplingPolicy:
@@ -283,7 +304,9 @@ class SamplingPolicy:
         return torch.stack(self._spreads)
 
     def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
-        self._spreads.append(logits.detach().std(correction=0))
+        certain = logits == CERTAIN
+        judged = logits.detach()[~certain]
+        self._spreads.append(judged.std(correction=0) if len(judged) else judged.new_zeros(()))
         lengths = cu_seqlens.diff().long()
         probability = torch.sigmoid(logits.detach() - self.cuts[:, reduction].repeat_interleave(lengths))
         keep = torch.rand_like(probability) < probability if self.at_random else probability >= 0.5
@@ -292,8 +315,9 @@ class SamplingPolicy:
         if self.alive is None:
             self.alive = torch.arange(len(logits), device=logits.device)
         counts = _sequence_sums(probability, lengths).round().long().clamp(min=1)
-        chosen = top_tokens(self.guide[reduction][self.alive], cu_seqlens, counts)
-        keep = torch.where(self.guided.repeat_interleave(lengths), chosen, keep)
+        scores = self.guide[reduction][self.alive].masked_fill(certain, torch.inf)
+        chosen = top_tokens(scores, cu_seqlens, counts)
+        keep = torch.where(self.guided.repeat_interleave(lengths), chosen, keep) | certain
         keep[first_tokens(cu_seqlens)] = True
         self.alive = self.alive[keep]
         return keep

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .configuration import TRBertConfig
 from .losses import TaskLosses
-from .varlen import first_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +114,6 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def deep_layer(config: TRBertConfig) -> int:
     """Where the guide's gradient is taken: three quarters up, but below the top, where only [CLS] has a gradient."""
     return min(math.ceil(config.num_hidden_layers * 3 / 4), config.num_hidden_layers - 1)
-
-
-def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
-    """The `counts[i]` highest-scored tokens of each sequence i, the first token always among them: bool, as scores."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    scores = scores.clone()
-    scores[first_tokens(cu_seqlens)] = torch.inf
-    bounds = cu_seqlens.tolist()
-    for start, end, count in zip(bounds, bounds[1:], counts.tolist()):
-        chosen[start + scores[start:end].topk(min(count, end - start)).indices] = True
-    return chosen
 
 
 def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:

@@ -1,8 +1,9 @@
 """Training a TR-BERT: the paper's four stages, each resumable, on transformers' Trainer.
 
 1. `fine_tune`: the plain BERT on the task, reduction off. A fine-tuned backbone skips it.
-2. `imitation`: everything but the selectors frozen; they learn the tokens that the guide ranks highest. Before it the
-   dense model's logits and guide are computed once for the corpus (`teacher`).
+2. `imitation`: everything but the selectors frozen; they learn the tokens that the guide ranks highest, or, for
+   questions, how near a token is to a right answer (`losses`). Before it the dense model's logits and guide, where
+   they are needed, are computed once for the corpus (`teacher`).
 3. `selectors`: everything but the selectors frozen; they learn by reinforcement (Ye et al., section 3.3).
 4. `joint`: everything, with the task's loss of the reduced model against the dense model's logits.
 
@@ -32,7 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .calibration import cuts_for, kept_fractions_for, schedules, thresholds_of
+from .calibration import cuts_for, keep_logits, kept_fractions_for, schedules, thresholds_of
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
 from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, make_task
 from .errors import ConfigurationError, InputError, TrainingError
@@ -67,6 +68,9 @@ class TrainingConfig(LabelledColumns):
     evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
+    question_aware: bool = option(
+        True, "the selectors know the question, and its tokens always go on; not so in the paper (question answering)"
+    )
     max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
     speedup: float | None = option(
         3.0, "FLOPs speed-up over the dense model that the saved thresholds give; none: 0.5, as in the paper"
@@ -82,6 +86,11 @@ class TrainingConfig(LabelledColumns):
     feature_distillation: float = option(
         0.0,
         "with distillation, learn also what the dense model's classifier sees, with this weight (classification)",
+    )
+    joint_imitation: float = option(
+        0.0,
+        "in the joint stage, weight of the selectors' imitation loss, of which the layers below them learn too: so the "
+        "first layers learn to see where the answer to a question is",
     )
     crops: float = option(
         0.0,
@@ -141,6 +150,7 @@ class TrainingConfig(LabelledColumns):
         least = {
             "batch_size": 1,
             "feature_distillation": 0,
+            "joint_imitation": 0,
             "samples": 0,
             "length_penalty": 0,
             "joint_length_penalty": 0,
@@ -208,6 +218,7 @@ def _model(config: TrainingConfig) -> Model:
         model = _classifier(config, changes)
     else:
         fresh = bool(config.fine_tune_epochs)
+        changes["question_aware"] = config.question_aware
         model = convert_checkpoint(config.backbone, task=QUESTION_ANSWERING, fresh_head=fresh, **changes)
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
@@ -271,8 +282,10 @@ class _Run:
             return
         if config.unlabelled and isinstance(self.corpus, LabelledTexts):
             self.learn_from(self.corpus.with_unlabelled(config.unlabelled, self.task, config.text_column))
-        self.dataset.teacher = self.teacher()
         losses = self.dataset.losses
+        guided = config.imitation_epochs or config.joint_imitation or (config.selectors_epochs and config.guide_rate)
+        if (guided and losses.guided_by_saliency) or (config.joint_epochs and config.distillation):
+            self.dataset.teacher = self.teacher()
         if config.imitation_epochs:
             targets, _ = self.fractions()
             zeros = [[0.0] * len(targets[0])] * len(targets)
@@ -300,6 +313,7 @@ class _Run:
                 self.points(),
                 length_penalty=config.joint_length_penalty,
                 distillation=config.distillation,
+                imitation=config.joint_imitation,
                 selection_policy=selection_policy,
                 dense=dense,
                 **reinforced,
@@ -334,7 +348,9 @@ class _Run:
             return OperatingPoints([], [], reductions)
         fractions, _ = self.fractions()
         engine, documents = self.engine(), self.sample(_STARTING_TOKENS)
-        return OperatingPoints(fractions, [cuts_for(engine, documents, each) for each in fractions], reductions)
+        first = keep_logits(engine, documents)
+        cuts = [cuts_for(engine, documents, each, first) for each in fractions]
+        return OperatingPoints(fractions, cuts, reductions)
 
     def set_thresholds(self) -> None:
         """The thresholds of the speed-up asked for, on training documents."""

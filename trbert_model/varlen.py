@@ -103,6 +103,17 @@ def first_tokens(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens.narrow(0, 0, cu_seqlens.shape[0] - 1).long()
 
 
+def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
+    """The `counts[i]` highest-scored tokens of each sequence i, the first token always among them: bool, as scores."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    scores = scores.clone()
+    scores[first_tokens(cu_seqlens)] = torch.inf
+    bounds = cu_seqlens.tolist()
+    for start, end, count in zip(bounds, bounds[1:], counts.tolist()):
+        chosen[start + scores[start:end].topk(min(count, end - start)).indices] = True
+    return chosen
+
+
 def varlen_attention(
     module: nn.Module,
     query: Tensor,

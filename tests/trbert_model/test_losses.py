@@ -127,6 +127,48 @@ def test_targets_are_the_answers_tokens_or_no_answer(dataset):
     assert ends == [first.passage + 2, length]
 
 
+def test_what_is_near_an_answer_is_to_go_on(dataset):
+    """By the distance to the nearest end of an answer in the same window, whatever the number of tokens to keep."""
+    batch = dataset.collate([[0, 1, 2], [dataset.first_window[1]], [dataset.first_window[2]]])
+    bounds, losses = batch["cu_seqlens"].tolist(), AnswerLosses()
+    (found,) = losses.guide(batch, [1])
+    near_something = []
+    for start, end in zip(bounds, bounds[1:]):
+        ends = batch["start_targets"][start + 1 : end] | batch["end_targets"][start + 1 : end]
+        right = (torch.nonzero(ends).flatten() + 1).tolist()
+        expected = [max((np.exp(-abs(i - j) / losses.NEAR) for j in right), default=0.0) for i in range(end - start)]
+        np.testing.assert_allclose(found[start:end], expected, rtol=1e-5)
+        near_something.append(bool(right))
+    assert near_something[3:] == [True, False]  # the last question has no answer
+    assert len(set(near_something[:3])) == 2
+    few, many = (losses.keep_targets(batch, [1, 2], torch.full((5, 2), count)) for count in (1, 20))
+    assert torch.equal(few, many)
+    assert torch.equal(few, found.expand(2, -1))
+
+
+def test_layers_below_the_selectors_learn_what_to_keep_in_the_joint_stage_if_asked(dataset):
+    """Nothing else reaches the first layer here: the head is zero."""
+    with_gradient = []
+    for weight in (0.0, 1.0):
+        answering = model()
+        torch.nn.init.zeros_(answering.qa_outputs.weight)
+        objective = Joint(
+            answering,
+            dataset.losses,
+            OperatingPoints([[0.8, 0.5]], [[0.0, 0.0]], 2),
+            samples=0,
+            length_penalty=0.0,
+            distillation=False,
+            imitation=weight,
+        )
+        measured = objective(**dataset.collate([dataset[i] for i in range(3)]))
+        measured["loss"].backward()
+        gradient = answering.bert.encoder.layer[0].attention.self.query.weight.grad
+        with_gradient.append(bool(gradient.abs().sum() > 0))
+        assert ("imitation_loss" in measured) == bool(weight)
+    assert with_gradient == [False, True]
+
+
 def test_the_joint_stage_trains_a_model_that_answers(dataset):
     answering = model()
     dataset.teacher = teacher_signals(answering, dataset)

@@ -1,5 +1,6 @@
 """The model: equal to transformers' BERT without reduction, and independent of the batch with it."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from trbert_model import (
     VarlenBatch,
 )
 from trbert_model.modeling import HALF_LAYER_MULTIPLE, HALF_LAYER_TOKENS, LAYER_TOKENS, fuse_for_inference
-from trbert_model.varlen import varlen_attention
+from trbert_model.varlen import model_inputs, varlen_attention
 
 CLASSIFIER = tiny_classifier()
 
@@ -229,6 +230,29 @@ def test_a_token_stays_at_exactly_the_threshold():
         torch.nn.init.zeros_(selector.linear_2.weight)
         torch.nn.init.zeros_(selector.linear_2.bias)
     assert [int(kept) for kept in varlen(model, [torch.arange(5, 15)]).kept_tokens] == [10, 10]
+
+
+def test_the_first_segment_goes_on_if_the_configuration_says_so(tmp_path):
+    """A question's tokens, whatever thresholds and policies say; the others as without it."""
+    torch.manual_seed(0)
+    config = TRBertConfig(**{**TINY, "question_aware": True, "selector_thresholds": [1.0, 1.0]})
+    TRBertForQuestionAnswering(config).save_pretrained(tmp_path)
+    model = TRBertForQuestionAnswering.from_pretrained(tmp_path).eval()
+    assert model.config.question_aware
+    batch = model_inputs([np.arange(5, 17), np.arange(5, 13)], [[0] * 4 + [1] * 8, [0] * 3 + [1] * 5])
+    output = model(**batch, output_selections=True)
+    assert [kept.tolist() for kept in output.kept_tokens] == [[4, 3]] * 2
+    first, second = output.selections
+    assert torch.equal(first.keep, batch["token_type_ids"] == 0)
+    assert torch.equal(first.fixed, first.keep)
+    assert bool(second.fixed.all())
+
+    def nothing(reduction, logits, cu_seqlens):
+        return torch.zeros_like(logits, dtype=torch.bool)
+
+    for samples in (1, 2):
+        output = model.bert(**batch, selection_policy=nothing, samples=samples)
+        assert [kept.tolist() for kept in output.kept_tokens] == [[4, 3] * samples] * 2
 
 
 def test_a_skipped_token_answers_from_the_state_it_left_with():

@@ -7,8 +7,8 @@ from tests.conftest import tiny_classifier, tiny_tokenizer
 from trbert_model.labelled import LabelledTexts
 from trbert_model.losses import UNLABELLED, ClassificationLosses
 from trbert_model.tasks.classification import ClassificationTask
-from trbert_model.teacher import TeacherSignals, guide, signals_digest, teacher_signals, top_tokens
-from trbert_model.varlen import model_inputs
+from trbert_model.teacher import TeacherSignals, guide, signals_digest, teacher_signals
+from trbert_model.varlen import model_inputs, top_tokens
 
 
 def as_dataset(windows, labels):

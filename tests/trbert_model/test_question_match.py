@@ -1,0 +1,60 @@
+"""How near tokens are to a question's words: against distances counted one by one, and apart from the batch."""
+
+import numpy as np
+import torch
+
+from trbert_model.question_match import SCALES, question_match
+from trbert_model.varlen import model_inputs
+
+SEQUENCES = [[2, 7, 8, 3, 9, 7, 9, 9, 8, 7, 3], [2, 7, 3, 8, 9, 3], [2, 5, 6, 7, 7, 3, 6, 9, 9, 9, 9, 5, 3]]
+SEGMENTS = [[0] * 4 + [1] * 7, [0] * 3 + [1] * 3, [0] * 6 + [1] * 7]
+EMBEDDINGS = torch.arange(20, dtype=torch.float32)[:, None].expand(20, 4)
+
+
+def match(rows):
+    batch = model_inputs([np.array(SEQUENCES[i]) for i in rows], [SEGMENTS[i] for i in rows])
+    return question_match(batch["input_ids"], batch["token_type_ids"], batch["cu_seqlens"], EMBEDDINGS)
+
+
+def expected(row, weights):
+    """Coverage by its definition, (tokens, scales)."""
+    ids, segments = SEQUENCES[row], SEGMENTS[row]
+    words = segments.count(0)
+    rows = []
+    for token in range(len(ids)):
+        values = []
+        for scale in SCALES:
+            total = 0.0
+            for word in range(words):
+                places = [j for j in range(words, len(ids)) if ids[j] == ids[word]]
+                if places:
+                    total += weights[word] * np.exp(-min(abs(token - j) for j in places) / scale)
+            values.append(total / sum(weights[:words]))
+        rows.append(values)
+    return np.array(rows)
+
+
+def test_coverage_is_the_weighted_nearness_of_the_questions_words():
+    together = match([0, 1, 2])
+    weights = torch.rand(together.valid.shape, generator=torch.Generator().manual_seed(0))
+    found = together.coverage(weights).split([len(s) for s in SEQUENCES])
+    for row, values in enumerate(found):
+        np.testing.assert_allclose(values, expected(row, weights[row].tolist()), rtol=1e-5, atol=1e-7)
+        words = SEGMENTS[row].count(0)
+        assert torch.equal(match([row]).coverage(weights[row : row + 1, :words]), values)
+    assert together.words[1, :3, 0].tolist() == [2, 7, 3]
+    assert together.valid.sum(1).tolist() == [4, 3, 6]
+
+
+def test_some_tokens_and_a_batch_laid_end_to_end():
+    once = match([0, 1])
+    weights = torch.rand(once.valid.shape, generator=torch.Generator().manual_seed(1))
+    some = torch.tensor([1, 5, 12])
+    assert torch.equal(once.at(some).coverage(weights), once.coverage(weights)[some])
+    assert torch.equal(once.repeated(2).coverage(weights.repeat(2, 1)), once.coverage(weights).repeat(2, 1))
+
+
+def test_without_a_second_segment_nothing_is_near():
+    batch = model_inputs([np.array([2, 7, 7, 3])])
+    alone = question_match(batch["input_ids"], batch["token_type_ids"], batch["cu_seqlens"], EMBEDDINGS)
+    assert alone.coverage(torch.ones(alone.valid.shape)).abs().sum() == 0
