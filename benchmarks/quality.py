@@ -246,6 +246,8 @@ class Workshop:
             try:
                 engine = self._at(run, corpus, model_directory, dev, run.parts[part], target)
             except ConfigurationError as error:  # as is every faster one
+                if not points:
+                    raise
                 logging.warning("%s, %s: %s", run.title, part, error)
                 break
             thresholds = engine.config.selector_thresholds if run.rule is None else target

@@ -17,7 +17,12 @@ from .varlen import first_tokens, top_tokens
 
 
 class TaskLosses(Protocol):
-    """What an objective needs to know of a task."""
+    """What an objective needs to know of a task.
+
+    guided_by_saliency: whether its guide is the dense model's saliency (`teacher.guide`), `batch["guide"]`.
+    """
+
+    guided_by_saliency: ClassVar[bool]
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         """The loss to the labels, (repeats · examples,)."""
@@ -30,9 +35,6 @@ class TaskLosses(Protocol):
 
     def rows(self, lengths: Tensor) -> Tensor:
         """How many of these rows belong to windows of these lengths, int64 (windows,)."""
-
-    # Whether the guide is the dense model's saliency (`teacher.guide`), `batch["guide"]`.
-    guided_by_saliency: ClassVar[bool]
 
     def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
         """What ranks the tokens that are to go on into each of these layers, (layers, total tokens)."""

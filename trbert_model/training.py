@@ -139,6 +139,8 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(f"crops {self.crops} must be between 0 and 1")
         if self.crops and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(f"crops {self.crops}: only for classification with distillation")
+        if self.crops and self.joint_imitation:
+            raise ConfigurationError(f"joint_imitation {self.joint_imitation}: not with crops, which have no guide")
         if self.unlabelled and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(f"unlabelled {self.unlabelled}: only for classification with distillation")
         if self.dtype not in ("float32", "bfloat16"):
