@@ -30,7 +30,7 @@ class TeacherSignals:
         targets: float32 (rows, columns), as `TaskLosses.signals` gives them.
         target_bounds: int64 (windows + 1,): window i's rows are `target_bounds[i]:target_bounds[i + 1]` of them.
         guide: float16 (layers, total tokens): of each token, at the input of each layer below `deep_layer`, its
-            saliency over the highest one of its window.
+            saliency over the highest one of its window; no layers for a task that is not guided by it.
         bounds: int64 (windows + 1,): window i's tokens are `bounds[i]:bounds[i + 1]` of `guide`.
     """
 
@@ -62,7 +62,8 @@ def teacher_signals(
     """Run the dense model, a task's model or peft's wrapper around one, over a `labelled.WindowDataset`'s windows."""
     was_training, losses = model.training, dataset.losses
     model.eval()
-    model.enable_input_require_grads()  # the guide's gradient must pass layers whose weights are all frozen
+    if losses.guided_by_saliency:
+        model.enable_input_require_grads()  # the guide's gradient must pass layers whose weights are all frozen
     device = next(model.parameters()).device
     all_lengths = torch.tensor([len(window.input_ids) for window in dataset.windows])
     targets, guides, start = [], [], 0
@@ -73,7 +74,7 @@ def teacher_signals(
         # Each window an example of its own: what it says must not depend on those it is drawn with.
         batch = dataset.collate([[place] for place in range(start, end)])
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            found, scores = guide(model, {name: value.to(device) for name, value in batch.items()}, losses)
+            found, scores = _signals(model, {name: value.to(device) for name, value in batch.items()}, losses)
         lengths = batch["cu_seqlens"].diff().tolist()
         # Over each window's highest: only the order counts, and raw saliencies would vanish in half precision.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
@@ -82,10 +83,20 @@ def teacher_signals(
         if end * 10 // len(all_lengths) > start * 10 // len(all_lengths):
             logger.info("teacher: %d of %d windows", end, len(all_lengths))
         start = end
-    model.disable_input_require_grads()
+    if losses.guided_by_saliency:
+        model.disable_input_require_grads()
     model.train(was_training)
     bounds, target_bounds = (F.pad(counts.cumsum(0), (1, 0)) for counts in (all_lengths, losses.rows(all_lengths)))
     return TeacherSignals(torch.cat(targets), target_bounds, torch.cat(guides, dim=1), bounds)
+
+
+def _signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """The dense model's outputs, and the guide if it is the saliency."""
+    if losses.guided_by_saliency:
+        return guide(model, batch, losses)
+    with torch.no_grad():
+        found = losses.signals(model(**inputs_of(batch), reduce=False))
+    return found, torch.empty(0, len(batch["input_ids"]))
 
 
 def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .calibration import cuts_for, keep_logits, kept_fractions_for, schedules, thresholds_of
 from .convert import LORA_TARGETS, MODULES_TO_SAVE, convert_checkpoint
-from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, make_task
+from .engine import CLASSIFICATION, QUESTION_ANSWERING, Engine, EngineOptions, computes_bfloat16, make_task
 from .errors import ConfigurationError, InputError, TrainingError
 from .labelled import LabelledColumns, LabelledCorpus, LabelledTexts, read_corpus, read_labelled
 from .losses import ClassificationLosses
@@ -119,7 +119,7 @@ class TrainingConfig(LabelledColumns):
         None, "directory that runs with the same dense model and corpus share their teacher in (default: the output's)"
     )
     seed: int = option(0, "of everything random")
-    dtype: str = option("float32", "float32, or bfloat16 for autocast (faster where the CPU has AMX)")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast; auto: bfloat16 where the machine computes in it")
 
     def __post_init__(self):
         for name in ("train", "backbone", "output"):
@@ -143,8 +143,8 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(f"joint_imitation {self.joint_imitation}: not with crops, which have no guide")
         if self.unlabelled and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(f"unlabelled {self.unlabelled}: only for classification with distillation")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigurationError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, float32, bfloat16")
         if self.feature_distillation and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(
                 f"feature_distillation {self.feature_distillation}: only for classification with distillation"
@@ -163,6 +163,12 @@ class TrainingConfig(LabelledColumns):
                 raise ConfigurationError(f"{name} {getattr(self, name)} must be at least {least.get(name, 0)}")
         if self.selectors_epochs and self.samples < 2:
             raise ConfigurationError(f"samples {self.samples}: reinforcement compares at least 2 (selectors_epochs 0?)")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What is computed in beside fp32, on this machine."""
+        half = self.dtype == "bfloat16" or (self.dtype == "auto" and computes_bfloat16())
+        return torch.bfloat16 if half else None
 
     def epochs(self, stage: str) -> float:
         return getattr(self, f"{stage}_epochs")
@@ -376,7 +382,7 @@ class _Run:
     def teacher(self) -> TeacherSignals:
         """The dense model's signals, computed once for a dense model and corpus."""
         cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
-        autocast = torch.bfloat16 if self.config.dtype == "bfloat16" else None
+        autocast = self.config.autocast
         path = cache / f"teacher-{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
         if not path.is_file() and _is_main_process():
             self.model.requires_grad_(False)
@@ -405,7 +411,7 @@ class _Run:
             learning_rate=config.learning_rate if name == "fine_tune" else config.selector_learning_rate,
             warmup_steps=config.warmup,
             max_grad_norm=1.0,
-            bf16=config.dtype == "bfloat16",
+            bf16=config.autocast is torch.bfloat16,
             seed=config.seed,
             save_steps=50,
             save_total_limit=1,

@@ -188,7 +188,9 @@ def test_a_teacher_says_of_a_window_what_it_says_of_it_alone(dataset):
     places = [2, 0, dataset.first_window[2]]
     for mine, its in zip(together.of_windows(places), alone.of_windows(places)):
         torch.testing.assert_close(mine, its, atol=2e-3, rtol=1e-2)
-    assert together.of_windows([0])[0].shape == (len(dataset.windows[0].input_ids), 2)
+    targets, guide = together.of_windows([0])
+    assert targets.shape == (len(dataset.windows[0].input_ids), 2)
+    assert guide.shape[0] == 0  # not guided by the saliency, whose gradient is not computed then
 
 
 def test_metrics_of_a_corpus_of_questions(dataset):

@@ -288,3 +288,12 @@ def test_an_adapter_that_answers_over_longer_positions_is_rebuilt(corpus):
     expected = trained.state_dict()
     for name, tensor in rebuilt.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_trains_in_bfloat16_where_the_machine_computes_in_it(able, monkeypatch):
+    monkeypatch.setattr("trbert_model.training.computes_bfloat16", lambda: able)
+    config = TrainingConfig(train="t", backbone="b", output="o", dtype="auto")
+    assert config.autocast is (torch.bfloat16 if able else None)
+    assert dataclasses.replace(config, dtype="bfloat16").autocast is torch.bfloat16
+    assert dataclasses.replace(config, dtype="float32").autocast is None
