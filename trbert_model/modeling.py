@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
-from .question_match import SCALES, QuestionMatch, question_match
+from .question_match import NEIGHBOUR_SCALES, SCALES, QuestionMatch, question_match
 from .varlen import ATTENTION_NAME, HALF_PRECISION, VarlenBatch, first_tokens, varlen_attention
 
 # On CPUs a layer runs on groups of whole sequences of about this many tokens: larger activations leave the caches, and
@@ -117,26 +117,58 @@ class TRBertMultipleChoiceOutput(ModelOutput):
 class TokenSelector(nn.Module):
     """The paper's policy network (section 3.2): (tokens, hidden) → keep logits (tokens,), always in fp32, so that the
     choice of tokens does not hang on the precision the layers run in.
-
-    One that knows the question also sees how much of it stands near a token, with a learnt weight for each of its
-    words.
     """
 
     def __init__(self, config: TRBertConfig):
         super().__init__()
         self.linear_1 = nn.Linear(config.hidden_size, config.selector_size)
         self.linear_2 = nn.Linear(config.selector_size, 1)
-        if config.question_aware:
-            self.word_weight = nn.Linear(config.hidden_size, 1)
-            self.coverage = nn.Linear(len(SCALES), 1, bias=False)
+
+    def start_afresh(self) -> None:
+        """Every token goes on."""
+        nn.init.constant_(self.linear_2.bias, 1.0)
 
     def forward(self, hidden: Tensor, match: QuestionMatch | None = None) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.linear_2(F.gelu(self.linear_1(hidden.float())))
-            if match is not None:
-                weights = torch.sigmoid(self.word_weight(match.words.float())).squeeze(-1)
-                logits = logits + self.coverage(match.coverage(weights))
-            return logits.squeeze(-1)
+            return self.linear_2(F.gelu(self.linear_1(hidden.float()))).squeeze(-1)
+
+
+class QuestionTokenSelector(nn.Module):
+    """A selector that knows the question: (tokens, hidden) and their match → keep logits (tokens,), in fp32.
+
+    It sees of a token how much of the question stands near it, with a learnt weight for each of its words, and whether
+    it and its neighbours are of the kind that is asked for: a product of what the question asks with what they are,
+    both learnt. A token's state by itself is not seen: selectors learn by heart what was answered with in training.
+    (On the embeddings, of 866 questions about held-out paragraphs of SQuAD: the whole answer among the better half of
+    the tokens for 70 of 100 with the paper's network beside how much of the question stands near, 87 without it, 91 and
+    88 of 100 among the better 40% with the kind.)
+    """
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__()
+        features = len(SCALES) + len(NEIGHBOUR_SCALES)
+        self.word_weight = nn.Linear(config.hidden_size, 1, bias=False)
+        self.asks = nn.Linear(config.hidden_size, config.selector_size, bias=False)
+        self.answers = nn.Linear(config.hidden_size, config.selector_size, bias=False)
+        self.linear = nn.Linear(features, 1)
+        self.linear_1 = nn.Linear(features, config.selector_size)
+        self.linear_2 = nn.Linear(config.selector_size, 1, bias=False)
+
+    def start_afresh(self) -> None:
+        """All words alike, and the nearer the better: a good choice to begin with."""
+        nn.init.zeros_(self.word_weight.weight)
+        nn.init.constant_(self.linear.weight, 2.0)
+        nn.init.constant_(self.linear.bias, -3.0)  # few tokens are near an answer
+
+    def forward(self, hidden: Tensor, match: QuestionMatch) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            words = self.word_weight(match.words.float()).squeeze(-1)
+            coverage = match.coverage((words - words.detach().amax(1, keepdim=True)).exp())
+            asked = match.asked_mean(self.asks(hidden))
+            kind = match.around((self.answers(hidden) * asked[match.sequence]).sum(-1))
+            features = torch.cat([coverage, kind], dim=1)
+            return (self.linear(features) + self.linear_2(F.gelu(self.linear_1(features)))).squeeze(-1)
 
 
 class FusedSelfAttention(nn.Module):
@@ -181,14 +213,14 @@ class TRBertEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layer = nn.ModuleList([BertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
-        self.selectors = nn.ModuleList([TokenSelector(config) for _ in config.reduction_layers])
+        selector = QuestionTokenSelector if config.question_aware else TokenSelector
+        self.selectors = nn.ModuleList([selector(config) for _ in config.reduction_layers])
 
     def forward(
         self,
         hidden: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        question: Tensor | None = None,
         match: QuestionMatch | None = None,
         *,
         reduce: bool = True,
@@ -198,8 +230,8 @@ class TRBertEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_selections: bool = False,
     ) -> TRBertModelOutput:
-        """hidden: (total tokens, hidden) with its cu_seqlens; for selectors that know the question, which tokens it is,
-        bool (total tokens,), and its match with all; the options are `TRBertModel.forward`'s."""
+        """hidden: (total tokens, hidden) with its cu_seqlens; match: of all tokens, for selectors that know the
+        question; the options are `TRBertModel.forward`'s."""
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if reduce else {}
         policy = selection_policy or self.threshold_policy
         alive = torch.arange(hidden.shape[0], device=hidden.device)
@@ -214,15 +246,13 @@ class TRBertEncoder(nn.Module):
                 if reduction == 0 and samples > 1:
                     hidden, cu_seqlens = _repeated(hidden, cu_seqlens, samples)
                     alive = torch.arange(hidden.shape[0], device=hidden.device)
-                    if question is not None and match is not None:
-                        question, match = question.repeat(samples), match.repeated(samples)
+                    match = match.repeated(samples) if match is not None else None
                 seen = match.at(alive) if match is not None else None
                 logits = self.selectors[reduction](hidden, seen)
                 fixed = torch.zeros_like(logits, dtype=torch.bool)
-                if question is not None:
-                    asked = question[alive]
-                    fixed |= asked
-                    logits = logits.masked_fill(asked, CERTAIN)
+                if seen is not None:
+                    fixed |= seen.asked
+                    logits = logits.masked_fill(seen.asked, CERTAIN)
                 fixed[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
                 keep = policy(reduction, logits, cu_seqlens) | fixed
                 if output_selections:
@@ -388,16 +418,14 @@ class TRBertModel(TRBertPreTrainedModel):
             token_type_ids=batch.token_type_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
         ).squeeze(0)
-        question, match = None, None
+        match = None
         if self.config.question_aware and reduce:
             words = self.embeddings.word_embeddings.weight
-            question = batch.token_type_ids == 0
             match = question_match(batch.input_ids, batch.token_type_ids, batch.cu_seqlens, words)
         output = self.encoder(
             hidden,
             batch.cu_seqlens,
             batch.max_seqlen,
-            question,
             match,
             reduce=reduce,
             selection_policy=selection_policy,

@@ -34,15 +34,14 @@ class Objective(nn.Module):
         return next(module for module in self.model.modules() if isinstance(module, TRBertEncoder))
 
     def imitation_loss(self, output: Any, batch: dict[str, Tensor], counts: Tensor) -> Tensor:
-        """Binary cross-entropy of the selectors to what they are to imitate, of the tokens that each of them judged,
-        summed over the reductions; counts: int64 (windows, reductions), how many tokens are to go on."""
+        """The selectors' loss to what they are to imitate, of the tokens that each of them judged, summed over the
+        reductions; counts: int64 (windows, reductions), how many tokens are to go on."""
         targets = self.losses.keep_targets(batch, self.model.config.reduction_layers, counts)
+        examples = batch["example"].repeat_interleave(batch["cu_seqlens"].diff().long())
         losses = []
         for selection, target in zip(output.selections, targets):
-            judged = ~selection.fixed
-            wanted = target[selection.token_index[judged]]
-            entropies = F.binary_cross_entropy_with_logits(selection.logits[judged], wanted, reduction="none")
-            losses.append(entropies.sum() / judged.sum().clamp(min=1))  # there may be nothing left to judge
+            judged = selection.token_index[~selection.fixed]
+            losses.append(self.losses.imitation(selection.logits[~selection.fixed], target[judged], examples[judged]))
         return torch.stack(losses).sum()
 
     def _cost(self, lengths: Tensor, kept: Tensor, samples: int = 1) -> float:

@@ -5,6 +5,7 @@ Before the upper layers have run, a token's state hardly says whether the questi
 nearest to the question's words, the rarer ones counted more.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,32 +15,50 @@ from .varlen import first_tokens
 
 # Distances, in tokens, at which a word of the question still counts 1/e: a phrase, a sentence or two, a paragraph.
 SCALES = (6.0, 24.0, 96.0)
+# Distances at which a token still counts 1/e for its neighbours: a name, a phrase; and how far is looked.
+NEIGHBOUR_SCALES = (1.0, 4.0)
+REACH = 12
 
 
 @dataclass
 class QuestionMatch:
-    """How near each token is to each of its question's words.
+    """How near each token is to each of its question's words, and which tokens are near each other.
 
     near: fp32 (tokens, words, scales), e^(−distance/scale) to the nearest place of the word in the window's passage, 0
-    if it has none; sequence: int64 (tokens,); words: (sequences, words, hidden), the embeddings of the question's
-    tokens; valid: bool (sequences, words), which of them there are.
+    if it has none; asked: bool (tokens,), the question's own; sequence, place: int64 (tokens,), a token's window and
+    its place there; words: (sequences, words, hidden), the embeddings of the question's tokens; valid: bool (sequences,
+    words), which of them there are; longest: tokens of the longest window.
     """
 
     near: Tensor
+    asked: Tensor
     sequence: Tensor
+    place: Tensor
     words: Tensor
     valid: Tensor
+    longest: int
 
     def at(self, tokens: Tensor) -> "QuestionMatch":
         """Of some tokens, int64 indices (tokens,)."""
-        return QuestionMatch(self.near[tokens], self.sequence[tokens], self.words, self.valid)
+        return dataclasses.replace(
+            self,
+            near=self.near[tokens],
+            asked=self.asked[tokens],
+            sequence=self.sequence[tokens],
+            place=self.place[tokens],
+        )
 
     def repeated(self, times: int) -> "QuestionMatch":
         """Of a varlen batch laid end to end with itself."""
         shifts = torch.arange(times, device=self.sequence.device) * len(self.valid)
-        sequence = (self.sequence + shifts[:, None]).flatten()
         return QuestionMatch(
-            self.near.repeat(times, 1, 1), sequence, self.words.repeat(times, 1, 1), self.valid.repeat(times, 1)
+            near=self.near.repeat(times, 1, 1),
+            asked=self.asked.repeat(times),
+            sequence=(self.sequence + shifts[:, None]).flatten(),
+            place=self.place.repeat(times),
+            words=self.words.repeat(times, 1, 1),
+            valid=self.valid.repeat(times, 1),
+            longest=self.longest,
         )
 
     def coverage(self, weights: Tensor) -> Tensor:
@@ -48,6 +67,22 @@ class QuestionMatch:
         weights = torch.where(self.valid, weights, 0.0).double()  # in doubles, the padding of a batch leaves no trace
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
         return (weights[self.sequence].unsqueeze(-1) * self.near).sum(1).float()
+
+    def asked_mean(self, values: Tensor) -> Tensor:
+        """Means over the question's own tokens of values of all, (tokens, size) → fp32 (sequences, size)."""
+        sums = torch.zeros(len(self.valid), values.shape[1], dtype=torch.float64, device=values.device)
+        sums = sums.index_add(0, self.sequence, values.double() * self.asked[:, None])
+        return (sums / self.valid.sum(1, keepdim=True).clamp(min=1)).float()
+
+    def around(self, values: Tensor) -> Tensor:
+        """Sums of the passage's values around each token, those at a distance counted e^(−distance/scale), over twice
+        the scale: (tokens,) → fp32 (tokens, neighbour scales). Tokens that are not there count 0."""
+        places = torch.zeros(len(self.valid), self.longest + 2 * REACH, dtype=torch.float64, device=values.device)
+        values = values.masked_fill(self.asked, 0.0).double()
+        places = places.index_put((self.sequence, self.place + REACH), values)
+        distance = torch.arange(-REACH, REACH + 1, device=values.device, dtype=torch.float64).abs()
+        kernels = torch.stack([(-distance / scale).exp() / (2 * scale) for scale in NEIGHBOUR_SCALES], dim=1)
+        return (places.unfold(1, len(distance), 1)[self.sequence, self.place] @ kernels).float()
 
 
 def question_match(
@@ -77,4 +112,5 @@ def question_match(
     right = torch.where(same, position, torch.inf).flip(2).cummin(2).values.flip(2)
     distance = torch.minimum(position - left, right - position)[sequence, :, place]
     near = torch.stack([(-distance / scale).exp() for scale in SCALES], dim=2)
-    return QuestionMatch(near, sequence, word_embeddings.detach()[words.clamp(min=0)], valid)
+    embeddings = word_embeddings.detach()[words.clamp(min=0)]
+    return QuestionMatch(near, in_question, sequence, place, embeddings, valid, longest)

@@ -363,7 +363,9 @@ class _Run:
     def set_thresholds(self) -> None:
         """The thresholds of the speed-up asked for, on training documents."""
         _, fractions = self.fractions()
-        if fractions is not None:
+        if fractions is None:
+            self.model.config.selector_thresholds = [0.5] * len(self.model.config.reduction_layers)
+        else:
             thresholds = thresholds_of(cuts_for(self.engine(), self.sample(_CALIBRATION_TOKENS), fractions))
             self.model.config.selector_thresholds = thresholds
             logger.info("kept fractions %s, thresholds %s", np.round(fractions, 3), np.round(thresholds, 3))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.conftest import TINY, tiny_tokenizer
 from trbert_model import InputError, TRBertConfig, TRBertForQuestionAnswering
@@ -144,6 +145,20 @@ def test_what_is_near_an_answer_is_to_go_on(dataset):
     few, many = (losses.keep_targets(batch, [1, 2], torch.full((5, 2), count)) for count in (1, 20))
     assert torch.equal(few, many)
     assert torch.equal(few, found.expand(2, -1))
+
+
+def test_an_answers_ends_are_to_be_above_the_other_tokens_of_their_question():
+    targets = torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0])
+    question = torch.tensor([0, 0, 0, 1, 1])
+    logits = torch.tensor([2.0, 1.0, -1.0, -3.0, 0.5])
+    entropy = F.binary_cross_entropy_with_logits(logits, targets)
+    pairs = [(2.0, 1.0), (2.0, -1.0), (-3.0, 0.5)]
+    order = np.mean([np.log1p(np.exp(other - end)) for end, other in pairs])
+    torch.testing.assert_close(AnswerLosses().imitation(logits, targets, question), entropy + order)
+    nothing = AnswerLosses().imitation(logits[:0], targets[:0], question[:0])
+    assert nothing == 0  # nothing left to judge
+    without = AnswerLosses().imitation(logits[1:3], targets[1:3], question[1:3])
+    torch.testing.assert_close(without, F.binary_cross_entropy_with_logits(logits[1:3], targets[1:3]))
 
 
 def test_layers_below_the_selectors_learn_what_to_keep_in_the_joint_stage_if_asked(dataset):

@@ -40,9 +40,9 @@ def varlen(model, sequences, **kwargs):
 def question_answerer(seed=0, **config):
     torch.manual_seed(seed)
     model = TRBertForQuestionAnswering(TRBertConfig(**TINY, **config)).eval()
-    for selector in model.bert.encoder.selectors:
-        torch.nn.init.normal_(selector.linear_1.weight, std=1.0)
-        torch.nn.init.normal_(selector.linear_2.weight, std=1.0)
+    for parameter in model.bert.encoder.selectors.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=1.0)
     return model
 
 
@@ -158,6 +158,26 @@ def test_a_sequence_does_not_see_its_batch(lengths, layers, seed):
                 torch.testing.assert_close(together.logits[place], alone.logits[0], atol=1e-4, rtol=0)
                 counts = [int(kept[place]) for kept in together.kept_tokens]
                 assert counts == [int(kept[0]) for kept in alone.kept_tokens]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=sequence_lengths.filter(lambda lengths: min(lengths) > 3), seed=st.integers(0, 3))
+def test_a_window_of_a_question_does_not_see_its_batch(lengths, seed):
+    model = question_answerer(seed, question_aware=True, reduction_layers=[0, 2])
+    torch.manual_seed(seed)
+    windows = [torch.randint(5, TINY["vocab_size"], (length,)).numpy() for length in lengths]
+    segments = [[0] * (2 + length // 5) + [1] * (length - 2 - length // 5) for length in lengths]
+    with torch.inference_mode():
+        together = model(**model_inputs(windows, segments), output_selections=True)
+        answers = together.start_logits.split(lengths)
+        for place, (window, segment) in enumerate(zip(windows, segments)):
+            alone = model(**model_inputs([window], [segment]), output_selections=True)
+            on_the_edge = any(
+                (torch.sigmoid(selection.logits) - 0.5).abs().min() < 1e-5 for selection in alone.selections
+            )
+            if not on_the_edge:
+                torch.testing.assert_close(answers[place], alone.start_logits, atol=1e-4, rtol=0)
+                assert [int(kept[place]) for kept in together.kept_tokens] == [int(kept) for kept in alone.kept_tokens]
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trbert_model.question_match import SCALES, question_match
+from trbert_model.question_match import NEIGHBOUR_SCALES, REACH, SCALES, question_match
 from trbert_model.varlen import model_inputs
 
 SEQUENCES = [[2, 7, 8, 3, 9, 7, 9, 9, 8, 7, 3], [2, 7, 3, 8, 9, 3], [2, 5, 6, 7, 7, 3, 6, 9, 9, 9, 9, 5, 3]]
@@ -58,3 +58,34 @@ def test_without_a_second_segment_nothing_is_near():
     batch = model_inputs([np.array([2, 7, 7, 3])])
     alone = question_match(batch["input_ids"], batch["token_type_ids"], batch["cu_seqlens"], EMBEDDINGS)
     assert alone.coverage(torch.ones(alone.valid.shape)).abs().sum() == 0
+
+
+def test_means_over_the_question_and_sums_over_neighbours():
+    together, generator = match([0, 1, 2]), torch.Generator().manual_seed(2)
+    lengths = [len(sequence) for sequence in SEQUENCES]
+    values = torch.randn(sum(lengths), 3, generator=generator)
+    means, around = together.asked_mean(values), together.around(values[:, 0])
+    for row, (part, sums) in enumerate(zip(values.split(lengths), around.split(lengths))):
+        words = SEGMENTS[row].count(0)
+        torch.testing.assert_close(means[row], part[:words].mean(0))
+        for token in range(lengths[row]):
+            places = [j for j in range(words, lengths[row]) if abs(token - j) <= REACH]
+            expected = [
+                sum(float(part[j, 0]) * np.exp(-abs(token - j) / scale) for j in places) / (2 * scale)
+                for scale in NEIGHBOUR_SCALES
+            ]
+            np.testing.assert_allclose(sums[token], expected, rtol=1e-4, atol=1e-6)
+        alone = match([row])
+        assert torch.equal(alone.asked_mean(part)[0], means[row])
+        assert torch.equal(alone.around(part[:, 0]), sums)
+
+
+def test_neighbours_that_were_dropped_count_nothing():
+    whole = match([0, 2])
+    values = torch.arange(1.0, 25.0)
+    some = torch.tensor([0, 1, 2, 3, 5, 8, 11, 12, 20])
+    gone = torch.ones(24, dtype=torch.bool)
+    gone[some] = False
+    assert torch.equal(whole.at(some).around(values[some]), whole.around(values.masked_fill(gone, 0.0))[some])
+    doubled = whole.repeated(2).around(values.repeat(2))
+    assert torch.equal(doubled, whole.around(values).repeat(2, 1))
