@@ -124,6 +124,20 @@ def test_distilbert_question_answering_converts(tmp_path):
         torch.testing.assert_close(output.start_logits, source(ids).start_logits, atol=1e-5, rtol=0)
 
 
+def test_fresh_selectors_that_know_the_question_keep_every_token(tmp_path):
+    config = DistilBertConfig(dim=32, n_heads=4, hidden_dim=64, n_layers=4, vocab_size=99)
+    DistilBertForQuestionAnswering(config).save_pretrained(tmp_path)
+    model = convert_checkpoint(tmp_path, question_aware=True)
+    batch = VarlenBatch.from_sequences([range(5, 25)], token_type_ids=[[0] * 4 + [1] * 16])
+    found = {"token_type_ids": batch.token_type_ids, "cu_seqlens": batch.cu_seqlens, "output_selections": True}
+    output = model(batch.input_ids, **found)
+    assert [int(kept) for kept in output.kept_tokens] == [20, 20]
+    assert (output.selections[0].logits[4:] < 0).all()  # of their own, nothing is near an answer
+    model.save_pretrained(tmp_path / "saved")
+    kept = type(model).from_pretrained(tmp_path / "saved").eval()(batch.input_ids, **found).kept_tokens
+    assert [int(count) for count in kept] == [20, 20]
+
+
 def test_conversion_survives_saving(tmp_path):
     model = convert_checkpoint(REFERENCES[0])
     model.save_pretrained(tmp_path)
