@@ -22,7 +22,8 @@ class TRBertConfig(BertConfig):
         selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
             probability is at least the threshold. Default: 0.5 everywhere, as in the original.
         question_aware (`bool`): the selectors know the question, which is segment 0: its tokens always go on, and of
-            the others they see how much of it stands near them (`question_match`). Not so in the original.
+            the others they see how much of it stands near them and whether they are of the kind it asks for
+            (`QuestionTokenSelector`). Not so in the original.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:

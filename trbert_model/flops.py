@@ -4,6 +4,7 @@ multiply-add. Embeddings, heads, normalisation and activations are left out, on 
 import numpy as np
 
 from .configuration import TRBertConfig
+from .question_match import NEIGHBOUR_SCALES, REACH, SCALES
 
 
 def layer_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
@@ -26,7 +27,7 @@ def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndar
 
     tokens: (sequences,); kept_tokens: (sequences, reductions), tokens alive after each → float64 (sequences,).
     """
-    selector = 2 * (config.hidden_size * config.selector_size + config.selector_size)
+    selector = _selector_flops(config)
     alive = np.asarray(tokens, dtype=np.float64)
     kept = np.asarray(kept_tokens, dtype=np.float64)
     total = np.zeros_like(alive)
@@ -36,3 +37,13 @@ def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndar
             alive = kept[:, config.reduction_layers.index(layer)]
         total += layer_flops(config, alive)
     return total
+
+
+def _selector_flops(config: TRBertConfig) -> int:
+    """FLOPs of one selector on one token."""
+    hidden, size = config.hidden_size, config.selector_size
+    if not config.question_aware:
+        return 2 * (hidden * size + size)
+    features = len(SCALES) + len(NEIGHBOUR_SCALES)
+    kind = 2 * hidden * size + size + (2 * REACH + 1) * len(NEIGHBOUR_SCALES)
+    return 2 * (kind + features + features * size + size)

@@ -27,6 +27,14 @@ def test_selectors_are_counted():
     np.testing.assert_allclose(extra, 2 * 2 * tokens * (768 * 32 + 32))
 
 
+def test_selectors_that_know_the_question_are_counted():
+    config = TRBertConfig(question_aware=True, reduction_layers=[2])
+    tokens, kept = np.array([100]), np.array([[100]])
+    extra = reduced_flops(config, tokens, kept) - dense_flops(config, tokens)
+    kind = 2 * 768 * 32 + 32 + 25 * 2  # what is asked, what the token is, their product, and the neighbours'
+    np.testing.assert_allclose(extra, 2 * 100 * (kind + 5 + 5 * 32 + 32))
+
+
 def test_a_reduction_before_the_first_layer_saves_everything_after_it():
     config = TRBertConfig(reduction_layers=[0])
     few = reduced_flops(config, np.array([100]), np.array([[10]]))[0]
