@@ -15,8 +15,9 @@ DEV = 1000
 _CHARACTERS_PER_TOKEN = 4.6
 # Training questions that are asked of 1,500 tokens: each costs as much as six of a paragraph, two whole windows.
 _LONG_SHARE = 0.05
-# Questions that the long contexts are measured on: each costs what its whole context costs.
-_LONG_QUESTIONS = {1500: 400, 6000: 150}
+# Questions that thresholds for long contexts are chosen on and that they are measured on, by the tokens of a context:
+# each costs what its whole context costs.
+_LONG_QUESTIONS = {("dev", 1500): 150, ("test", 1500): 400, ("test", 6000): 100}
 
 
 def prepare(data: Path, corpora: Path) -> None:
@@ -82,7 +83,7 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
         return {name: _table([_within(row, [row["context"]]) for row in found]) for name, found in parts.items()}
     joined = {
         tokens: {title: _joined(paragraphs, tokens) for title, paragraphs in articles.items()}
-        for tokens in _LONG_QUESTIONS
+        for tokens in (1500, 6000)
     }
 
     def long(row: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -94,8 +95,8 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
     tables["train"] = _table(
         [long(row, 1500) if is_long else _within(row, [row["context"]]) for row, is_long in zip(parts["train"], mixed)]
     )
-    for name, tokens in (("dev", 1500), ("test", 1500), ("test", 6000)):
-        chosen = rng.permutation(len(parts[name]))[: _LONG_QUESTIONS[tokens]]
+    for (name, tokens), questions in _LONG_QUESTIONS.items():
+        chosen = rng.permutation(len(parts[name]))[:questions]
         tables[f"{name}-{tokens}"] = _table([long(parts[name][i], tokens) for i in sorted(chosen)])
     return tables
 
