@@ -112,7 +112,8 @@ class OperatingPoints(nn.Module):
 
 
 class Imitation(Objective):
-    """Each selector alone, by binary cross-entropy to the tokens that the guide ranks highest.
+    """Each selector alone, by the task's imitation loss: the tokens that the guide ranks highest go on, or, of a
+    question, those near its answer.
 
     The selectors meet the tokens that they themselves rank highest, as they will when they are used.
     """
