@@ -83,7 +83,7 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
         return {name: _table([_within(row, [row["context"]]) for row in found]) for name, found in parts.items()}
     joined = {
         tokens: {title: _joined(paragraphs, tokens) for title, paragraphs in articles.items()}
-        for tokens in (1500, 6000)
+        for tokens in {tokens for _, tokens in _LONG_QUESTIONS}
     }
 
     def long(row: dict[str, Any], tokens: int) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def measure(
             started = time.perf_counter()
             results[name].append(systems[name](documents[start : start + block]))
             seconds[name] += time.perf_counter() - started
-        print(f"  {start + block} of {len(documents)} documents", file=sys.stderr, flush=True)
+        print(f"  {min(start + block, len(documents))} of {len(documents)} documents", file=sys.stderr, flush=True)
     return dict(seconds), dict(results), float(np.median(peaks))
 
 

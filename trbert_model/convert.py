@@ -46,7 +46,7 @@ _HEADS = {
 # What an adapter holds: low-rank updates of the layers' matrices, and the small modules whole.
 LORA_TARGETS = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"
 MODULES_TO_SAVE = ["classifier", "qa_outputs", "pooler", "linear_1", "linear_2"]
-MODULES_TO_SAVE += ["word_weight", "asks", "answers", "linear"]  # of selectors that know the question
+MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of selectors that know the question
 
 _HEAD_TENSOR = {"classification": "classifier.weight", "question-answering": "qa_outputs.weight"}
 

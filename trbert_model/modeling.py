@@ -150,15 +150,15 @@ class QuestionTokenSelector(nn.Module):
         self.word_weight = nn.Linear(config.hidden_size, 1, bias=False)
         self.asks = nn.Linear(config.hidden_size, config.selector_size, bias=False)
         self.answers = nn.Linear(config.hidden_size, config.selector_size, bias=False)
-        self.linear = nn.Linear(features, 1)
+        self.evidence = nn.Linear(features, 1)
         self.linear_1 = nn.Linear(features, config.selector_size)
         self.linear_2 = nn.Linear(config.selector_size, 1, bias=False)
 
     def start_afresh(self) -> None:
         """All words alike, and the nearer the better: a good choice to begin with."""
         nn.init.zeros_(self.word_weight.weight)
-        nn.init.constant_(self.linear.weight, 2.0)
-        nn.init.constant_(self.linear.bias, -3.0)  # few tokens are near an answer
+        nn.init.constant_(self.evidence.weight, 2.0)
+        nn.init.constant_(self.evidence.bias, -3.0)  # few tokens are near an answer
 
     def forward(self, hidden: Tensor, match: QuestionMatch) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -168,7 +168,7 @@ class QuestionTokenSelector(nn.Module):
             asked = match.asked_mean(self.asks(hidden))
             kind = match.around((self.answers(hidden) * asked[match.sequence]).sum(-1))
             features = torch.cat([coverage, kind], dim=1)
-            return (self.linear(features) + self.linear_2(F.gelu(self.linear_1(features)))).squeeze(-1)
+            return (self.evidence(features) + self.linear_2(F.gelu(self.linear_1(features)))).squeeze(-1)
 
 
 class FusedSelfAttention(nn.Module):
