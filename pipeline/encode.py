@@ -4,7 +4,6 @@ Every split becomes one row of the Ray Data pipeline (`rows.py`).
 """
 
 import contextlib
-import functools
 import json
 import logging
 import time
@@ -15,10 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer
-
-from trbert_model.configuration import TRBertConfig
-from trbert_model.engine import EngineOptions, make_task, task_of
 
 from .corpus import Shard
 from .documents import to_column
@@ -26,7 +21,7 @@ from .errors import ShardError, StorageError
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .report import SplitStats
 from .rows import error_table, split_table, stopped_table, to_ipc
-from .storage import Storage, fetch_model
+from .storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +35,17 @@ REJECTED_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What the readers need to know of a run; pickles without credentials."""
+    """What the readers need to know of a run; pickles without credentials.
+
+    task: the model's, as the driver has made it: readers need neither the model nor torch and transformers.
+    """
 
     input: Storage
-    model: str
+    task: Any
     text_columns: tuple[str, ...]  # the text's, or the question's and the context's
     id_column: str | None
     keep_columns: tuple[str, ...]
     split_bytes: int
-    engine: EngineOptions
 
     @property
     def passed_columns(self) -> list[str]:
@@ -118,7 +115,6 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
         if WHOLE in entry.care.killers:
             raise ShardError(f"reading it killed its process {entry.care.deaths} times")
         entry.touch(WHOLE)
-        task = _load_task(options.model, options.engine)
         with options.input.errors("read", shard.path):
             for split, shard_rows in cut_splits(shard, options):
                 if entry.client.stopping():
@@ -136,7 +132,7 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
                         read_seconds=time.perf_counter() - started,
                         storage_retries=options.input.retries - retries,
                     )
-                    held = _encode(split, shard, shard_rows, task, options, stats, entry) | {"skipped_rows": skipped}
+                    held = _encode(split, shard, shard_rows, options, stats, entry) | {"skipped_rows": skipped}
                     skipped, retries = 0, options.input.retries
                 started = time.perf_counter()
                 entry.touch(WHOLE)
@@ -315,26 +311,16 @@ def _raw(value: pa.Scalar) -> str:
     return f"a {value.type}"
 
 
-@functools.lru_cache(maxsize=2)
-def _load_task(model: str, engine: EngineOptions) -> Any:
-    """The model's tokenizer and windows, once a worker process."""
-    directory = fetch_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
-    config = TRBertConfig.from_pretrained(directory)
-    return make_task(task_of(config), tokenizer, config, engine)
-
-
 def _encode(
     split: RawSplit,
     shard: Shard,
     shard_rows: int,
-    task: Any,
     options: EncodeOptions,
     stats: SplitStats,
     entry: Entry,
 ) -> dict[str, Any]:
     """Tokenise a split. A text that the tokenizer finds nothing in is rejected too, and one that kills it."""
-    started = time.perf_counter()
+    started, task = time.perf_counter(), options.task
     encoded = task.encode_rows(split.texts) if not entry.care.one_at_a_time else _encode_each(split, task, entry)
     # Without passed columns a record batch holds no rows, so the table is built from the row numbers up.
     documents = pa.table({"row": pa.array(split.row_numbers, pa.int64())})

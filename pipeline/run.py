@@ -20,8 +20,9 @@ from ray._private import ray_constants
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
-from trbert_model.engine import QUESTION_ANSWERING, check_thresholds, load_model, make_task, task_of
+from trbert_model.engine import check_thresholds, load_model, make_task, task_of
 from trbert_model.errors import TRBertError
+from trbert_model.tasks.question_answering import QuestionAnsweringTask
 
 from .choice import Expectation, Model, choose, kept_drift, label_drift, last_labels
 from .commit import (
@@ -115,8 +116,7 @@ def _check(config: ScoreConfig) -> tuple[Storage, list[Shard], Model]:
     directory = fetch_model(config.model)
     try:
         loaded, tokenizer = load_model(directory)
-        task = task_of(loaded.config)
-        make_task(task, tokenizer, loaded.config, config.engine_options())
+        task = make_task(task_of(loaded.config), tokenizer, loaded.config, config.engine_options())
         if config.thresholds is not None:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:
@@ -343,21 +343,20 @@ class _Run:
         assert placement is not None  # only a run with nothing to do has none
         options = EncodeOptions(
             input=config.storage(input_root(config.input)),
-            model=Storage(config.model).uri,
+            task=self.model.task,
             text_columns=(
                 (config.question_column, config.context_column)
-                if self.model.task == QUESTION_ANSWERING
+                if isinstance(self.model.task, QuestionAnsweringTask)
                 else (config.text_column,)
             ),
             id_column=config.id_column,
             keep_columns=config.keep_columns,
             split_bytes=config.split_bytes,
-            engine=config.engine_options(),
         )
         predictor = {
             "passed_columns": options.passed_columns,
             "id_column": config.id_column,
-            "model": options.model,
+            "model": Storage(config.model).uri,
             "probabilities": config.probabilities,
             "no_answer_threshold": config.no_answer_threshold,
             "spans": config.n_best > 1,

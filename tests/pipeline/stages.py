@@ -1,7 +1,9 @@
 """The pipeline's stages in this process, without Ray: corpora, options, and a whole run of one shard."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +15,9 @@ from pipeline.manifest import write_manifest
 from pipeline.predict import SplitPredictor
 from pipeline.rows import from_ipc
 from pipeline.storage import Storage
-from trbert_model.engine import EngineOptions
+from trbert_model.engine import Engine, EngineOptions
 
+ON_CPU = EngineOptions(device="cpu")
 WORDS = "the good bad fine news sport a of and game bank".split()
 
 
@@ -32,15 +35,20 @@ def write_shard(path: Path, columns: dict, **options) -> Path:
     return path
 
 
-def encode_options(directory: Path, model: Path, **changes) -> EncodeOptions:
+@functools.cache
+def task_of(model: Path, engine: EngineOptions) -> Any:
+    """What the driver gives the readers."""
+    return Engine.from_pretrained(model, engine).task
+
+
+def encode_options(directory: Path, model: Path, engine: EngineOptions = ON_CPU, **changes) -> EncodeOptions:
     settings = {
         "input": Storage(str(directory)),
-        "model": str(model),
+        "task": task_of(model, engine),
         "text_columns": ("text",),
         "id_column": "id",
         "keep_columns": (),
         "split_bytes": 1 << 20,
-        "engine": EngineOptions(device="cpu"),
     }
     return EncodeOptions(**settings | changes)
 

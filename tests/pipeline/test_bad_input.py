@@ -32,7 +32,7 @@ from pipeline.corpus import MARKERS, OBJECT_NAME, QUARANTINE, Shard, input_root,
 from pipeline.predict import SplitPredictor
 from pipeline.storage import Storage
 from tests.conftest import SPECIAL, WORDS, tiny_classifier, tiny_tokenizer
-from tests.pipeline.stages import encode_options, only_shard, run_stages, texts, write_shard
+from tests.pipeline.stages import ON_CPU, encode_options, only_shard, run_stages, texts, write_shard
 from trbert_model import ConfigurationError
 from trbert_model.engine import EngineOptions
 from trbert_model.options import parse_options
@@ -51,10 +51,17 @@ def loaded(passed: tuple[str, ...], id_column: str | None, model: str, engine: E
     return SplitPredictor(list(passed), id_column, model=model, **dataclasses.asdict(engine))
 
 
-def score_shards(shards: Iterable[Shard], directory: Path, model: Path, output: Storage, **options) -> dict[str, dict]:
+def score_shards(
+    shards: Iterable[Shard],
+    directory: Path,
+    model: Path,
+    output: Storage,
+    engine: EngineOptions = ON_CPU,
+    **options,
+) -> dict[str, dict]:
     """Every shard through the stages, with its marker as a run writes it; the last rows of those with an error."""
-    settings = encode_options(directory, model, **options)
-    predictor = loaded(tuple(settings.passed_columns), settings.id_column, settings.model, settings.engine)
+    settings = encode_options(directory, model, engine, **options)
+    predictor = loaded(tuple(settings.passed_columns), settings.id_column, str(model), engine)
     failed = {}
     for shard in shards:
         rows = run_stages(shard, settings, predictor, output)

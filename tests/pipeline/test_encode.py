@@ -1,6 +1,9 @@
 """Shards → encoded splits: every row is in exactly one split, as a document or as a rejected row."""
 
 import json
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -271,3 +274,23 @@ def test_the_payload_is_what_the_tokenizer_says(tmp_path, model_directory):
     assert tokens[0].dtype == np.int32
     assert set(row) - {"documents", "bad"} == set(SPLIT_SCHEMA.names)
     assert json.loads(row["stats"])["text_bytes"] == 16
+
+
+def test_readers_do_without_the_model_torch_and_transformers(tmp_path, model_directory):
+    """They start in a fraction of the time: what the driver gives them is enough to read a shard."""
+    write_shard(tmp_path / "a.parquet", {"id": range(5), "text": texts(5)})
+    options = encode_options(tmp_path, model_directory)
+    (tmp_path / "options").write_bytes(pickle.dumps((only_shard(tmp_path), options)))
+    code = """
+import pickle, sys
+from pathlib import Path
+from pipeline.encode import encode_shard
+from pipeline.ledger import NO_LEDGER
+shard, options = pickle.loads(Path(sys.argv[1]).read_bytes())
+with NO_LEDGER.work("reading") as entry:
+    tables = list(encode_shard(shard, frozenset(), options, entry))
+print(sum(table["rows"][0].as_py() for table in tables), sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    run = [sys.executable, "-c", code, str(tmp_path / "options")]
+    finished = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert finished.stdout.strip() == "5 []", finished.stderr[-2000:]

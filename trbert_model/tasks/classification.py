@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
-from .text import check_overflow, pieces, prepare_tokenizer
+from .text import BareTokenizer, check_overflow, pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -27,12 +29,12 @@ class Window:
 class ClassificationTask:
     """How documents become sequences, and sequences' outputs a document's.
 
-    tokenizer: a fast BERT tokenizer; max_positions: tokens a sequence may have, [CLS] and [SEP] included;
-    overflow: what becomes of longer documents, "windows" or "truncate"; stride: tokens a window shares with the one
-    before it (the transformers tokenizers' meaning of the word), by default an eighth of a window.
+    tokenizer: a fast BERT tokenizer, kept as a `BareTokenizer`; max_positions: tokens a sequence may have, [CLS] and
+    [SEP] included; overflow: what becomes of longer documents, "windows" or "truncate"; stride: tokens a window shares
+    with the one before it (the transformers tokenizers' meaning of the word), by default an eighth of a window.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
     max_positions: int
     overflow: str = "windows"
     stride: int | None = None
@@ -44,7 +46,7 @@ class ClassificationTask:
             raise ConfigurationError(
                 f"stride {self.shared} must be less than the {self.max_positions - 2} tokens of a window"
             )
-        prepare_tokenizer(self.tokenizer)
+        self.tokenizer = BareTokenizer.of(self.tokenizer)
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""

@@ -10,13 +10,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
-from .text import check_overflow, pieces, prepare_tokenizer
+from .text import BareTokenizer, check_overflow, pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A window must have room for a passage beside its question.
 _LEAST_CONTEXT_TOKENS = 16
@@ -91,13 +93,13 @@ class Answer:
 class QuestionAnsweringTask:
     """How questions become sequences, and sequences' outputs answers.
 
-    tokenizer: a fast BERT tokenizer; max_positions: tokens a sequence may have; overflow: what becomes of longer
-    contexts, "windows" or "truncate"; stride: tokens a window shares with the
-    one before it, by default a quarter of the room for the passage and at most 128; max_answer_tokens: of a span;
-    n_best: spans to return.
+    tokenizer: a fast BERT tokenizer, kept as a `BareTokenizer`; max_positions: tokens a sequence may have; overflow:
+    what becomes of longer contexts, "windows" or "truncate"; stride: tokens a window shares with the one before it, by
+    default a quarter of the room for the passage and at most 128; max_answer_tokens: of a span; n_best: spans to
+    return.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
     max_positions: int
     overflow: str = "windows"
     stride: int | None = None
@@ -109,7 +111,7 @@ class QuestionAnsweringTask:
         for name in ("max_answer_tokens", "n_best"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} {getattr(self, name)} must be at least 1")
-        prepare_tokenizer(self.tokenizer)
+        self.tokenizer = BareTokenizer.of(self.tokenizer)
 
     def encode(self, questions: Sequence[str], contexts: Sequence[str]) -> list[EncodedQuestion]:
         """Token ids and offsets; a context that occurs more than once is tokenised once and shared."""
