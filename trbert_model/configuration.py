@@ -21,9 +21,11 @@ class TRBertConfig(BertConfig):
         selector_size (`int`): width of the selectors' hidden layer.
         selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
             probability is at least the threshold. Default: 0.5 everywhere, as in the original.
-        question_aware (`bool`): the selectors know the question, which is segment 0: its tokens always go on, and of
-            the others they see how much of it stands near them and whether they are of the kind it asks for
-            (`QuestionTokenSelector`). Not so in the original.
+        question_aware (`bool`): the selectors know the question, which is segment 0: of the other tokens they see how
+            much of it stands near them and whether they are of the kind it asks for (`QuestionTokenSelector`). Not so
+            in the original.
+        question_layers (`int`, *optional*): layers that the tokens of such a question always go through; later
+            selectors judge them like others. Default: two thirds of the layers.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:
@@ -35,11 +37,13 @@ class TRBertConfig(BertConfig):
 
     selector_size: int = 32
     if TYPE_CHECKING:  # never None once __post_init__ has run
+        question_layers: int
         reduction_layers: list[int]
         selector_thresholds: list[float]
     else:
         reduction_layers: list[int] | None = None
         selector_thresholds: list[float] | None = None
+        question_layers: int | None = None
     question_aware: bool = False
     pooler_activation: str = "tanh"
 
@@ -54,6 +58,8 @@ class TRBertConfig(BertConfig):
                 f"reduction_layers {layers} must be increasing indices from 0 to {depth - 1} "
                 f"(the model has {depth} layers)"
             )
+        if self.question_layers is None:
+            self.question_layers = 2 * depth // 3
         if self.selector_thresholds is None:
             self.selector_thresholds = [0.5] * len(layers)
         if len(self.selector_thresholds) != len(layers):

@@ -38,7 +38,7 @@ HALF_LAYER_MULTIPLE = 512
 # that go on, bool (tokens entering,). The first token of a sequence goes on whatever it says, and so does one with the
 # keep logit `CERTAIN`.
 SelectionPolicy = Callable[[int, Tensor, Tensor], Tensor]
-# The keep logit of tokens that are not for the selectors to judge (`TRBertConfig.question_aware`): finite, for it
+# The keep logit of tokens that are not for the selectors to judge (`TRBertConfig.question_layers`): finite, for it
 # meets arithmetic, and with a probability that no threshold is above.
 CERTAIN = 100.0
 
@@ -250,7 +250,7 @@ class TRBertEncoder(nn.Module):
                 seen = match.at(alive) if match is not None else None
                 logits = self.selectors[reduction](hidden, seen)
                 fixed = torch.zeros_like(logits, dtype=torch.bool)
-                if seen is not None:
+                if seen is not None and index < self.config.question_layers:
                     fixed |= seen.asked
                     logits = logits.masked_fill(seen.asked, CERTAIN)
                 fixed[first_tokens(cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out

@@ -69,7 +69,7 @@ class TrainingConfig(LabelledColumns):
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
     question_aware: bool = option(
-        True, "the selectors know the question, and its tokens always go on; not so in the paper (question answering)"
+        True, "the selectors know the question, and its tokens stay for two thirds of the layers; not so in the paper"
     )
     max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
     speedup: float | None = option(

@@ -253,19 +253,21 @@ def test_a_token_stays_at_exactly_the_threshold():
 
 
 def test_the_first_segment_goes_on_if_the_configuration_says_so(tmp_path):
-    """A question's tokens, whatever thresholds and policies say; the others as without it."""
+    """A question's tokens, whatever thresholds and policies say, through the layers that it is to go through."""
     torch.manual_seed(0)
     config = TRBertConfig(**{**TINY, "question_aware": True, "selector_thresholds": [1.0, 1.0]})
+    assert config.question_layers == 2
     TRBertForQuestionAnswering(config).save_pretrained(tmp_path)
     model = TRBertForQuestionAnswering.from_pretrained(tmp_path).eval()
     assert model.config.question_aware
     batch = model_inputs([np.arange(5, 17), np.arange(5, 13)], [[0] * 4 + [1] * 8, [0] * 3 + [1] * 5])
     output = model(**batch, output_selections=True)
-    assert [kept.tolist() for kept in output.kept_tokens] == [[4, 3]] * 2
+    assert [kept.tolist() for kept in output.kept_tokens] == [[4, 3], [1, 1]], "[CLS] goes on in any case"
     first, second = output.selections
     assert torch.equal(first.keep, batch["token_type_ids"] == 0)
     assert torch.equal(first.fixed, first.keep)
-    assert bool(second.fixed.all())
+    assert second.fixed.tolist() == [True, False, False, False, True, False, False]
+    model.config.question_layers = model.config.num_hidden_layers
 
     def nothing(reduction, logits, cu_seqlens):
         return torch.zeros_like(logits, dtype=torch.bool)
