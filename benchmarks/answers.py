@@ -1,13 +1,12 @@
 """Answering questions over long contexts: the clock against transformers' `BertForQuestionAnswering`.
 
-    python -m benchmarks.answers --model MODEL [--longer MODEL] --questions test-1500.parquet test-6000.parquet
+    python -m benchmarks.answers --model MODEL --questions test-1500.parquet test-6000.parquet
 
 The model is one that `benchmarks.quality --runs squad` trained; its thresholds come from its calibration table, or from
 the one in --table (the run leaves one made with joined contexts in MODEL/dev-1500). Every system computes the same
 windows of the same weights, block by block in turn: the engine, dense and reduced, and transformers' model in padded
 batches of windows sorted by length, of several sizes, of which the best counts. Tokenisation is outside of all timings,
 and so is finding the spans of the padded systems' logits (not of the engine's).
-With --longer, a dense model with more positions answers the same questions from fewer, longer windows.
 """
 
 import argparse
@@ -61,7 +60,6 @@ def some(corpus: LabelledQuestions, limit: int | None) -> LabelledQuestions:
 
 def compare(
     directory: Path,
-    longer: Path | None,
     questions: Path,
     speedup: float,
     table_directory: Path,
@@ -82,9 +80,6 @@ def compare(
     corpus = some(LabelledQuestions.read(str(questions), dense.task), limit)
     documents = corpus.documents
     systems: dict[str, Any] = {"dense": dense.score, "reduced": reduced.score}
-    if longer is not None:
-        engine = Engine.from_pretrained(longer, EngineOptions(device="cpu", reduce=False))
-        systems[f"dense, windows of {engine.config.max_position_embeddings}"] = engine.score
     for batch in BATCHES:
         systems[f"padded {batch}, sorted"] = lambda block, batch=batch: run_padded(bert, dense.task, block, batch)
     seconds, results, peak = measure(systems, documents, block, lambda: matrix_product_peak(model.config))
@@ -129,7 +124,6 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a question answering model with its table")
-    parser.add_argument("--longer", type=Path, help="a dense model of more positions, measured beside it")
     parser.add_argument("--questions", type=Path, nargs="+", required=True, help="Parquet files of questions")
     parser.add_argument("--speedup", type=float, default=3.0, help="FLOPs speed-up to choose thresholds for")
     parser.add_argument("--table", type=Path, help="directory of the table to choose from (default: the model's)")
@@ -143,7 +137,6 @@ def main() -> None:
     corpora = {
         path.stem: compare(
             arguments.model,
-            arguments.longer,
             path,
             arguments.speedup,
             arguments.table or arguments.model,

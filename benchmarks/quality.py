@@ -185,10 +185,10 @@ class Workshop:
         """The fine-tuned dense model of a corpus, which all its runs share, trained if it is not there."""
         output = self.work / "dense" / corpus
         if not (output / "training.json").exists():
-            train(self._config(corpus, self.backbone, output, speedup=None, speed_range=None, **NONE))
+            train(self.config(corpus, self.backbone, output, speedup=None, speed_range=None, **NONE))
         return output
 
-    def _config(
+    def config(
         self, corpus: str, backbone: str | Path, output: Path, *, evaluated: bool = True, **changes: Any
     ) -> TrainingConfig:
         """The corpus's recipe with changes."""
@@ -261,7 +261,7 @@ class Workshop:
         return {"machine": machine(), "dense": dense_outcome, "points": points}
 
     def _read(self, corpus: str, part: str, engine: Engine) -> LabelledCorpus:
-        config = self._config(corpus, self.backbone, self.work)
+        config = self.config(corpus, self.backbone, self.work)
         return read_corpus(str(self.file(corpus, part)), config, engine.task, engine.config)
 
     def _dense_outcome(self, name: str, part: str, engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
@@ -278,10 +278,10 @@ class Workshop:
             shallow = self.work / "runs" / f"{output.name}-backbone"
             _first_layers(self.backbone, shallow, run.layers)
             plain: dict[str, Any] = {**NONE, "reduction_layers": (), "speedup": None, "speed_range": None}
-            train(self._config(corpus, shallow, output, **plain))
+            train(self.config(corpus, shallow, output, **plain))
             return output
         options = {"fine_tune_epochs": 0.0, **run.options}
-        config = self._config(corpus, dense, output, evaluated=not run.is_comparison, **options)
+        config = self.config(corpus, dense, output, evaluated=not run.is_comparison, **options)
         if run.rule is None:
             train(config)
             return output

@@ -1,0 +1,101 @@
+"""Longer windows or more windows: a dense model of SQuAD with 512 positions beside one with 1,024, on long contexts.
+
+    python -m benchmarks.windows --data DIRECTORY --work build/quality
+
+Both go on from the dense model that `benchmarks.quality --runs squad` fine-tuned, for one more epoch of the same
+questions about contexts of 1,500 tokens, the second with its position table extended: so they differ in nothing but
+their windows. They answer the same held-out questions, block by block in turn.
+"""
+
+import argparse
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine, save
+from benchmarks.corpora import prepare
+from benchmarks.engine import measure
+from benchmarks.quality import NONE, Workshop
+from trbert_model.calibration import bootstrap_interval
+from trbert_model.engine import DocumentResults, Engine, EngineOptions
+from trbert_model.labelled import LabelledQuestions
+from trbert_model.training import train
+
+POSITIONS = (512, 1024)
+PARTS = ("test-1500", "test-6000")
+BLOCK = 5  # questions each model answers in its turn
+
+
+def trained(workshop: Workshop, positions: int) -> Path:
+    """The model with so many positions, trained if it is not there."""
+    output = workshop.work / "runs" / f"squad-windows-{positions}"
+    if not (output / "training.json").exists():
+        dense = workshop.dense("squad")
+        options: dict[str, Any] = {**NONE, "fine_tune_epochs": 1.0, "speedup": None, "speed_range": None}
+        if positions > POSITIONS[0]:
+            options["max_positions"] = positions
+        config = workshop.config("squad", dense, output, evaluated=False, **options)
+        train(dataclasses.replace(config, train=str(workshop.file("squad", "train-1500"))))
+    return output
+
+
+def compare(engines: dict[int, Engine], questions: Path) -> dict[str, Any]:
+    """Every model on the same questions."""
+    corpus = LabelledQuestions.read(str(questions), engines[POSITIONS[0]].task)  # before contexts are cut into windows
+    systems: dict[str, Any] = {str(positions): engine.score for positions, engine in engines.items()}
+    seconds, parts, _ = measure(systems, corpus.documents, BLOCK, lambda: 0.0)
+    results = {name: DocumentResults.concatenate(parts[name]) for name in systems}
+    scores = {name: corpus.all_scores(found) for name, found in results.items()}
+    rows = {}
+    for name, found in results.items():
+        difference = scores[name]["f1"] - scores[str(POSITIONS[0])]["f1"]
+        rows[name] = {
+            "f1": 100 * float(scores[name]["f1"].mean()),
+            "exact_match": 100 * float(scores[name]["exact_match"].mean()),
+            "difference": 100 * float(difference.mean()),
+            "interval": [100 * value for value in bootstrap_interval(difference)],
+            "seconds": seconds[name],
+            "windows": int(found.num_windows.sum()),
+            "tokens": int(found.num_tokens.sum()),
+            "flops": float(found.flops.sum()),
+        }
+    return {"questions": len(corpus.documents), "models": rows}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        "| contexts | questions | positions | windows | tokens | questions/s | F1 | exact match | beside 512 (95%) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, measured in result["corpora"].items():
+        for positions, row in measured["models"].items():
+            low, high = row["interval"]
+            beside = f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f})" if int(positions) > POSITIONS[0] else "–"
+            speed = measured["questions"] / row["seconds"]
+            lines.append(
+                f"| {name} | {measured['questions']} | {positions} | {row['windows']:,} | {row['tokens']:,} | "
+                f"{speed:.2f} | {row['f1']:.2f} | {row['exact_match']:.2f} | {beside} |"
+            )
+    where = result["machine"]
+    lines += ["", f"{where['cores']} cores of {where['cpu']}, fp32, torch {where['torch']}, {where['date']}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory with the corpora, see corpora.prepare")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="as benchmarks.quality's")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    prepare(arguments.data, arguments.work / "corpora")
+    workshop = Workshop(arguments.work, "float32")
+    options = EngineOptions(device="cpu", reduce=False)
+    engines = {positions: Engine.from_pretrained(trained(workshop, positions), options) for positions in POSITIONS}
+    corpora = {part: compare(engines, workshop.file("squad", part)) for part in PARTS}
+    result = {"machine": machine(), "corpora": corpora}
+    save("windows", result, markdown(result))
+
+
+if __name__ == "__main__":
+    main()
