@@ -1,4 +1,5 @@
-"""What a run's processes tell each other: which work is under way where, how often it has killed, when to stop.
+"""What a run's processes tell each other: which work is under way where, how often it has killed, whether actors can
+load the model, when to stop.
 
 Ray computes a killed task again, for ever, and tells nobody how often. So every stage enters its work (a shard being
 read, a split being scored or written) here before it begins and crosses it out afterwards; work that another process
@@ -72,6 +73,7 @@ class Ledger:
         self._work: dict[str, _Work] = {}
         self._stop = Stop.NO
         self._deaths = 0
+        self._loads, self._load_failure = 0, ""
 
     def begin(self, work: str, process: str) -> tuple[Care, Stop]:
         """Enter work that a process begins."""
@@ -106,6 +108,17 @@ class Ledger:
     def deaths(self) -> int:
         """Processes that died at their work, so far."""
         return self._deaths
+
+    def begin_load(self) -> None:
+        """Enter that an actor begins to load the model."""
+        self._loads += 1
+
+    def load_failed(self, reason: str) -> None:
+        self._load_failure = reason
+
+    def loads(self) -> tuple[int, str]:
+        """How often loading the model was begun, and what the last failure was."""
+        return self._loads, self._load_failure
 
 
 def start_ledger() -> "LedgerClient":
@@ -154,6 +167,15 @@ class LedgerClient:
 
     def deaths(self) -> int:
         return self._ask("deaths") or 0
+
+    def begin_load(self) -> None:
+        self._ask("begin_load")
+
+    def load_failed(self, error: Exception) -> None:
+        self._ask("load_failed", f"on {socket.gethostname()}: {type(error).__name__}: {error}")
+
+    def loads(self) -> tuple[int, str]:
+        return self._ask("loads") or (0, "")
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         if self._actor is None:

@@ -1,6 +1,7 @@
 """Encoded splits → scored splits, in actors that hold a model; and the same model for ordinary `map_batches`."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ import ray
 import torch
 
 from trbert_model.engine import DocumentResults, Engine, EngineOptions
+from trbert_model.errors import TRBertError
 from trbert_model.tasks.classification import softmax
 from trbert_model.tasks.question_answering import Answer, Span
 
@@ -30,6 +32,7 @@ from .storage import fetch_model, model_digest
 logger = logging.getLogger(__name__)
 
 _STOP_INTERVAL = 1.0  # seconds between two questions whether to stop
+_MOST_SECONDS_BETWEEN_LOADS = 30.0
 
 
 @dataclass(frozen=True)
@@ -214,9 +217,27 @@ class SplitPredictor(TRBertPredictor):
     def __init__(
         self, passed_columns: list[str], id_column: str | None, ledger: LedgerClient = NO_LEDGER, **options: Any
     ):
-        super().__init__(**options)
         self.passed_columns, self.id_column, self.ledger = passed_columns, id_column, ledger
+        self._load(**options)
         self.actor = (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or "driver"
+
+    def _load(self, **options: Any) -> None:
+        """Load the model; if it cannot be had, say so and try again until the run ends. Ray would start the actor anew
+        without end, and tell nobody: the driver gives up when all it hears is this."""
+        for number in itertools.count():
+            self.ledger.begin_load()
+            try:
+                super().__init__(**options)
+                return
+            except (PipelineError, TRBertError) as error:
+                self.ledger.load_failed(error)
+                if self.ledger is NO_LEDGER:
+                    raise
+                logger.warning("the model cannot be loaded: %s", error)
+            except Exception as error:
+                self.ledger.load_failed(error)
+                raise
+            time.sleep(min(2**number, _MOST_SECONDS_BETWEEN_LOADS))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.concat_tables(self._predict(batch.slice(i, 1)) for i in range(batch.num_rows))

@@ -46,7 +46,7 @@ from .placement import Placement, place
 from .predict import SplitPredictor
 from .report import RunStatistics, SplitStats
 from .rows import STOPPED
-from .stopping import StopRequest, StopWatch
+from .stopping import EndWhenOver, OverError, StopRequest, StopWatch
 from .storage import Storage, fetch_model, model_digest
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 
 # (340 ms of idle GPU between splits); so every stage asks for something else. Actors take 1 CPU or more.
 READER_CPUS = 0.5
 COMMIT_CPUS = 0.25
+_LOADS_AN_ACTOR = 4  # without a split that comes back: nobody can load the model
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -245,7 +246,8 @@ class _Run:
         self.known_markers: dict[str, Marker] = {}
         self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
         self.markers: list[Future] = []
-        self.output_error: str | None = None
+        self.failure: str | None = None
+        self.loads_before, self.splits_before = 0, 0  # see `_hopeless`
 
     def execute(self) -> dict[str, Any]:
         """Run the pipeline, mark the output complete if it is, write the report, whatever happens in between."""
@@ -317,20 +319,33 @@ class _Run:
         deadline = None if after is None else (self.started + after, f"{config.stop_after} are over")
         try:
             with (
-                _data_context(),
-                StopWatch(self.stop, self.ledger, deadline, config.stop_grace, _say) as watch,
+                StopWatch(self.stop, self.ledger, deadline, config.stop_grace, _say, self._hopeless) as watch,
+                _data_context(watch),
                 contextlib.closing(self._splits()) as splits,
             ):
-                for row in splits:
-                    self._take(row)
-                    if watch.is_over:
-                        break
+                try:
+                    for row in splits:
+                        self._take(row)
+                except OverError as error:
+                    logger.debug("%r", error)  # why is said; `_verdict` tells what is missing
         finally:
             done.set()
             reporter.join()
         self.statistics.deaths = self.ledger.deaths()
         for marker in self.markers:
             marker.result()
+
+    def _hopeless(self) -> str | None:
+        """Why nothing more is to be expected: every actor has tried to load the model again and again since the last
+        split came back."""
+        loads, reason = self.ledger.loads()
+        if self.statistics.splits > self.splits_before:
+            self.loads_before, self.splits_before = loads, self.statistics.splits
+        assert self.placement is not None
+        if loads - self.loads_before <= _LOADS_AN_ACTOR * self.placement.num_actors:
+            return None
+        self.failure = f"no actor can load the model ({reason or 'they die while they do'})"
+        return self.failure
 
     def _splits(self) -> Generator[dict[str, Any], None, None]:
         """The rows that come out of the Ray Data pipeline; closing it ends the pipeline."""
@@ -401,7 +416,7 @@ class _Run:
         if row["error"] is not None:
             if row["actor"] is not None and row["error"].startswith(f"{StorageError.__name__}:"):
                 # The output has failed for longer than the retries last: more results would have nowhere to go.
-                self.output_error = row["error"]
+                self.failure = row["error"]
                 self.stop.request("the output cannot be written")
             if row["index"] < 0:
                 self.statistics.unreadable[row["shard"]] = row["error"]
@@ -441,8 +456,8 @@ class _Run:
         vanished = [
             path for path, progress in self.progress.items() if not progress.is_complete and path not in accounted
         ]
-        if self.output_error:
-            return f"failed: {self.output_error}; run again to finish", EXIT_FAILED
+        if self.failure:
+            return f"failed: {self.failure}; run again to finish", EXIT_FAILED
         if vanished and not self.stop.reason:
             raise PipelineError(f"splits of {len(vanished)} shards never came back, of {vanished[0]} first; run again")
         if failed:
@@ -485,13 +500,20 @@ class _data_context:  # noqa: N801 - used as a function
         "execution_no_progress_timeout_s": 24 * 3600,
     }
 
+    def __init__(self, watch: StopWatch | None = None):
+        self.watch = watch
+
     def __enter__(self) -> None:
         self.context = ray.data.DataContext.get_current()
-        self.before = {name: getattr(self.context, name) for name in self.SETTINGS}
-        for name, value in self.SETTINGS.items():
+        callbacks = [*self.context.custom_execution_callback_classes, EndWhenOver]
+        settings = self.SETTINGS | {"custom_execution_callback_classes": callbacks}
+        self.before = {name: getattr(self.context, name) for name in settings}
+        for name, value in settings.items():
             setattr(self.context, name, value)
+        self.token = EndWhenOver.watch.set(self.watch)
 
     def __exit__(self, *exception: object) -> None:
+        EndWhenOver.watch.reset(self.token)
         for name, value in self.before.items():
             setattr(self.context, name, value)
 

@@ -5,10 +5,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.exceptions import ExecutionTimeoutError
 
 from .ledger import LedgerClient, Stop
 
-_INTERVAL = 0.5
+_INTERVAL, _HOPE_INTERVAL = 0.5, 5.0
 # Splits that were told to abandon what they do need a moment to say so.
 _LAST_WORDS_SECONDS = 10.0
 
@@ -52,6 +57,7 @@ class StopWatch:
         deadline: time.time() at which the run stops by itself, with the reason to give.
         grace: seconds that splits under way have to finish.
         say: where to announce it.
+        hopeless: asked every few seconds; a reason to stop if the run cannot get any further.
     """
 
     def __init__(
@@ -61,7 +67,9 @@ class StopWatch:
         deadline: tuple[float, str] | None,
         grace: float,
         say: Callable[[str], None],
+        hopeless: Callable[[], str | None] = lambda: None,
     ):
+        self._hopeless = hopeless
         self._request, self._ledger, self._deadline, self._grace, self._say = request, ledger, deadline, grace, say
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
@@ -81,8 +89,12 @@ class StopWatch:
         return since is not None and time.monotonic() - since > self._grace + _LAST_WORDS_SECONDS
 
     def _watch(self) -> None:
-        told = Stop.NO
+        told, looked = Stop.NO, time.monotonic()
         while not self._over.wait(_INTERVAL):
+            if self._request.since is None and time.monotonic() - looked > _HOPE_INTERVAL:
+                looked = time.monotonic()
+                if reason := self._hopeless():
+                    self._request.request(reason)
             if self._deadline is not None and time.time() > self._deadline[0]:
                 self._request.request(self._deadline[1])
             if self._request.since is None:
@@ -100,3 +112,21 @@ class StopWatch:
                 )
                 self._ledger.stop(how)
                 told = how
+
+
+class OverError(ExecutionTimeoutError):
+    """A stopped run's grace is over."""  # Ray Data takes others for its own bugs, and prints their tracebacks
+
+
+class EndWhenOver(ExecutionCallback):
+    """Ends Ray Data's execution when a run's grace is over: whoever waits for a split would wait on, where none comes
+    (for want of a machine for the actors, say). Ray Data makes it from its class, in the thread that starts the run."""
+
+    watch: ContextVar[StopWatch | None] = ContextVar("watch", default=None)
+
+    def __init__(self) -> None:
+        self._watch = self.watch.get()
+
+    def on_execution_step(self, executor: Any) -> None:
+        if self._watch is not None and self._watch.is_over:
+            raise OverError

@@ -1,10 +1,13 @@
 """Who kills whom: deaths are counted by work, blame needs care and a repetition, and without need nothing is asked."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipeline.encode import read_shards, shard_groups
+from pipeline.errors import StorageError
 from pipeline.ledger import (
     DEATHS_BEFORE_CARE,
     DEATHS_OF_A_DOCUMENT,
@@ -20,6 +23,7 @@ from pipeline.ledger import (
 from pipeline.predict import SplitPredictor
 from pipeline.rows import from_ipc
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
+from trbert_model.errors import CheckpointError
 
 
 class Deaths:
@@ -176,6 +180,35 @@ def test_nothing_begins_and_nothing_goes_on_once_the_run_stops(encoded, model_di
     assert under_way["error"].to_pylist() == [None], "what has begun may finish"
     abandoned = predictor(model_directory, FixedLedger(stopping=Stop.NOW))(split)
     assert abandoned["error"].to_pylist() == ["stopped"]
+
+
+def test_an_actor_tries_again_to_load_the_model_and_says_so(model_directory, monkeypatch):
+    class Told(FixedLedger):
+        told: list = []
+
+        def _ask(self, method, *arguments):
+            self.told.append((method, *arguments))
+
+    failures = iter([StorageError("m: cannot read: SlowDown"), CheckpointError("m: half of it is missing")])
+
+    def fetch(model):
+        for error in failures:
+            raise error
+        return Path(model)
+
+    slept = []
+    monkeypatch.setattr("pipeline.predict.fetch_model", fetch)
+    monkeypatch.setattr("pipeline.predict.time.sleep", slept.append)
+    assert predictor(model_directory, Told()).engine.labels == ["bad", "fine", "good"]
+    assert [method for method, *_ in Told.told] == ["begin_load", "load_failed"] * 2 + ["begin_load"]
+    assert Told.told[1][1].endswith(": StorageError: m: cannot read: SlowDown")
+    assert slept == [1, 2]
+
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.begin_load()
+    ledger.load_failed("why")
+    assert ledger.loads() == (3, "why")
 
 
 def test_without_a_ledger_nothing_is_asked():

@@ -5,8 +5,10 @@ import signal
 import threading
 import time
 
+import pytest
+
 from pipeline.ledger import LedgerClient, Stop
-from pipeline.stopping import StopRequest, StopWatch
+from pipeline.stopping import EndWhenOver, OverError, StopRequest, StopWatch
 
 
 class Told(LedgerClient):
@@ -67,6 +69,28 @@ def test_splits_may_finish_and_are_abandoned_when_the_grace_is_over():
         "stopping (SIGTERM): splits under way have 1 s to finish",
         "stopping (SIGTERM): abandoning splits under way",
     ]
+
+
+def test_a_run_without_hope_stops_and_says_why(monkeypatch):
+    monkeypatch.setattr("pipeline.stopping._HOPE_INTERVAL", 0.0)
+    stop, reasons = StopRequest(), iter([None, "no actor can load the model"])
+    with StopWatch(stop, Told(), None, 60.0, print, lambda: next(reasons)):
+        time.sleep(1.3)
+    assert stop.reason == "no actor can load the model"
+
+
+def test_ray_datas_execution_ends_when_the_grace_is_over():
+    class Watch:
+        is_over = False
+
+    token = EndWhenOver.watch.set(Watch())
+    callback = EndWhenOver()
+    EndWhenOver.watch.reset(token)
+    callback.on_execution_step(None)
+    EndWhenOver().on_execution_step(None)
+    Watch.is_over = True
+    with pytest.raises(OverError):
+        callback.on_execution_step(None)
 
 
 def test_a_deadline_is_a_reason():
