@@ -1,6 +1,7 @@
 """What many tests share: tiny models with tokenizers, and corpora."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hu
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
+TESTS = Path(__file__).parent
 WORDS = [
     "the",
     "good",
@@ -44,6 +46,26 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
+
+
+def scenario_rank(item: pytest.Item) -> int:
+    """0 for what runs in this process; others start dozens of processes, the chaos most of all."""
+    place = item.path.relative_to(TESTS).parts
+    return 2 if place == ("chaos", "test_chaos.py") else int(place[0] == "integration")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The cheap ones first."""
+    items.sort(key=scenario_rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """CI has twenty minutes, and its machines differ in speed by a factor of two: of the scenarios, which take minutes,
+    none begins that would not end in time. Without the variable all run."""
+    deadline = os.environ.get("SCENARIOS_UNTIL")  # seconds since the epoch
+    if deadline and scenario_rank(item) and time.time() > float(deadline):
+        pytest.skip("this machine is too slow to run it within CI's limit (SCENARIOS_UNTIL); `make test` runs it")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

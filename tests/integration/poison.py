@@ -8,13 +8,12 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
 import ray
 
-SEGFAULT, KILL, TOKENIZER = "game game game game bank", "sport sport sport sport bank", "fine fine fine fine bank"
+SEGFAULT, TOKENIZER = "game game game game bank", "fine fine fine fine bank"
 
 
 class _Armoury(importlib.abc.MetaPathFinder):
@@ -38,15 +37,12 @@ class _Armoury(importlib.abc.MetaPathFinder):
 
 def _arm_engine(module) -> None:
     forward = module.Engine._forward_once
-    deadly = {tuple(ids): text for text, ids in json.loads(os.environ["DEADLY"]).items()}
+    deadly = json.loads(os.environ["DEADLY"])
 
     def poisoned(self, windows):
         for window in windows:
-            text = deadly.get(tuple(window.input_ids[1:-1].tolist()))
-            if text == SEGFAULT:
+            if window.input_ids[1:-1].tolist() == deadly:
                 ctypes.string_at(0)
-            elif text == KILL:  # as the kernel does it when memory runs out
-                os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, windows)
 
     module.Engine._forward_once = poisoned
@@ -74,8 +70,7 @@ def main() -> int:
     from tests.conftest import tiny_tokenizer
 
     config = ScoreConfig(**json.loads(Path(sys.argv[1]).read_text()))
-    tokenizer = tiny_tokenizer()
-    deadly = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in (SEGFAULT, KILL)}
+    deadly = tiny_tokenizer()(SEGFAULT, add_special_tokens=False)["input_ids"]
     # A worker that cannot import its hook exits, and Ray starts another one, for ever.
     variables = {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "DEADLY": json.dumps(deadly)}
     hook = {"worker_process_setup_hook": "tests.integration.poison.arm", "env_vars": variables}

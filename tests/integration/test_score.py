@@ -1,18 +1,23 @@
 """Whole runs: a real S3 server, a real Ray cluster of three nodes, the tiny model, every row accounted for."""
 
+import contextlib
 import json
+import threading
 import time
+from collections.abc import Iterator
 
 import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
 from s3fs import S3FileSystem
 
 from pipeline import ScoreConfig, UsageError, open_output, score
+from pipeline.errors import StorageError
 from pipeline.storage import Storage
 from tests.pipeline.stages import texts
 from trbert_model.engine import Engine, EngineOptions
@@ -140,38 +145,62 @@ def test_running_again_computes_nothing(finished, model_uri, s3, capfd):
 
 
 def test_a_rerun_finishes_what_is_missing(finished, model_uri):
-    """Some splits' objects without a marker, as a killed run leaves them: only the others are computed."""
+    """Splits' objects without a marker, as a killed run leaves them, some of a shard and all of another: only what is
+    missing is computed."""
     whole = open_output(f"{finished}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
     output = Storage(f"{finished}/out")
-    markers = output.files("_shards")
-    splits = json.loads(output.read(markers[0].path))["splits"]
-    lost = [split["object"] for split in splits[1:]]
-    output.delete([markers[0].path, *lost])
+    some, every = (file.path for file in output.files("_shards")[:2])
+    before = json.loads(output.read(every))
+    lost = [split["object"] for split in json.loads(output.read(some))["splits"][1:]]
+    output.delete([some, every, *lost])
     second = score(config(finished, model_uri))
     assert second["splits"]["committed"] == len(lost)
-    assert second["splits"]["found_committed"] == 1
+    assert second["splits"]["found_committed"] == 1 + len(before["splits"])
+    assert second["shards"]["completed"] == 2
     assert 0 < second["documents"] < whole.num_rows
+    after = json.loads(output.read(every))
+    assert (after["splits"], after["rows"]) == (before["splits"], before["rows"])
     again = open_output(f"{finished}/out").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
     assert again.drop_columns(["score", "probabilities"]) == whole.drop_columns(["score", "probabilities"])
 
 
-def test_a_marker_that_is_missing_is_written_without_computing(finished, model_uri):
-    output = Storage(f"{finished}/out")
-    lost = output.files("_shards")[0].path
-    before = json.loads(output.read(lost))
-    output.delete([lost])
-    report = score(config(finished, model_uri))
-    assert (report["documents"], report["shards"]["completed"], report["exit_code"]) == (0, 1, 0)
-    after = json.loads(output.read(lost))
-    assert after["splits"] == before["splits"]
-    assert after["rows"] == before["rows"]
+@contextlib.contextmanager
+def _reading(output: str, shard: str) -> Iterator[list[tuple[int, ...]]]:
+    """A reader by markers that looks all the time at a shard's rows, and once more in the end."""
+    seen: list[tuple[int, ...]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        try:
+            table = open_output(output).to_table(columns=["shard", "row"])
+        except (StorageError, FileNotFoundError):
+            return  # it was opened by the old marker, and then the old objects went
+        seen.append(tuple(sorted(table.filter(pc.equal(table["shard"], shard))["row"].to_pylist())))
+
+    def look_on() -> None:
+        while not over.wait(0.05):  # without a pause the run would hardly get the processor
+            look()
+
+    reader = threading.Thread(target=look_on)
+    reader.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        reader.join()
+        look()
 
 
 def test_what_changed_is_scored_again_and_replaces_the_old(corpus, model_uri):
-    """A shard with other rows; then other settings, which are refused by name unless all may be scored again."""
+    """A shard with other rows, of which readers see the old ones or the new ones; then other settings, which are
+    refused by name unless all may be scored again."""
     score(config(corpus, model_uri))
     put_table(f"{corpus}/in", "a.parquet", shard_table("a.parquet", 44, version=" good"))
-    report = score(config(corpus, model_uri))
+    with _reading(f"{corpus}/out", "a.parquet") as seen:
+        report = score(config(corpus, model_uri))
+    old, new = (tuple(row for row in range(rows) if row % 20 != 7) for rows in (60, 44))
+    assert set(seen) == {old, new}
+    assert seen == sorted(seen, key=lambda rows: rows == new), "and never the old ones again"
     assert report["shards"]["complete_before"] == 2
     assert report["shards"]["completed"] == 1
     assert accounted_rows(f"{corpus}/out") == {n: list(range(44 if n == "a.parquet" else r)) for n, r in ROWS.items()}
@@ -188,17 +217,6 @@ def test_what_changed_is_scored_again_and_replaces_the_old(corpus, model_uri):
     assert report["shards"]["completed"] == 3
     assert report["documents"] == report["windows"] == by_prefix
     assert accounted_rows(f"{corpus}/out") == {n: list(range(44 if n == "a.parquet" else r)) for n, r in ROWS.items()}
-
-
-def test_unreadable_shards_are_named_and_the_others_go_on(corpus, model_uri):
-    Storage(f"{corpus}/in").write("broken.parquet", b"PAR1 no")
-    Storage(f"{corpus}/in").write("empty.parquet", b"")
-    put_table(f"{corpus}/in", "columns.parquet", pa.table({"body": ["x"]}))
-    report = score(config(corpus, model_uri))
-    assert report["exit_code"] == 3
-    assert sorted(report["shards"]["unreadable"]) == ["broken.parquet", "columns.parquet", "empty.parquet"]
-    assert "no column 'text', 'id', 'source'" in report["shards"]["unreadable"]["columns.parquet"]
-    assert accounted_rows(f"{corpus}/out") == {name: list(range(rows)) for name, rows in ROWS.items()}
 
 
 def test_a_dry_run_tells_and_writes_nothing(corpus, finished, model_uri, s3):
@@ -251,7 +269,8 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri, mode
     output = Storage(run_config.output)
     plan = make_plan(list_shards(Storage(run_config.input)), output)
     placement = place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS)
-    model = Model(model_uri, model_directory, "digest", 32)
+    task = Engine.from_pretrained(model_directory, EngineOptions(device="cpu")).task
+    model = Model(model_uri, model_directory, "digest", 32, task)
     run = _Run(run_config, output, plan, placement, None, model, "run", time.time(), StopRequest())
     with _data_context():
         dataset = run._dataset()
