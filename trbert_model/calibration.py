@@ -32,13 +32,16 @@ _AS_FAST = 0.99
 
 
 def schedules(reductions: int) -> list[tuple[float, ...]]:
-    """The exponents tried: kept fractions r^e, falling evenly, late, and early.
+    """The exponents tried: kept fractions r^e, falling evenly, late, and, where there are more than three reductions,
+    early (else falling even later).
 
     The paper's two selectors were trained with (1, 2); a first reduction that keeps more leaves the choice to
-    selectors that have seen more layers.
+    selectors that have seen more layers. Of five, those behind the first ones see enough.
     """
     even = np.arange(1, reductions + 1, dtype=float)
-    return [tuple(even), tuple(even - 0.5), tuple(even**1.5)] if reductions > 1 else [(1.0,)]
+    if reductions == 1:
+        return [(1.0,)]
+    return [tuple(even), tuple(even - 0.5), tuple(even**1.5 if reductions <= 3 else even**0.65)]
 
 
 def kept_fractions_for(
