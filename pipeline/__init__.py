@@ -4,8 +4,9 @@ The names below are imported when they are first used: a process that only write
 this package too, and starts in a fraction of the time and memory without torch and transformers.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trbert_model.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .commit import open_output
@@ -38,12 +39,4 @@ __all__ = [
     "score",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

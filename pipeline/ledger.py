@@ -114,6 +114,7 @@ class Ledger:
         self._loads += 1
 
     def load_failed(self, reason: str) -> None:
+        """Enter why an actor could not."""
         self._load_failure = reason
 
     def loads(self) -> tuple[int, str]:

@@ -183,7 +183,7 @@ class World:
     def num_splits(self) -> int:
         return len(only_results(set(self.reference.objects)))
 
-    def start_driver(self, prefix: str, log: Path, num_actors: int = 2) -> subprocess.Popen:
+    def start_driver(self, prefix: str, log: Path) -> subprocess.Popen:
         """`jobs/score.py` against the cluster, in a process group of its own."""
         options = {
             "input": f"s3://{BUCKET}/{CORPUS}",
@@ -192,7 +192,7 @@ class World:
             "id-column": "id",
             "keep-columns": "source",
             "split-bytes": SPLIT_BYTES,
-            "num-actors": num_actors,
+            "num-actors": 2,
             "threads-per-actor": 1,
             "progress-interval": 1,
         }

@@ -67,8 +67,7 @@ def test_every_row_ends_once_whatever_dies(world):
 def _score_until_credentials_expire(world: World, prefix: str) -> None:
     """The store refuses everything from the middle of a run on."""
     log = world.directory / "expired.log"
-    # One actor: Ray would log the traceback of a second one that is about to load the model.
-    driver = world.start_driver(prefix, log, num_actors=1)
+    driver = world.start_driver(prefix, log)
     try:
         deadline = time.monotonic() + 120
         while len(result_keys(world.server, BUCKET, prefix)) < 3:
