@@ -29,8 +29,8 @@ class TRBertConfig(BertConfig):
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:
-        ConfigurationError: layers out of range or out of order, thresholds that do not match them, a decoder, a
-            feed-forward in chunks (it does not work on batches without padding).
+        ConfigurationError: layers out of range or out of order, thresholds that do not match them, more question layers
+            than layers, a decoder, a feed-forward in chunks (it does not work on batches without padding).
     """
 
     model_type = "trbert"
@@ -60,6 +60,10 @@ class TRBertConfig(BertConfig):
             )
         if self.question_layers is None:
             self.question_layers = 2 * depth // 3
+        if not 0 <= self.question_layers <= depth:
+            raise ConfigurationError(
+                f"question_layers {self.question_layers} must be from 0 to {depth} (the model has {depth} layers)"
+            )
         if self.selector_thresholds is None:
             self.selector_thresholds = [0.5] * len(layers)
         if len(self.selector_thresholds) != len(layers):

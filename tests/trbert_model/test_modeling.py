@@ -320,6 +320,7 @@ def test_configurations_that_cannot_work_are_refused():
         ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward"),
         ({"is_decoder": True}, "encoder"),
         ({"pooler_activation": "gelu"}, "pooler_activation"),
+        ({"question_layers": 5}, "question_layers 5 must be from 0 to 4"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             TRBertConfig(**TINY | wrong)
