@@ -13,6 +13,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import machine, save
 from benchmarks.corpora import prepare
 from benchmarks.engine import measure
@@ -78,7 +80,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{speed:.2f} | {row['f1']:.2f} | {row['exact_match']:.2f} | {beside} |"
             )
     where = result["machine"]
-    lines += ["", f"{where['cores']} cores of {where['cpu']}, fp32, torch {where['torch']}, {where['date']}."]
+    lines += ["", f"torch {where['torch']} with {result['threads']} threads, fp32, {where['cpu']}, {where['date']}."]
     return "\n".join(lines)
 
 
@@ -93,7 +95,7 @@ def main() -> None:
     options = EngineOptions(device="cpu", reduce=False)
     engines = {positions: Engine.from_pretrained(trained(workshop, positions), options) for positions in POSITIONS}
     corpora = {part: compare(engines, workshop.file("squad", part)) for part in PARTS}
-    result = {"machine": machine(), "corpora": corpora}
+    result = {"machine": machine(), "threads": torch.get_num_threads(), "corpora": corpora}
     save("windows", result, markdown(result))
 
 
