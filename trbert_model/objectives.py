@@ -176,7 +176,7 @@ class Reinforcement(Objective):
         """
         self.model.eval()
         lengths, count, example = batch["cu_seqlens"].diff(), self.samples, batch["example"]
-        windows, examples = len(lengths), int(example.max()) + 1
+        windows, examples = len(lengths), _examples(batch)
         cuts = self.points.cuts_at(points, sampled=True).repeat(count, 1)
         guided = torch.zeros(count * windows, dtype=torch.bool, device=lengths.device)
         guided[:windows] = bool(self.step < self.guided_steps)
@@ -230,6 +230,7 @@ class Joint(Reinforcement):
         samples: 0: no policy gradient.
         imitation: weight of the selectors' imitation loss, of which the layers below them learn too, to let them see
             what they are to imitate.
+        unreduced: share of the examples whose task loss is that of the model with all their tokens.
         dense: gives the probabilities that the batches lack; frozen.
         selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
     """
@@ -238,12 +239,14 @@ class Joint(Reinforcement):
         self,
         *reinforcement: Any,
         imitation: float = 0.0,
+        unreduced: float = 0.0,
         selection_policy: SelectionPolicy | None = None,
         dense: nn.Module | None = None,
         **settings: Any,
     ):
         super().__init__(*reinforcement, **{"distillation": True, **settings})
-        self.imitation, self.selection_policy, self.dense = imitation, selection_policy, dense
+        self.imitation, self.unreduced = imitation, unreduced
+        self.selection_policy, self.dense = selection_policy, dense
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         points, lengths = _points_of(self.points, batch), batch["cu_seqlens"].diff()
@@ -261,6 +264,8 @@ class Joint(Reinforcement):
         # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
         # many, those that it will be used with.
         cuts = self.points.cuts_at(points, sampled=not self.points.follows)
+        reduced = (torch.rand(_examples(batch), device=lengths.device) >= self.unreduced)[batch["example"]]
+        cuts = torch.where(reduced[:, None], cuts, -CERTAIN)
         selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
         output = self.model(
             **inputs_of(batch),
@@ -269,7 +274,7 @@ class Joint(Reinforcement):
         )
         kept = torch.stack(output.kept_tokens, 1)
         if self.selection_policy is None and self.points.follows:
-            self.points.follow(points, lengths, kept, selectors.spreads(), sampled=False)
+            self.points.follow(points[reduced], lengths[reduced], kept[reduced], selectors.spreads(), sampled=False)
         task_loss = self.task_losses(output, batch).mean()
         loss = loss + task_loss
         if self.imitation:
@@ -279,7 +284,7 @@ class Joint(Reinforcement):
         measured |= {
             "task_loss": task_loss.detach(),
             "dense_passes": cost + 3 * self._cost(lengths, kept),
-            **_kept_measurements(kept, lengths),
+            **_kept_measurements(kept[reduced], lengths[reduced]),
         }
         return {"loss": loss, **measured}
 
@@ -325,8 +330,11 @@ class SamplingPolicy:
 
 def _points_of(points: OperatingPoints, batch: dict[str, Tensor]) -> Tensor:
     """A point for each example, as one for each of its windows, int64 (windows,)."""
-    example = batch["example"]
-    return points.draw(int(example.max()) + 1, example.device)[example]
+    return points.draw(_examples(batch), batch["example"].device)[batch["example"]]
+
+
+def _examples(batch: dict[str, Tensor]) -> int:
+    return int(batch["example"].max()) + 1
 
 
 def _means(values: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -92,6 +92,11 @@ class TrainingConfig(LabelledColumns):
         "in the joint stage, weight of the selectors' imitation loss, of which the layers below them learn too: so the "
         "first layers learn to see where the answer to a question is",
     )
+    unreduced: float = option(
+        0.0,
+        "in the joint stage, share of the documents that are learnt with all their tokens, so that the model works "
+        "without reduction too; 0 in the paper",
+    )
     crops: float = option(
         0.0,
         "in the joint stage, share of the documents of which a random piece is learnt, as the dense model judges it: "
@@ -135,8 +140,9 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(
                 f"speed_range {self.speed_range} must be two rising numbers above 1, such as 1.5,6"
             )
-        if not 0 <= self.crops <= 1:
-            raise ConfigurationError(f"crops {self.crops} must be between 0 and 1")
+        for name in ("crops", "unreduced"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigurationError(f"{name} {getattr(self, name)} must be between 0 and 1")
         if self.crops and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(f"crops {self.crops}: only for classification with distillation")
         if self.crops and self.joint_imitation:
@@ -322,6 +328,7 @@ class _Run:
                 length_penalty=config.joint_length_penalty,
                 distillation=config.distillation,
                 imitation=config.joint_imitation,
+                unreduced=config.unreduced,
                 selection_policy=selection_policy,
                 dense=dense,
                 **reinforced,

@@ -11,7 +11,7 @@ from trbert_model.labelled import TextWindows
 from trbert_model.losses import ClassificationLosses
 from trbert_model.objectives import Imitation, Joint, OperatingPoints, Reinforcement, SamplingPolicy
 from trbert_model.tasks.classification import ClassificationTask, Window
-from trbert_model.teacher import teacher_signals
+from trbert_model.teacher import inputs_of, teacher_signals
 from trbert_model.varlen import model_inputs
 
 RNG = np.random.default_rng(0)
@@ -196,6 +196,23 @@ def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
     measured = nothing(**batch(model))
     assert float(measured["kept_0"]) == 0.0
     measured["loss"].backward()
+
+
+def test_unreduced_documents_keep_their_tokens_and_leave_the_cuts():
+    model = tiny_classifier().eval()
+    data = batch(model)
+    measured, cuts = {}, {}
+    for share in (0.0, 0.5, 1.0):
+        points = OperatingPoints([[0.5, 0.25]], [[0.0, 0.0]], 2)
+        torch.manual_seed(1)  # draws documents of both kinds at 0.5
+        measured[share] = Joint(model, LOSSES, points, samples=0, length_penalty=0.0, unreduced=share).eval()(**data)
+        cuts[share] = points.cuts[1]
+    dense = LOSSES.distilled(model(**inputs_of(data), reduce=False), data).mean()
+    torch.testing.assert_close(measured[1.0]["task_loss"], dense)
+    assert torch.equal(cuts[1.0], torch.zeros(1, 2))
+    assert measured[0.0]["dense_passes"] < measured[0.5]["dense_passes"] < measured[1.0]["dense_passes"]
+    assert measured[0.5]["kept_1"] < 0.9, "what is measured, and followed, is the reduced documents'"
+    assert (cuts[0.5] != 0).any()
 
 
 def test_cuts_follow_the_tokens_they_let_through():

@@ -31,6 +31,7 @@ def test_options_out_of_range_are_refused():
         ({"length_penalty": float("nan")}, "length_penalty nan"),
         ({"joint_epochs": -1.0}, "joint_epochs -1.0"),
         ({"crops": 1.5}, "crops 1.5"),
+        ({"unreduced": -0.1}, "unreduced -0.1"),
         ({"crops": 0.5, "distillation": False}, "crops 0.5: only"),
         ({"crops": 0.5, "task": "question-answering"}, "crops 0.5: only"),
         ({"feature_distillation": 1.0, "task": "question-answering"}, "feature_distillation 1.0: only"),
