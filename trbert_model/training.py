@@ -93,7 +93,7 @@ class TrainingConfig(LabelledColumns):
         "first layers learn to see where the answer to a question is",
     )
     unreduced: float = option(
-        0.0,
+        0.15,
         "in the joint stage, share of the documents that are learnt with all their tokens, so that the model works "
         "without reduction too; 0 in the paper",
     )
