@@ -140,9 +140,10 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(
                 f"speed_range {self.speed_range} must be two rising numbers above 1, such as 1.5,6"
             )
-        for name in ("crops", "unreduced"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigurationError(f"{name} {getattr(self, name)} must be between 0 and 1")
+        if not 0 <= self.crops <= 1:
+            raise ConfigurationError(f"crops {self.crops} must be between 0 and 1")
+        if not 0 <= self.unreduced < 1:
+            raise ConfigurationError(f"unreduced {self.unreduced} must be at least 0 and less than 1")
         if self.crops and (self.task != CLASSIFICATION or not self.distillation):
             raise ConfigurationError(f"crops {self.crops}: only for classification with distillation")
         if self.crops and self.joint_imitation:

@@ -32,6 +32,7 @@ def test_options_out_of_range_are_refused():
         ({"joint_epochs": -1.0}, "joint_epochs -1.0"),
         ({"crops": 1.5}, "crops 1.5"),
         ({"unreduced": -0.1}, "unreduced -0.1"),
+        ({"unreduced": 1.0}, "unreduced 1.0"),
         ({"crops": 0.5, "distillation": False}, "crops 0.5: only"),
         ({"crops": 0.5, "task": "question-answering"}, "crops 0.5: only"),
         ({"feature_distillation": 1.0, "task": "question-answering"}, "feature_distillation 1.0: only"),
