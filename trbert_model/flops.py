@@ -1,5 +1,7 @@
 """FLOPs of a TR-BERT per sequence, counted as the paper counts them: the encoder's matrix products, two FLOPs a
-multiply-add. Embeddings, heads, normalisation and activations are left out, on both sides of every ratio."""
+multiply-add. Embeddings, heads, normalisation and activations are left out, on both sides of every ratio; so is, where
+selectors know the question, the comparison of its words with the passage's (2·H·words a token, under 0.1% of a
+MiniLM-L6)."""
 
 import numpy as np
 

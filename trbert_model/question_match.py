@@ -1,14 +1,16 @@
 """Where a window's passage speaks of what the question asks about: for selectors that know the question.
 
 Before the upper layers have run, a token's state hardly says whether the question is about it. Its surroundings do: of
-400 questions about held-out paragraphs of SQuAD, 92% have their whole answer in the half of the tokens that stands
-nearest to the question's words, the rarer ones counted more.
+433 questions about held-out paragraphs of SQuAD, 87% have their whole answer in the half of the tokens that stands
+nearest to the question's words, the rarer ones counted more; 89% where words like them count too. (In two thirds of
+the tokens 91 and 94%, in a third 78 and 82%.)
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .varlen import first_tokens
@@ -18,14 +20,17 @@ SCALES = (6.0, 24.0, 96.0)
 # Distances at which a token still counts 1/e for its neighbours: a name, a phrase; and how far is looked.
 NEIGHBOUR_SCALES = (1.0, 4.0)
 REACH = 12
+# The cosine of two tokens' embeddings from which on one counts for the other, in proportion: "described" for
+# "describe", "author" for "wrote". Between 0.3 and 0.5 it makes no difference.
+LEAST_COSINE = 0.4
 
 
 @dataclass
 class QuestionMatch:
     """How near each token is to each of its question's words, and which tokens are near each other.
 
-    near: fp32 (tokens, words, scales), e^(−distance/scale) to the nearest place of the word in the window's passage, 0
-    if it has none; asked: bool (tokens,), the question's own; sequence, place: int64 (tokens,), a token's window and
+    near: fp32 (tokens, words, scales), the highest likeness · e^(−distance/scale) of a place in the window's passage,
+    the likeness 1 where the word itself stands and less where one like it does, 0 if none does; asked: bool (tokens,), the question's own; sequence, place: int64 (tokens,), a token's window and
     its place there; words: (sequences, words, hidden), the embeddings of the question's tokens; valid: bool (sequences,
     words), which of them there are; longest: tokens of the longest window.
     """
@@ -88,7 +93,7 @@ class QuestionMatch:
 def question_match(
     input_ids: Tensor, token_type_ids: Tensor, cu_seqlens: Tensor, word_embeddings: Tensor
 ) -> QuestionMatch:
-    """Match the segments 0, the questions, of a varlen batch with the rest of their windows, token id by token id.
+    """Match the segments 0, the questions, of a varlen batch with the rest of their windows, token by token.
 
     Args:
         input_ids, token_type_ids: (total tokens,), segment 0 in front of segment 1; word_embeddings: (vocabulary,
@@ -106,11 +111,25 @@ def question_match(
     passage[sequence, place] = ~in_question
     valid = torch.arange(most_words, device=device) < counts[:, None]
     words = padded[:, :most_words]
-    same = (words.unsqueeze(2) == padded.unsqueeze(1)) & passage.unsqueeze(1) & valid.unsqueeze(2)
-    position = torch.arange(longest, device=device, dtype=torch.float32)
-    left = torch.where(same, position, -torch.inf).cummax(2).values
-    right = torch.where(same, position, torch.inf).flip(2).cummin(2).values.flip(2)
-    distance = torch.minimum(position - left, right - position)[sequence, :, place]
-    near = torch.stack([(-distance / scale).exp() for scale in SCALES], dim=2)
-    embeddings = word_embeddings.detach()[words.clamp(min=0)]
-    return QuestionMatch(near, in_question, sequence, place, embeddings, valid, longest)
+    embeddings = word_embeddings.detach()
+    likeness = _likeness(words, padded, embeddings) * (passage.unsqueeze(1) & valid.unsqueeze(2))
+    position, strength = torch.arange(longest, device=device, dtype=torch.float32), likeness.log()
+    near = []
+    for scale in SCALES:
+        ramp = position / scale
+        left = (strength + ramp).cummax(2).values - ramp
+        right = (strength - ramp).flip(2).cummax(2).values.flip(2) + ramp
+        near.append(torch.maximum(left, right).exp()[sequence, :, place])
+    embedded = embeddings[words.clamp(min=0)]
+    return QuestionMatch(torch.stack(near, 2), in_question, sequence, place, embedded, valid, longest)
+
+
+def _likeness(words: Tensor, tokens: Tensor, embeddings: Tensor) -> Tensor:
+    """How alike the words and the tokens of each sequence are, from 0 to 1: int64 (sequences, words) and (sequences,
+    tokens) → fp32 (sequences, words, tokens)."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        # In doubles, a batch's other sequences leave no trace.
+        directions = [F.normalize(embeddings[ids.clamp(min=0)].float(), dim=2).double() for ids in (words, tokens)]
+        cosine = directions[0] @ directions[1].transpose(1, 2)
+    alike = ((cosine - LEAST_COSINE) / (1 - LEAST_COSINE)).clamp(min=0).float()
+    return torch.where(words.unsqueeze(2) == tokens.unsqueeze(1), 1.0, alike.clamp(max=1))

@@ -3,17 +3,25 @@
 import numpy as np
 import torch
 
-from trbert_model.question_match import NEIGHBOUR_SCALES, REACH, SCALES, question_match
+from trbert_model.question_match import LEAST_COSINE, NEIGHBOUR_SCALES, REACH, SCALES, question_match
 from trbert_model.varlen import model_inputs
 
 SEQUENCES = [[2, 7, 8, 3, 9, 7, 9, 9, 8, 7, 3], [2, 7, 3, 8, 9, 3], [2, 5, 6, 7, 7, 3, 6, 9, 9, 9, 9, 5, 3]]
 SEGMENTS = [[0] * 4 + [1] * 7, [0] * 3 + [1] * 3, [0] * 6 + [1] * 7]
-EMBEDDINGS = torch.arange(20, dtype=torch.float32)[:, None].expand(20, 4)
+# No token is like another, but 5 and 6: a cosine of 0.8.
+EMBEDDINGS = torch.eye(20)
+EMBEDDINGS[6, 5:7] = torch.tensor([0.8, 0.6])
 
 
 def match(rows):
     batch = model_inputs([np.array(SEQUENCES[i]) for i in rows], [SEGMENTS[i] for i in rows])
     return question_match(batch["input_ids"], batch["token_type_ids"], batch["cu_seqlens"], EMBEDDINGS)
+
+
+def likeness(word, token):
+    if {word, token} == {5, 6}:
+        return (0.8 - LEAST_COSINE) / (1 - LEAST_COSINE)
+    return float(word == token)
 
 
 def expected(row, weights):
@@ -26,9 +34,9 @@ def expected(row, weights):
         for scale in SCALES:
             total = 0.0
             for word in range(words):
-                places = [j for j in range(words, len(ids)) if ids[j] == ids[word]]
-                if places:
-                    total += weights[word] * np.exp(-min(abs(token - j) for j in places) / scale)
+                passage = range(words, len(ids))
+                near = [likeness(ids[word], ids[j]) * np.exp(-abs(token - j) / scale) for j in passage]
+                total += weights[word] * max(near)
             values.append(total / sum(weights[:words]))
         rows.append(values)
     return np.array(rows)
@@ -42,7 +50,7 @@ def test_coverage_is_the_weighted_nearness_of_the_questions_words():
         np.testing.assert_allclose(values, expected(row, weights[row].tolist()), rtol=1e-5, atol=1e-7)
         words = SEGMENTS[row].count(0)
         assert torch.equal(match([row]).coverage(weights[row : row + 1, :words]), values)
-    assert together.words[1, :3, 0].tolist() == [2, 7, 3]
+    assert together.words[1, :3].argmax(1).tolist() == [2, 7, 3]
     assert together.valid.sum(1).tolist() == [4, 3, 6]
 
 
