@@ -10,7 +10,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .varlen import first_tokens
@@ -30,9 +29,10 @@ class QuestionMatch:
     """How near each token is to each of its question's words, and which tokens are near each other.
 
     near: fp32 (tokens, words, scales), the highest likeness · e^(−distance/scale) of a place in the window's passage,
-    the likeness 1 where the word itself stands and less where one like it does, 0 if none does; asked: bool (tokens,), the question's own; sequence, place: int64 (tokens,), a token's window and
-    its place there; words: (sequences, words, hidden), the embeddings of the question's tokens; valid: bool (sequences,
-    words), which of them there are; longest: tokens of the longest window.
+    the likeness 1 where the word itself stands and less where one like it does, 0 if none does; asked: bool (tokens,),
+    the question's own; sequence, place: int64 (tokens,), a token's window and its place there; words: (sequences,
+    words, hidden), the embeddings of the question's tokens; valid: bool (sequences, words), which of them there are;
+    longest: tokens of the longest window.
     """
 
     near: Tensor
@@ -111,25 +111,25 @@ def question_match(
     passage[sequence, place] = ~in_question
     valid = torch.arange(most_words, device=device) < counts[:, None]
     words = padded[:, :most_words]
-    embeddings = word_embeddings.detach()
-    likeness = _likeness(words, padded, embeddings) * (passage.unsqueeze(1) & valid.unsqueeze(2))
+    states = word_embeddings.detach()[padded.clamp(min=0)].float()
+    likeness = _likeness(words, padded, states) * (passage.unsqueeze(1) & valid.unsqueeze(2))
     position, strength = torch.arange(longest, device=device, dtype=torch.float32), likeness.log()
     near = []
     for scale in SCALES:
         ramp = position / scale
         left = (strength + ramp).cummax(2).values - ramp
         right = (strength - ramp).flip(2).cummax(2).values.flip(2) + ramp
-        near.append(torch.maximum(left, right).exp()[sequence, :, place])
-    embedded = embeddings[words.clamp(min=0)]
-    return QuestionMatch(torch.stack(near, 2), in_question, sequence, place, embedded, valid, longest)
+        near.append(torch.maximum(left, right)[sequence, :, place])
+    embedded = states[:, :most_words]
+    return QuestionMatch(torch.stack(near, 2).exp(), in_question, sequence, place, embedded, valid, longest)
 
 
-def _likeness(words: Tensor, tokens: Tensor, embeddings: Tensor) -> Tensor:
-    """How alike the words and the tokens of each sequence are, from 0 to 1: int64 (sequences, words) and (sequences,
-    tokens) → fp32 (sequences, words, tokens)."""
-    with torch.autocast(embeddings.device.type, enabled=False):
-        # In doubles, a batch's other sequences leave no trace.
-        directions = [F.normalize(embeddings[ids.clamp(min=0)].float(), dim=2).double() for ids in (words, tokens)]
-        cosine = directions[0] @ directions[1].transpose(1, 2)
-    alike = ((cosine - LEAST_COSINE) / (1 - LEAST_COSINE)).clamp(min=0).float()
-    return torch.where(words.unsqueeze(2) == tokens.unsqueeze(1), 1.0, alike.clamp(max=1))
+def _likeness(words: Tensor, tokens: Tensor, states: Tensor) -> Tensor:
+    """How alike each sequence's words, int64 (sequences, words), and tokens, (sequences, tokens), are, from 0 to 1:
+    fp32 (sequences, words, tokens). states: the tokens' embeddings, fp32; the first ones are the words'."""
+    with torch.autocast(states.device.type, enabled=False):
+        lengths = states.norm(dim=2).clamp(min=1e-12)
+        cosine = states[:, : words.shape[1]] @ states.transpose(1, 2)
+        cosine = cosine / lengths[:, : words.shape[1], None] / lengths[:, None]
+    alike = ((cosine - LEAST_COSINE) / (1 - LEAST_COSINE)).clamp(0, 1)
+    return torch.where(words.unsqueeze(2) == tokens.unsqueeze(1), 1.0, alike)

@@ -49,7 +49,7 @@ def test_coverage_is_the_weighted_nearness_of_the_questions_words():
     for row, values in enumerate(found):
         np.testing.assert_allclose(values, expected(row, weights[row].tolist()), rtol=1e-5, atol=1e-7)
         words = SEGMENTS[row].count(0)
-        assert torch.equal(match([row]).coverage(weights[row : row + 1, :words]), values)
+        torch.testing.assert_close(match([row]).coverage(weights[row : row + 1, :words]), values, rtol=1e-6, atol=0)
     assert together.words[1, :3].argmax(1).tolist() == [2, 7, 3]
     assert together.valid.sum(1).tolist() == [4, 3, 6]
 
