@@ -19,8 +19,9 @@ SCALES = (6.0, 24.0, 96.0)
 # Distances at which a token still counts 1/e for its neighbours: a name, a phrase; and how far is looked.
 NEIGHBOUR_SCALES = (1.0, 4.0)
 REACH = 12
-# The cosine of two tokens' embeddings from which on one counts for the other, in proportion: "described" for
-# "describe", "author" for "wrote". Between 0.3 and 0.5 it makes no difference.
+# The cosine of two tokens' embeddings from which on one counts for the other, in proportion. "Describe" and "described"
+# have 0.66 (MiniLM-L6), "born" and "birth" 0.56, of random pairs one in a hundred 0.2 or more. Which answers stand
+# among the nearest tokens is much the same for 0.3 and for 0.5.
 LEAST_COSINE = 0.4
 
 
