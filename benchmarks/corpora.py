@@ -39,7 +39,7 @@ def prepare(data: Path, corpora: Path) -> None:
         table = table.take(np.sort(first))  # some reviews are there twice, and must not be on both sides
         order = np.random.default_rng(0).permutation(table.num_rows)
         cuts = {"train": order[:5000], "test": order[5000:10000], "dev": order[10000 : 10000 + DEV]}
-        unlabelled = table.take(order[10000 + DEV :][:6000]).select(["text"])
+        unlabelled = table.take(order[10000 + DEV :]).select(["text"])
         _write(corpora / "imdb", {**{name: table.take(rows) for name, rows in cuts.items()}, "unlabelled": unlabelled})
     if not (corpora / "hyperpartisan-4/test.parquet").exists():
         _five_folds(pq.read_table(data / "hyperpartisan-train.parquet"), corpora)

@@ -162,6 +162,15 @@ RUNS: dict[str, Run] = {
     "20news-first": dataclasses.replace(_compared("first tokens"), rule=first_tokens_policy),
     "20news-two-layers": Run("20news", "dense, the first 2 of 6 layers", layers=2, targets=AT_3, against=FULL),
     "20news-three-layers": Run("20news", "dense, the first 3 of 6 layers", layers=3, targets=(2.0,)),
+    "hyperpartisan-layers": Run(
+        "hyperpartisan",
+        "three selectors, the first after a layer",
+        {"reduction_layers": (1, 2, 4)},
+        AT_3,
+        folds=5,
+        parts={"test": "train"},
+        against="hyperpartisan",
+    ),
     "imdb-embeddings": Run(
         "imdb",
         "three selectors, the first on the embeddings",
@@ -209,7 +218,7 @@ class Workshop:
         rows = _rows(run, parts)
         if run.against is not None:
             _, others = self._measured(run.against)
-            behind = _summary(parts["test"][0]["points"][0], others["test"][0]["points"][0])
+            behind = _summary(*(_at_speed(each["test"], run.targets[0]) for each in (parts, others)))
             rows[0]["behind"] = {key: behind[key] for key in ("difference", "interval")}
         return {
             "run": name,
@@ -225,7 +234,7 @@ class Workshop:
         run = RUNS[name]
         stages, parts = [], defaultdict(list)
         for corpus in run.corpora:
-            output = self.work / "runs" / (name if run.folds is None else corpus)
+            output = self.work / "runs" / corpus.replace(run.corpus, name, 1)
             dense = self.dense(corpus)
             model_directory = self._train(run, corpus, dense, output)
             stages.append(json.loads((output / "training.json").read_text())["stages"])
@@ -487,6 +496,11 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     panels[0].legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _at_speed(measured: list[dict[str, Any]], target: float) -> dict[str, Any]:
+    """What a run's models gave at one of its speeds, as one's."""
+    return _joined([next(point for point in each["points"] if point["target"] == target) for each in measured])
 
 
 def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
