@@ -218,7 +218,8 @@ class Workshop:
         rows = _rows(run, parts)
         if run.against is not None:
             _, others = self._measured(run.against)
-            behind = _summary(*(_at_speed(each["test"], run.targets[0]) for each in (parts, others)))
+            (speed,) = run.targets
+            behind = _summary(_at_speed(parts["test"], speed), _at_speed(others["test"], speed))
             rows[0]["behind"] = {key: behind[key] for key in ("difference", "interval")}
         return {
             "run": name,
