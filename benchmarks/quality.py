@@ -249,8 +249,8 @@ class Workshop:
     def _measure(self, run: Run, corpus: str, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
         """The dense model and the run's at each of its speeds, on a part of the corpus."""
         reference = self._engine(dense, reduce=False)
-        measured = self._read(corpus, part, reference)
-        dev = self._read(corpus, run.parts[part], reference)
+        measured = self.read(corpus, part, reference)
+        dev = self.read(corpus, run.parts[part], reference)
         dense_outcome = self._dense_outcome(corpus, part, reference, measured)
         points: list[dict[str, Any]] = []
         for target in run.targets:
@@ -271,7 +271,7 @@ class Workshop:
             logging.info("%s, %s at %gx: %s", run.title, part, target, _summary(dense_outcome, outcome))
         return {"machine": machine(), "dense": dense_outcome, "points": points}
 
-    def _read(self, corpus: str, part: str, engine: Engine) -> LabelledCorpus:
+    def read(self, corpus: str, part: str, engine: Engine) -> LabelledCorpus:
         config = self.config(corpus, self.backbone, self.work)
         return read_corpus(str(self.file(corpus, part)), config, engine.task, engine.config)
 
@@ -337,7 +337,7 @@ class Workshop:
 
     def _fractions(self, corpus: str, engine: Engine, target: float) -> list[float]:
         """Kept fractions for a speed-up on the training documents."""
-        documents = self._read(corpus, "train", engine).documents
+        documents = self.read(corpus, "train", engine).documents
         windows = [len(window.input_ids) for document in documents for window in engine.task.windows(document)]
         return kept_fractions_for(target, engine.config, np.array(windows))
 
