@@ -169,7 +169,6 @@ RUNS: dict[str, Run] = {
         AT_3,
         folds=5,
         parts={"test": "train"},
-        against="hyperpartisan",
     ),
     "imdb-embeddings": Run(
         "imdb",
