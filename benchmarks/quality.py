@@ -170,12 +170,6 @@ RUNS: dict[str, Run] = {
         folds=5,
         parts={"test": "train"},
     ),
-    "imdb-embeddings": Run(
-        "imdb",
-        "three selectors, the first on the embeddings",
-        {"reduction_layers": (0, 1, 3), "speed_range": (1.5, 5.0)},
-        AT_3,
-    ),
 }
 
 
