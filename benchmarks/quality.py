@@ -211,8 +211,7 @@ class Workshop:
         rows = _rows(run, parts)
         if run.against is not None:
             _, others = self._measured(run.against)
-            (speed,) = run.targets
-            behind = _summary(_at_speed(parts["test"], speed), _at_speed(others["test"], speed))
+            behind = _summary(parts["test"][0]["points"][0], others["test"][0]["points"][0])
             rows[0]["behind"] = {key: behind[key] for key in ("difference", "interval")}
         return {
             "run": name,
@@ -490,11 +489,6 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     panels[0].legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
-
-
-def _at_speed(measured: list[dict[str, Any]], target: float) -> dict[str, Any]:
-    """What a run's models gave at one of its speeds, as one's."""
-    return _joined([next(point for point in each["points"] if point["target"] == target) for each in measured])
 
 
 def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
