@@ -21,6 +21,7 @@ from .storage import Storage
 logger = logging.getLogger(__name__)
 
 LOCK = "_lock.json"
+TAKE_OVER = "_lock.take-over.json"  # who is about to replace a lease that lapsed
 LEASE_SECONDS = 60.0
 _RENEWAL_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
@@ -62,22 +63,26 @@ class OutputLock:
         me = {"run": self._run_id, "host": socket.gethostname(), "pid": os.getpid(), "process": process_name()}
         return json.dumps(me | {"renewed": time.time()}).encode()
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, path: str = LOCK) -> dict[str, Any] | None:
         """Who holds the output; None if nobody does."""
         try:
-            return json.loads(self._output.read(LOCK))
+            return json.loads(self._output.read(path))
         except ValueError as error:
             raise StorageError(
-                f"{self._output.uri}/{LOCK}: damaged: {error}; delete it if no run is at work"
+                f"{self._output.uri}/{path}: damaged: {error}; delete it if no run is at work"
             ) from error
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None
             raise
 
-    def _is_mine(self) -> bool:
-        holder = self._read()
+    def _is_mine(self, path: str = LOCK) -> bool:
+        holder = self._read(path)
         return holder is not None and holder["run"] == self._run_id
+
+    def _create(self, path: str) -> bool:
+        """Whether it is there now and this run's; the answer to a request that created it may have been lost."""
+        return self._output.create(path, self._content()) or self._is_mine(path)
 
     def _take_over(self) -> None:
         """Wait until the lease lapses, or refuse when its holder shows that it lives."""
@@ -86,20 +91,23 @@ class OutputLock:
             return  # the answer to our own first request was lost
         told = False
         while True:
-            holder = self._read()
-            lapsed = time.monotonic() - started > LEASE_SECONDS
-            if holder is not None and holder != first:
+            holder, waited = self._read(), time.monotonic() - started
+            if holder is None:
+                if self._create(LOCK):
+                    return
+                first, started = None, time.monotonic()  # another one was faster: its lock is a new one
+            elif holder != first:
                 raise OutputBusyError(
                     f"{self._output.uri}: run {holder['run']} is at work there (process {holder['pid']} on "
                     f"{holder['host']}); one run at a time, so nothing was started"
                 )
-            if holder is None or lapsed or _is_gone(holder):
-                if holder is not None:
-                    logger.warning("run %s left its lock behind; taking %s over", holder["run"], self._output.uri)
-                    self._output.delete([LOCK])
-                if self._output.create(LOCK, self._content()) or self._is_mine():
+            elif waited > LEASE_SECONDS or _is_gone(holder):
+                if self._replace(holder):
                     return
-                first, started = None, time.monotonic()  # another one was faster: its lock is a new one
+                # Another one is about to, unless it died at it.
+                other = self._read(TAKE_OVER)
+                if other is not None and (waited > 2 * LEASE_SECONDS or _is_gone(other)):
+                    self._output.delete([TAKE_OVER])
             elif not told:
                 told = True
                 logger.warning(
@@ -107,6 +115,22 @@ class OutputLock:
                     *(holder["run"], self._output.uri, LEASE_SECONDS),
                 )
             time.sleep(_LOOK_SECONDS)
+
+    def _replace(self, lapsed: dict[str, Any]) -> bool:
+        """Put this run's lease in the place of one that lapsed, if it is still there; one run at a time may try.
+
+        Were the lapsed one deleted and a new one created, a slow run could delete the new one of a faster run.
+        """
+        if not self._create(TAKE_OVER):
+            return False
+        try:
+            if self._read() != lapsed:
+                return False
+            logger.warning("run %s left its lock behind; taking %s over", lapsed["run"], self._output.uri)
+            self._output.write(LOCK, self._content())
+            return True
+        finally:
+            self._output.delete([TAKE_OVER])
 
     def _renew(self) -> None:
         while not self._over.wait(_RENEWAL_SECONDS):

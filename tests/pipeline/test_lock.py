@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline import lock
 from pipeline.errors import OutputBusyError, StorageError
-from pipeline.lock import LOCK, OutputLock
+from pipeline.lock import LOCK, TAKE_OVER, OutputLock
 from pipeline.storage import Storage
 
 
@@ -26,6 +27,12 @@ def output(tmp_path, monkeypatch):
 def left_behind(output, **changes) -> None:
     holder = {"run": "other", "host": "elsewhere", "pid": 1, "process": "elsewhere:1:x", "renewed": 0.0} | changes
     output.write(LOCK, json.dumps(holder).encode())
+
+
+def dead_process() -> int:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    return dead.pid
 
 
 def test_held_while_the_block_runs(output):
@@ -68,13 +75,38 @@ def test_of_many_that_come_at_once_one_gets_it(output):
     assert (len(got), len(refused)) == (1, 5)
 
 
-def test_a_dead_process_of_this_machine_is_taken_over_at_once(output):
-    import socket
+def test_a_slow_run_does_not_take_over_what_a_faster_one_just_took_over(output, monkeypatch):
+    left_behind(output, host=socket.gethostname(), pid=dead_process())
+    slow, fast = Storage(output.uri), OutputLock(output, "fast")
+    create = slow.create
 
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    def after_the_faster(path, data):
+        if path == TAKE_OVER:  # the slow one has seen that the lease lapsed
+            fast.__enter__()
+        return create(path, data)
+
+    monkeypatch.setattr(slow, "create", after_the_faster)
+    with pytest.raises(OutputBusyError, match="run fast is at work"), OutputLock(slow, "slow"):
+        pass
+    assert json.loads(output.read(LOCK))["run"] == "fast"
+    fast.__exit__()
+    assert output.files() == []
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_run_that_died_while_it_took_over_holds_up_nobody_for_long(output, here):
+    host = socket.gethostname() if here else "elsewhere"
+    left_behind(output, host=host, pid=dead_process())
+    output.write(TAKE_OVER, output.read(LOCK))
     started = time.monotonic()
-    for pid in (dead.pid, os.getpid()):  # our own number with another name: a container's earlier process
+    with OutputLock(output, "mine"):
+        assert time.monotonic() - started < (1.0 if here else 4.0)
+    assert output.files() == []
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(output):
+    started, dead = time.monotonic(), dead_process()
+    for pid in (dead, os.getpid()):  # our own number with another name: a container's earlier process
         left_behind(output, host=socket.gethostname(), pid=pid)
         with OutputLock(output, "mine"):
             assert json.loads(output.read(LOCK))["run"] == "mine"
