@@ -21,7 +21,7 @@ from .storage import Storage
 logger = logging.getLogger(__name__)
 
 LOCK = "_lock.json"
-TAKE_OVER = "_lock.take-over.json"  # who is about to replace a lease that lapsed
+TAKE_OVER = "_lock.take-over-{}.json"  # who is about to replace a lease that lapsed; the next if that one died at it
 LEASE_SECONDS = 60.0
 _RENEWAL_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
@@ -45,7 +45,7 @@ class OutputLock:
         self._renewer = threading.Thread(target=self._renew, name="output-lock", daemon=True)
 
     def __enter__(self) -> "OutputLock":
-        if not self._output.create(LOCK, self._content()):
+        if not self._create(LOCK):
             self._take_over()
         self._renewer.start()
         return self
@@ -64,7 +64,7 @@ class OutputLock:
         return json.dumps(me | {"renewed": time.time()}).encode()
 
     def _read(self, path: str = LOCK) -> dict[str, Any] | None:
-        """Who holds the output; None if nobody does."""
+        """Whose lease lies there; None if there is none."""
         try:
             return json.loads(self._output.read(path))
         except ValueError as error:
@@ -87,8 +87,7 @@ class OutputLock:
     def _take_over(self) -> None:
         """Wait until the lease lapses, or refuse when its holder shows that it lives."""
         first, started = self._read(), time.monotonic()
-        if first is not None and first["run"] == self._run_id:
-            return  # the answer to our own first request was lost
+        attempt, other, other_since = 0, None, started  # who else takes over, and since when it has been seen there
         told = False
         while True:
             holder, waited = self._read(), time.monotonic() - started
@@ -102,12 +101,13 @@ class OutputLock:
                     f"{holder['host']}); one run at a time, so nothing was started"
                 )
             elif waited > LEASE_SECONDS or _is_gone(holder):
-                if self._replace(holder):
+                if self._replace(holder, attempt):
                     return
-                # Another one is about to, unless it died at it.
-                other = self._read(TAKE_OVER)
-                if other is not None and (waited > 2 * LEASE_SECONDS or _is_gone(other)):
-                    self._output.delete([TAKE_OVER])
+                seen, now = self._read(TAKE_OVER.format(attempt)), time.monotonic()
+                if seen != other:
+                    other, other_since = seen, now
+                if seen is not None and (now - other_since > LEASE_SECONDS or _is_gone(seen)):
+                    attempt += 1  # not deleted here: by then it could be another, living one's
             elif not told:
                 told = True
                 logger.warning(
@@ -116,12 +116,12 @@ class OutputLock:
                 )
             time.sleep(_LOOK_SECONDS)
 
-    def _replace(self, lapsed: dict[str, Any]) -> bool:
+    def _replace(self, lapsed: dict[str, Any], attempt: int) -> bool:
         """Put this run's lease in the place of one that lapsed, if it is still there; one run at a time may try.
 
         Were the lapsed one deleted and a new one created, a slow run could delete the new one of a faster run.
         """
-        if not self._create(TAKE_OVER):
+        if not self._create(TAKE_OVER.format(attempt)):
             return False
         try:
             if self._read() != lapsed:
@@ -130,7 +130,8 @@ class OutputLock:
             self._output.write(LOCK, self._content())
             return True
         finally:
-            self._output.delete([TAKE_OVER])
+            # Whoever creates one of them after this sees that the lapsed lease is no longer there.
+            self._output.delete(TAKE_OVER.format(number) for number in range(attempt + 1))
 
     def _renew(self) -> None:
         while not self._over.wait(_RENEWAL_SECONDS):

@@ -81,7 +81,7 @@ def test_a_slow_run_does_not_take_over_what_a_faster_one_just_took_over(output, 
     create = slow.create
 
     def after_the_faster(path, data):
-        if path == TAKE_OVER:  # the slow one has seen that the lease lapsed
+        if path == TAKE_OVER.format(0):  # the slow one has seen that the lease lapsed
             fast.__enter__()
         return create(path, data)
 
@@ -97,7 +97,7 @@ def test_a_slow_run_does_not_take_over_what_a_faster_one_just_took_over(output, 
 def test_a_run_that_died_while_it_took_over_holds_up_nobody_for_long(output, here):
     host = socket.gethostname() if here else "elsewhere"
     left_behind(output, host=host, pid=dead_process())
-    output.write(TAKE_OVER, output.read(LOCK))
+    output.write(TAKE_OVER.format(0), output.read(LOCK))
     started = time.monotonic()
     with OutputLock(output, "mine"):
         assert time.monotonic() - started < (1.0 if here else 4.0)
