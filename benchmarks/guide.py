@@ -82,11 +82,10 @@ def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[d
         {
             "layers": layers,
             "speedup": speedup,
-            "kept_fractions": fractions.tolist(),
             "agreement": 100 * float(agreed[i] / len(places)),
             "flops_speedup": float(whole / flops[i]),
         }
-        for i, (layers, speedup, fractions) in enumerate(settings)
+        for i, (layers, speedup, _) in enumerate(settings)
     ]
 
 
