@@ -19,13 +19,17 @@ from transformers import BertForQuestionAnswering
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import machine, save
-from benchmarks.engine import matrix_product_peak, measure, total, transformers_bert
-from pipeline.storage import model_digest
+from benchmarks.measure import matrix_product_peak, measure, total, transformers_bert
 from trbert_model import TRBertForQuestionAnswering
 from trbert_model.calibration import calibration_key, read_calibration
-from trbert_model.engine import DTYPES, DocumentResults, Engine, EngineOptions, load_model
-from trbert_model.labelled import LabelledQuestions
-from trbert_model.tasks.question_answering import EncodedQuestion, QuestionAnsweringTask
+from trbert_model.checkpoints.files import model_digest
+from trbert_model.checkpoints.loading import load_model
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.engine.options import DTYPES
+from trbert_model.labelled import LabelledColumns
+from trbert_model.tasks.base import DocumentResults
+from trbert_model.tasks.question_answering.labelled import LabelledQuestions
+from trbert_model.tasks.question_answering.task import EncodedQuestion, QuestionAnsweringTask
 
 BATCHES = (1, 4, 8, 16, 32)
 
@@ -54,7 +58,7 @@ def some(corpus: LabelledQuestions, limit: int | None) -> LabelledQuestions:
     """At most so many of the questions, from all over the corpus."""
     every = slice(None, None, -(-len(corpus.documents) // limit) if limit else None)
     return LabelledQuestions(
-        corpus.documents[every], corpus.answers[every], corpus.starts[every], ids=corpus.ids[every]
+        corpus.documents[every], corpus.answers[every], corpus.starts[every], corpus.task, ids=corpus.ids[every]
     )
 
 
@@ -70,14 +74,15 @@ def compare(
     model, tokenizer = load_model(directory)
     assert isinstance(model, TRBertForQuestionAnswering)
     bert = transformers_bert(model, BertForQuestionAnswering)
-    key = calibration_key(model_digest(directory), calibrated, model.config.max_position_embeddings)
+    key = calibration_key(model_digest(directory), calibrated, model.config.usable_positions)
     table = read_calibration(table_directory, key)
     if table is None:
         raise SystemExit(f"{table_directory}: no calibration table in {calibrated}; jobs/evaluate.py makes it")
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
-    reduced = Engine(model, tokenizer, EngineOptions(device="cpu"))
-    reduced.config.selector_thresholds = list(table.pick(speedup=speedup).thresholds)
-    corpus = some(LabelledQuestions.read(str(questions), dense.task), limit)
+    thresholds = table.pick(speedup=speedup).thresholds
+    reduced = Engine(model, tokenizer, EngineOptions(device="cpu", thresholds=thresholds))
+    assert isinstance(dense.task, QuestionAnsweringTask)
+    corpus = some(LabelledQuestions.read(str(questions), dense.task, LabelledColumns()), limit)
     documents = corpus.documents
     systems: dict[str, Any] = {"dense": dense.score, "reduced": reduced.score}
     for batch in BATCHES:

@@ -11,22 +11,23 @@ outside of all timings. Sorting, where a system sorts, is within a block.
 
 import argparse
 import copy
-import sys
-import time
-from collections import defaultdict
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertPreTrainedModel
+from transformers import BertForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import held_out_texts, machine, repeated, save
+from benchmarks.measure import matrix_product_peak, measure, total, transformers_bert
 from trbert_model import TRBertConfig, TRBertForSequenceClassification
-from trbert_model.engine import Engine, EngineOptions, load_model
-from trbert_model.modeling import SelectionPolicy, TRBertPreTrainedModel
+from trbert_model.checkpoints.loading import load_model
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.reduction.state import Candidates, SelectionPolicy
+from trbert_model.varlen import places_in
 
 FORCED = ((0.5, 0.25), (0.3, 0.1), (0.1, 0.05))
 
@@ -35,38 +36,12 @@ def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
     """Keep these fractions of each sequence's first length, evenly spread over the tokens that are left."""
     previous = (1.0, *fractions)
 
-    def policy(reduction: int, logits: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        lengths = cu_seqlens.diff().long()
-        places = torch.arange(len(logits)) - cu_seqlens[:-1].long().repeat_interleave(lengths)
-        share = fractions[reduction] / previous[reduction]
+    def policy(candidates: Candidates) -> torch.Tensor:
+        places = places_in(candidates.cu_seqlens, len(candidates.logits))
+        share = fractions[candidates.reduction] / previous[candidates.reduction]
         return torch.floor((places + 1) * share) > torch.floor(places * share)
 
     return policy
-
-
-def matrix_product_peak(config: TRBertConfig) -> float:
-    """FLOP/s of the two feed-forward products, alone, once each."""
-    hidden, intermediate, tokens = config.hidden_size, config.intermediate_size, 2048
-    narrow, wide = torch.randn(tokens, hidden), torch.randn(tokens, intermediate)
-    up, down = torch.randn(intermediate, hidden), torch.randn(hidden, intermediate)
-    times = []
-    for _ in range(24):
-        started = time.perf_counter()
-        torch.nn.functional.linear(narrow, up)
-        torch.nn.functional.linear(wide, down)
-        times.append(time.perf_counter() - started)
-    return 4 * tokens * hidden * intermediate / float(np.median(times))
-
-
-def transformers_bert(model: TRBertPreTrainedModel, bert_class: type[BertPreTrainedModel]) -> Any:
-    """The same weights in transformers' own BERT, with its default attention."""
-    config = BertConfig(
-        **{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)}
-        | {"architectures": None, "attn_implementation": "sdpa", "model_type": "bert"}
-    )
-    bert = bert_class(config).eval()
-    bert.load_state_dict({name: value for name, value in model.state_dict().items() if ".selectors." not in name})
-    return bert
 
 
 @torch.inference_mode()
@@ -84,33 +59,6 @@ def run_padded(
             ids[row, : len(windows[i])] = torch.from_numpy(windows[i])
         logits[chosen] = bert(ids, attention_mask=(ids > 0).long()).logits.numpy()
     return logits
-
-
-def measure(
-    systems: dict[str, Callable[[list[Any]], Any]],
-    documents: list[Any],
-    block: int,
-    peak: Callable[[], float],
-) -> tuple[dict[str, float], dict[str, list[Any]], float]:
-    """Seconds and results of every system over all documents, block by block in turn; and the peak's median."""
-    seconds: dict[str, float] = defaultdict(float)
-    results: dict[str, list[Any]] = defaultdict(list)
-    for run in systems.values():
-        run(documents[:4])  # warm-up
-    peaks, names = [], list(systems)
-    for number, start in enumerate(range(0, len(documents), block)):
-        peaks.append(peak())
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            started = time.perf_counter()
-            results[name].append(systems[name](documents[start : start + block]))
-            seconds[name] += time.perf_counter() - started
-        print(f"  {min(start + block, len(documents))} of {len(documents)} documents", file=sys.stderr, flush=True)
-    return dict(seconds), dict(results), float(np.median(peaks))
-
-
-def total(results: list[Any], field: str) -> float:
-    return float(sum(getattr(result, field).sum() for result in results))
 
 
 def compare(
@@ -131,10 +79,12 @@ def compare(
 
     systems: dict[str, Callable[[list[np.ndarray]], Any]] = {"dense": dense.score}
     for name, policy in reductions.items():
-        systems[name] = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu"), policy).score
+        engine = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu"))
+        systems[name] = functools.partial(engine.score, policy=policy)
     for name in list(systems):
         half = EngineOptions(device="cpu", dtype="bfloat16", reduce=name in reductions)
-        systems[f"{name}, bfloat16"] = Engine(copy.deepcopy(model), tokenizer, half, reductions.get(name)).score
+        engine = Engine(copy.deepcopy(model), tokenizer, half)
+        systems[f"{name}, bfloat16"] = functools.partial(engine.score, policy=reductions.get(name))
     ours = set(systems)
     if baselines:
         systems["padded 16, unsorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, in_order=False)
@@ -156,7 +106,7 @@ def compare(
                 row["share_of_peak"] = flops / spent / peak
         rows[name] = row
     reference = results.get("padded 16, sorted", [])
-    logits = [result.logits for result in results["dense"]]
+    logits = [result.outputs for result in results["dense"]]
     singles = [result.num_windows for result in results["dense"]]
     difference = max(
         (
@@ -215,7 +165,7 @@ def main() -> None:
 
     model, tokenizer = load_model(arguments.model)
     task = Engine(model, tokenizer, EngineOptions(device="cpu")).task
-    documents = task.tokenize(held_out_texts(arguments.corpus))
+    documents, _ = task.encode_rows([(text,) for text in held_out_texts(arguments.corpus)])
     model, tokenizer = load_model(arguments.model)  # the engine above fused the first one
     minilm = compare(
         model, tokenizer, repeated(documents, arguments.documents), 250, {"reduced, as trained": None}, baselines=True

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common import machine, save
 from trbert_model import TRBertConfig, TRBertForSequenceClassification
-from trbert_model.engine import DocumentResults, Engine, EngineOptions
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.tasks.base import DocumentResults
 
 
 def random_model() -> TRBertForSequenceClassification:
@@ -51,7 +52,7 @@ def main() -> int:
         return Engine(copy.deepcopy(model), tokenizer, options)
 
     def difference(ours: DocumentResults, theirs: DocumentResults) -> float:
-        return float(np.abs(ours.logits - theirs.logits).max())
+        return float(np.abs(ours.outputs - theirs.outputs).max())
 
     checks: dict[str, tuple[bool, str]] = {}
     cpu = engine("cpu", "float32", reduce=False).score(few)
@@ -90,7 +91,7 @@ def main() -> int:
     torch.cuda.set_per_process_memory_fraction(1.0)
     halved = scorer.statistics.halved_batches
     complete = np.array_equal(survived.num_tokens, np.tile(expected.num_tokens, 8))
-    complete = complete and bool(np.isfinite(survived.logits).all())
+    complete = complete and bool(np.isfinite(survived.outputs).all())
     detail = f"{halved} batches halved, every document scored: {complete}"
     checks["running out of memory halves and goes on"] = (halved > 0 and complete, detail)
 

@@ -4,7 +4,7 @@
 
 Nothing is trained, so this tells before any training which layers to put selectors in front of: how often the reduced
 model agrees with the dense one, window by window, at each speed. The guide is the gradient's of the dense model's own
-answer (`trbert_model.teacher.guide`), which selectors can only approach; what training the rest gains is not in it.
+answer (`training.teacher.guide`), which selectors can only approach; what training the rest gains is not in it.
 """
 
 import argparse
@@ -14,41 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.common import machine, save
 from benchmarks.corpora import prepare
-from benchmarks.quality import RUNS, Workshop
+from benchmarks.quality.runs import RUNS
+from benchmarks.quality.workshop import Workshop
 from trbert_model.calibration import kept_fractions_for
-from trbert_model.convert import convert_checkpoint
-from trbert_model.engine import Engine, EngineOptions, computes_bfloat16
+from trbert_model.checkpoints.conversion import convert_checkpoint
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.engine.options import computes_bfloat16
 from trbert_model.flops import dense_flops, reduced_flops
 from trbert_model.labelled import WindowDataset
-from trbert_model.losses import UNLABELLED
-from trbert_model.teacher import guide, inputs_of
-from trbert_model.varlen import top_tokens
+from trbert_model.reduction.policies import TopTokensPolicy
+from trbert_model.tasks.classification.losses import UNLABELLED
+from trbert_model.training.teacher import guide, inputs_of
 
 LAYERS = ((1, 2, 4), (0, 1, 3))
 SPEEDUPS = (2.0, 3.0, 4.0)
 BATCH = 8  # windows
-
-
-class GuidedPolicy:
-    """Keeps the tokens that the guide ranks highest; for one forward pass.
-
-    Args:
-        scores: of each token in front of each reduction, (reductions, total tokens).
-        counts: of each sequence's tokens after each reduction, int64 (sequences, reductions).
-    """
-
-    def __init__(self, scores: Tensor, counts: Tensor):
-        self.scores, self.counts = scores, counts
-        self.alive = torch.arange(scores.shape[1])
-
-    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
-        keep = top_tokens(self.scores[reduction][self.alive], cu_seqlens, self.counts[:, reduction])
-        self.alive = self.alive[keep]
-        return keep
 
 
 def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[dict[str, Any]]:
@@ -71,7 +54,7 @@ def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[d
                 model = models[layers]
                 counts = (tokens[:, None] * fractions).round().long().clamp(min=1)
                 with torch.no_grad():
-                    output = model(**inputs_of(batch), selection_policy=GuidedPolicy(scores[list(layers)], counts))
+                    output = model(**inputs_of(batch), selection_policy=TopTokensPolicy(counts, scores[list(layers)]))
                 labels = signals[:, : model.config.num_labels].argmax(-1)
                 agreed[i] += int((output.logits.argmax(-1) == labels).sum())
                 flops[i] += reduced_flops(
@@ -98,7 +81,7 @@ def measured(workshop: Workshop, name: str, limit: int) -> dict[str, Any]:
         dense = workshop.dense(corpus)
         engine = Engine.from_pretrained(dense, EngineOptions(reduce=False))
         part = "dev" if workshop.file(corpus, "dev").exists() else "test"
-        dataset = workshop.read(corpus, part, engine).dataset(engine.task)
+        dataset = workshop.read(corpus, part, engine).dataset()
         places = np.random.default_rng(0).permutation(len(dataset.windows))[:limit]
         rows.append(agreement(dense, dataset, places))
         windows.append(len(places))

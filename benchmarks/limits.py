@@ -1,35 +1,55 @@
-"""A corpus of very many shards: planning it, and seeing that it is finished.
+"""Corpora and machines at their limits.
 
     python -m benchmarks.limits --model build/demo/model
+    python -m benchmarks.limits --case text --model MODEL
 
-Fills a real S3 server on loopback with 100,000 one-row shards, then runs jobs/score.py as a user would and measures
-the command's wall-clock and its own peak resident memory: a dry run (the plan); a run that is stopped at its first
-breath (the plan, Ray, the pipeline's start and end); and, with the shards' results, markers and `_SUCCESS` put in
-place, a run that has nothing to do, with `_SUCCESS` and without it (then every marker is read).
+Without --case: very many shards, planned and seen to be finished. Fills a real S3 server on loopback with 100,000
+one-row shards, then runs jobs/score.py as a user would and measures the command's wall-clock and its own peak resident
+memory: a dry run (the plan); a run that is stopped at its first breath (the plan, Ray, the pipeline's start and end);
+and, with the shards' results, markers and `_SUCCESS` put in place, a run that has nothing to do, with `_SUCCESS` and
+without it (then every marker is read).
+
+With --case, a run from end to end on local paths, whose output `pipeline.verify` has to find whole; what is measured is
+the largest process of each kind, memory shared with others included. A tiny model will do.
+
+- shards: many shards of four rows
+- text: one shard of 5 GB of text, row group by row group, of which the first tokens are scored
+- rows: one shard of a million tiny rows, a single split or two
+- store: splits of 24 MB, or of 96 (`blocks`), through an object store of 80 MB
 """
 
 import argparse
+import functools
+import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
 
 from benchmarks.common import machine, save
-from pipeline import ScoreConfig
+from benchmarks.memory import RunMemory
+from pipeline import ScoreConfig, score
 from pipeline.commit import bind_output, parquet_bytes
 from pipeline.corpus import list_shards
+from pipeline.job import make_identity
 from pipeline.manifest import SUCCESS, write_manifest
-from pipeline.run import _identity
-from pipeline.storage import Storage, model_digest
+from pipeline.ray_internals import listening_on_loopback
+from pipeline.storage import Storage
+from pipeline.verify import VerifyConfig, summary, verify
 from tests.integration.s3_server import S3Server
+from trbert_model.checkpoints.files import model_digest
 
 SECONDS, MIB = 60.0, 2048.0  # the limits
 # No limit is stated for this one: it is what a run has to do that follows one that died between the last marker and
@@ -55,12 +75,12 @@ def finish(config: ScoreConfig) -> None:
         totals = {"rows": 1, "results": 1, "quarantined": 0}
         marker = {"shard": shard.path, "version": shard.version, "size": shard.size, **totals, "splits": [split]}
         results[shard.object(0)] = data
-        markers[shard.marker] = json.dumps({**marker, "run": "benchmark", "written": time.time()}).encode()
-    identity = _identity(config, model_digest(Path(config.model)))
+        markers[shard.marker] = {**marker, "run": "benchmark", "written": time.time()}
+    identity = make_identity(config, model_digest(Path(config.model)))
     bind_output(output, identity, overwrite=False)
     put_all(output, results)
-    put_all(output, markers)
-    write_manifest(output, identity, {}, [], "benchmark")
+    put_all(output, {path: json.dumps(marker).encode() for path, marker in markers.items()})
+    write_manifest(output, identity, markers.values(), [], "benchmark", 0)
 
 
 def run(config: ScoreConfig, *arguments: str, expected: int) -> dict[str, Any]:
@@ -125,11 +145,107 @@ def report(shards: int, runs: dict[str, dict[str, Any]]) -> None:
     save("limits", {"machine": where, "shards": shards, "limits": limits, "runs": runs}, table)
 
 
+KINDS = {"SplitPredictor": "an actor", "read_shards": "a reader", "publish_splits": "a writer", "ray::": "a worker"}
+WORDS = "the good news of a game, a bad bank and fine sport. "
+
+
+def write_shard(path: Path, texts: Iterator[str], group: int) -> None:
+    """Texts with ids, `group` of them in a row group, as they are: in no dictionary and not compressed."""
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        row = 0
+        while some := list(itertools.islice(texts, group)):
+            writer.write_table(pa.table({"id": range(row, row + len(some)), "text": some}, schema=schema))
+            row += len(some)
+
+
+def long_texts(count: int) -> Iterator[str]:
+    """Different texts of a megabyte."""
+    whole = WORDS * (2 * 10**6 // len(WORDS))
+    return (f"{number} {whole[: 10**6]}" for number in range(count))
+
+
+def run_whole(config: ScoreConfig, **ray_settings: Any) -> dict[str, Any]:
+    """Score and verify: seconds, MiB of the largest process of each kind.
+
+    ray_settings: those of the machine that Ray is to believe in; default: this one.
+
+    Raises:
+        AssertionError: it did not end well, or a row is missing or there twice.
+    """
+    if ray_settings:
+        with listening_on_loopback():
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, **ray_settings)
+    try:
+        with RunMemory(roles=KINDS) as memory:
+            report = score(config)
+    finally:
+        ray.shutdown()
+    found = verify(VerifyConfig(output=config.output))
+    assert report["exit_code"] == 0, report["status"]
+    assert found.holds, summary(found)
+    largest = {"the driver": memory.peak("driver")} | {kind: memory.largest.get(kind, 0) for kind in KINDS.values()}
+    return {"rows": found.rows, "splits": report["splits"]["committed"], **report["seconds"], "largest_mib": largest}
+
+
+def many_shards(config: ScoreConfig, count: int) -> dict[str, Any]:
+    for number in range(count):
+        path = Path(config.input, f"part={number // 1000:03d}", f"{number:06d}.parquet")
+        write_shard(path, iter(["good news", "a bad game", "", "the bank"]), 4)
+    return run_whole(config)
+
+
+def much_text(config: ScoreConfig, count: int) -> dict[str, Any]:
+    write_shard(Path(config.input, "a.parquet"), long_texts(count), 50)
+    return run_whole(replace(config, overflow="truncate"))
+
+
+def many_rows(config: ScoreConfig, count: int) -> dict[str, Any]:
+    write_shard(Path(config.input, "a.parquet"), (WORDS[: 4 + row % 12] for row in range(count)), 100_000)
+    return run_whole(config)
+
+
+def small_store(config: ScoreConfig, count: int, split_bytes: int = 24 * 10**6) -> dict[str, Any]:
+    for number in range(4):
+        write_shard(Path(config.input, f"{number}.parquet"), long_texts(count // 4), 16)
+    config = replace(config, overflow="truncate", keep_columns=("text",), split_bytes=split_bytes, num_actors=1)
+    return run_whole(replace(config, threads_per_actor=1), num_cpus=4, object_store_memory=80 * 10**6)
+
+
+# With how many shards, texts or rows.
+CASES: dict[str, tuple[Callable[[ScoreConfig, int], dict[str, Any]], int]] = {
+    "shards": (many_shards, 20_000),
+    "text": (much_text, 5_000),
+    "rows": (many_rows, 1_000_000),
+    "store": (small_store, 384),
+    "blocks": (functools.partial(small_store, split_bytes=96 * 10**6), 384),
+}
+
+
+def run_case(name: str, model: Path, count: int | None) -> None:
+    """Run a case from end to end and write its figures."""
+    case, usual = CASES[name]
+    with TemporaryDirectory() as temporary:
+        config = ScoreConfig(input=f"{temporary}/in", output=f"{temporary}/out", model=str(model.absolute()))
+        figures = case(replace(config, id_column="id", dtype="float32"), count or usual)
+    where = machine()
+    rows = [f"| {kind} | {mib:,.0f} |" for kind, mib in figures["largest_mib"].items()]
+    head = f"{name}: {figures['rows']:,} rows in {figures['splits']:,} splits, {figures['wall']:.0f} seconds"
+    shape = f"{where['cores']} cores of {where['cpu']}, Ray {where['ray']}, {where['date']}."
+    table = "\n".join([head, "", "| the largest process | MiB |", "|---|---:|", *rows, "", shape])
+    save(f"limits-{name}", {"machine": where, "case": name, **figures}, table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="the demo's model directory")
     parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--case", choices=CASES, help="see above")
+    parser.add_argument("--count", type=int, help="shards, texts or rows of the case")
     arguments = parser.parse_args()
+    if arguments.case:
+        return run_case(arguments.case, arguments.model, arguments.count)
     runs: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as temporary:
         server = S3Server(Path(temporary))

@@ -11,11 +11,15 @@ ROLES = {"SplitPredictor": "actor", "Ledger": "ledger", "ray::": "workers", "ray
 
 
 class RunMemory:
-    """Samples this process and all that it started: MiB by role, summed over the role's processes."""
+    """Samples this process and all that it started: MiB by role, summed over the role's processes.
 
-    def __init__(self, interval: float = 0.5) -> None:
-        self._interval = interval
+    roles: what the titles of the processes contain, and what they are then called.
+    """
+
+    def __init__(self, interval: float = 0.5, roles: dict[str, str] = ROLES) -> None:
+        self._interval, self._roles = interval, roles
         self.samples: dict[str, list[tuple[float, float]]] = {}  # role → (seconds, MiB)
+        self.largest: dict[str, float] = {}  # role → MiB of one process at most
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -33,10 +37,13 @@ class RunMemory:
             sizes = {"driver": driver.memory_info().rss}
             for process in driver.children(recursive=True):
                 try:
-                    role = _role(" ".join(process.cmdline()))
-                    sizes[role] = sizes.get(role, 0) + process.memory_info().rss
+                    title = " ".join(process.cmdline())
+                    size = process.memory_info().rss
                 except psutil.Error:
                     continue  # it has just ended
+                role = next((role for part, role in self._roles.items() if part in title), "others")
+                sizes[role] = sizes.get(role, 0) + size
+                self.largest[role] = max(self.largest.get(role, 0), size / 2**20)
             sizes["all"] = sum(sizes.values())
             for role, size in sizes.items():
                 self.samples.setdefault(role, []).append((time.monotonic() - started, size / 2**20))
@@ -49,7 +56,3 @@ class RunMemory:
         """MiB a minute over the last half of the samples, least squares."""
         last = np.array(self.samples[role][len(self.samples[role]) // 2 :])
         return float(np.polyfit(last[:, 0] / 60, last[:, 1], 1)[0])
-
-
-def _role(title: str) -> str:
-    return next((role for part, role in ROLES.items() if part in title), "others")

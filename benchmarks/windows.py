@@ -17,11 +17,13 @@ import torch
 
 from benchmarks.common import machine, save
 from benchmarks.corpora import prepare
-from benchmarks.engine import measure
-from benchmarks.quality import NONE, Workshop
+from benchmarks.measure import measure
+from benchmarks.quality.runs import NONE
+from benchmarks.quality.workshop import Workshop
 from trbert_model.calibration import bootstrap_interval
-from trbert_model.engine import DocumentResults, Engine, EngineOptions
-from trbert_model.labelled import LabelledQuestions
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.labelled import LabelledColumns
+from trbert_model.tasks.base import DocumentResults
 from trbert_model.training import train
 
 POSITIONS = (512, 1024)
@@ -44,7 +46,9 @@ def trained(workshop: Workshop, positions: int) -> Path:
 
 def compare(engines: dict[int, Engine], questions: Path) -> dict[str, Any]:
     """Every model on the same questions."""
-    corpus = LabelledQuestions.read(str(questions), engines[POSITIONS[0]].task)  # before contexts are cut into windows
+    corpus = engines[POSITIONS[0]].task.read_corpus(
+        str(questions), LabelledColumns()
+    )  # before contexts are cut into windows
     systems: dict[str, Any] = {str(positions): engine.score for positions, engine in engines.items()}
     seconds, parts, _ = measure(systems, corpus.documents, BLOCK, lambda: 0.0)
     results = {name: DocumentResults.concatenate(parts[name]) for name in systems}

@@ -1,10 +1,11 @@
 """What all commands share: one readable line for an expected error, and its exit code."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import PipelineError
+from pipeline.errors import AbandonedError, PipelineError
 from trbert_model.errors import TRBertError
 
 
@@ -15,10 +16,20 @@ def run_command(main: Callable[[], int]) -> int:
         return main()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, AbandonedError):
+            _exit_now(error.exit_code)
         return error.exit_code
     except TRBertError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        _exit_now(130)
+        raise
+
+
+def _exit_now(code: int) -> None:
+    """Without waiting, as Python would, for threads that still wait for something."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

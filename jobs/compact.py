@@ -4,7 +4,7 @@
 
 The output stays as it is, and is what later runs go by; the copy has its own _SUCCESS, written last. Run again after a
 failure, it finishes. Exit codes: 0 done; 1 failed, run it again; 2 the output is not complete or the place not empty;
-5 a scoring run is at work on the output.
+4 stopped by a signal, run it again; 5 a scoring run is at work on the output.
 """
 
 import sys

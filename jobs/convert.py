@@ -8,14 +8,19 @@ Fresh selectors keep every token, so the converted model answers as its source d
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs.command import run_command
-from trbert_model.convert import apply_adapter, convert_checkpoint
+from pipeline.model import fetch_model
+from pipeline.storage import Storage
+from trbert_model.checkpoints.conversion import KINDS, apply_adapter, convert_checkpoint
 from trbert_model.errors import ConfigurationError
+from trbert_model.terminal import printable
 
 # What tokenizers of the BERT family consist of.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
@@ -23,10 +28,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spec
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", type=Path, help="checkpoint directory")
-    parser.add_argument("dst", type=Path, help="directory for the TR-BERT model")
-    tasks = ["classification", "question-answering", "multiple-choice", "none"]
-    parser.add_argument("--task", choices=tasks, help="default: its head's")
+    parser.add_argument("src", help="checkpoint directory or URI")
+    parser.add_argument("dst", help="directory or URI for the TR-BERT model")
+    parser.add_argument("--task", choices=KINDS, help="default: its head's")
     parser.add_argument("--max-positions", type=int, help="extend the position table, to be trained then")
     parser.add_argument("--reduction-layers", help="comma-separated zero-based layers (default: the paper's)")
     parser.add_argument("--adapter", type=Path, help="adapter directory to apply to SRC")
@@ -36,21 +40,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
             "--max-positions out with --adapter"
         )
+    # A local path is the converter's to judge: it reads directories that are no models yet.
+    src = Path(options.src) if Storage(options.src).is_local else fetch_model(options.src)
     if options.adapter:
-        model = apply_adapter(options.src, options.adapter)
+        model = apply_adapter(src, options.adapter)
     else:
         model = convert_checkpoint(
-            options.src,
+            src,
             task=options.task,
             reduction_layers=_layers(options.reduction_layers),
             max_positions=options.max_positions,
         )
-    model.save_pretrained(options.dst)
-    for name in TOKENIZER_FILES:
-        if (options.src / name).is_file():
-            shutil.copyfile(options.src / name, options.dst / name)
-    print(f"{type(model).__name__} with reduction layers {model.config.reduction_layers} saved to {options.dst}")
+    with _directory(Storage(options.dst)) as dst:
+        model.save_pretrained(dst)
+        for name in TOKENIZER_FILES:
+            if (src / name).is_file():
+                shutil.copyfile(src / name, dst / name)
+    print(
+        printable(
+            f"{type(model).__name__} with reduction layers {model.config.reduction_layers} saved to {options.dst}"
+        )
+    )
     return 0
+
+
+@contextlib.contextmanager
+def _directory(place: Storage) -> Iterator[Path]:
+    """A local directory whose files go to the place when the block ends: config.json last, for it makes a model."""
+    if place.is_local:
+        yield Path(place.root)
+        return
+    with tempfile.TemporaryDirectory(prefix="trbert-") as directory:
+        yield Path(directory)
+        for path in sorted(Path(directory).iterdir(), key=lambda path: (path.name == "config.json", path)):
+            place.write(path.name, path.read_bytes())
 
 
 def _layers(text: str | None) -> list[int] | None:

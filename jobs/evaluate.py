@@ -15,12 +15,15 @@ from pathlib import Path
 
 from jobs.command import run_command
 from pipeline.errors import UsageError
-from pipeline.storage import Storage, fetch_model, model_digest
+from pipeline.model import fetch_model
+from pipeline.storage import Storage, open_file
 from trbert_model.calibration import FILE, SPEEDUPS, Calibration, OperatingPoint, calibrate, calibration_key, with_table
+from trbert_model.checkpoints.loading import load_checkpoint
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledColumns, read_corpus
+from trbert_model.labelled import LabelledColumns, corpora_opened_by
 from trbert_model.options import option, parse_options
 from trbert_model.plotting import draw_calibration
+from trbert_model.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class EvaluateConfig(LabelledColumns):
         for name in ("model", "corpus"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is required")
+        Storage(self.corpus)  # refuses credentials in a URI before anything names it
         if not self.speedups or not min(self.speedups) > 1:
             raise UsageError(f"speedups {self.speedups} must be more than 1 each")
 
@@ -46,22 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_options(EvaluateConfig, arguments, __doc__ or "")
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     directory = fetch_model(config.model)
-    engine = Engine.from_pretrained(directory, EngineOptions(dtype=config.dtype))
+    loaded = load_checkpoint(directory)
+    engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(dtype=config.dtype))
     if not engine.config.reduction_layers:
         raise UsageError(f"{config.model}: it has no reduction layers, so there is no speed to choose")
-    corpus = read_corpus(config.corpus, config, engine.task, engine.config)
-    key = calibration_key(model_digest(directory), engine.dtype, engine.config.max_position_embeddings)
+    with corpora_opened_by(open_file):
+        corpus = engine.task.read_corpus(config.corpus, config)
+    key = calibration_key(loaded.digest, engine.dtype, engine.config.usable_positions)
     name = Path(config.corpus).name
     table = calibrate(engine, corpus, key=key, name=name, speedups=config.speedups)
-    print(as_text(table))
+    print(printable(as_text(table)))
     place = Storage(config.model)
     if config.write:
         place.write(FILE, with_table(directory, table))
-        print(f"\nwritten to {config.model}/{FILE}")
+        print(printable(f"\nwritten to {config.model}/{FILE}"))
     plot = config.plot or (f"{place.root}/calibration.png" if config.write and place.is_local else None)
     if plot is not None:
         draw_calibration(table, plot)
-        print(f"drawn in {plot}")
+        print(printable(f"drawn in {plot}"))
     return 0
 
 

@@ -5,8 +5,8 @@
 
 Exit codes: 0 the output is complete; 1 the run failed, run it again to finish; 2 an option, the input, the model or
 the output does not fit, nothing was started; 3 done, but with unreadable shards or more bad rows than
---max-bad-rows; 4 stopped by SIGTERM or --stop-after, run it again to go on; 5 another run is at work on the output,
-nothing was started.
+--max-bad-rows; 4 stopped by SIGTERM, SIGHUP, Ctrl-C or --stop-after, run it again to go on; 5 another run is at work on
+the output, nothing was started, or it has taken the output over.
 """
 
 import json
@@ -14,14 +14,22 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import run_command
-from pipeline.config import ScoreConfig
-from pipeline.report import summary
-from pipeline.run import score
-from trbert_model.options import parse_options
+from pipeline.stopping import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    report = score(parse_options(ScoreConfig, arguments, __doc__ or ""))
+    stop = StopRequest()
+    with stop.on_signals():  # from now on: the imports take seconds
+        return _main(arguments, stop)
+
+
+def _main(arguments: Sequence[str] | None, stop: StopRequest) -> int:
+    from pipeline.config import ScoreConfig
+    from pipeline.report import summary
+    from pipeline.run import score
+    from trbert_model.options import parse_options
+
+    report = score(parse_options(ScoreConfig, arguments, __doc__ or ""), stop)
     print(json.dumps(report, indent=1) if report.get("dry_run") else summary(report))
     return report["exit_code"]
 

@@ -13,7 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import run_command
+from pipeline.storage import Storage, open_file
+from trbert_model.labelled import corpora_opened_by
 from trbert_model.options import parse_options
+from trbert_model.terminal import printable
 from trbert_model.training import TrainingConfig, train
 
 
@@ -22,13 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workers.add_argument("--num-workers", type=int, default=1)
     ours, rest = workers.parse_known_args(arguments)
     config = parse_options(TrainingConfig, rest, __doc__ or "")
+    for corpus in filter(None, (config.train, config.evaluation, config.unlabelled)):
+        Storage(corpus)  # refuses credentials in a URI before anything names it
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     if ours.num_workers > 1:
         from pipeline.train import train_distributed  # late: who trains alone needs no Ray
 
         measured = train_distributed(config, ours.num_workers)
     else:
-        measured = train(config)
+        with corpora_opened_by(open_file):
+            measured = train(config)
     for stage, result in measured["stages"].items():
         if "documents" in result:
             others = ("documents", "flops_speedup", "dense_passes_per_document")
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{stage:24} {metrics} on {result['documents']} documents, "
                 f"{result['flops_speedup']:.2f}x fewer FLOPs than dense"
             )
-    print(f"saved to {config.output}")
+    print(printable(f"saved to {config.output}"))
     return 0
 
 

@@ -6,33 +6,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, read_calibration
 from trbert_model.errors import TRBertError
-from trbert_model.tasks.classification import ClassificationTask
-from trbert_model.tasks.question_answering import QuestionAnsweringTask
 
 from .config import ScoreConfig
 from .corpus import RUNS
 from .errors import StorageError, UsageError
+from .model import Model
 from .storage import Storage
 
 # Of documents that changed their label between two runs' corpora, beyond what chance explains.
 _LABEL_DRIFT = 0.05
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model as far as the driver needs it: where it was given, its local directory, digest, window length in tokens,
-    and its task where documents are to be tokenised for it."""
-
-    uri: str
-    directory: Path
-    digest: str
-    window: int
-    task: ClassificationTask | QuestionAnsweringTask | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .corpus import QUARANTINE
 from .errors import PipelineError, UsageError
 from .lock import OutputLock
 from .manifest import SUCCESS, read_manifest
+from .stopping import StopRequest
 from .storage import Storage
 
 
@@ -40,7 +41,7 @@ class CompactConfig:
             raise UsageError(f"target_bytes {self.target_bytes} must be at least 1")
 
 
-def compact(config: CompactConfig) -> dict[str, Any]:
+def compact(config: CompactConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     """Copy a complete output into few objects; returns the copy's manifest.
 
     Names are a function of the contents, so a compaction that died is finished by running it again. No scoring run can
@@ -50,12 +51,18 @@ def compact(config: CompactConfig) -> dict[str, Any]:
         UsageError: the output is not complete, or `into` holds something else.
         OutputBusyError: a run is at work on the output.
         PipelineError: an object is not what its marker says.
+        StoppedError: a signal asked to stop; running again goes on.
     """
+    stop = stop or StopRequest(grace=0.0)
+    return stop.run(lambda: _compact(config, stop))
+
+
+def _compact(config: CompactConfig, stop: StopRequest) -> dict[str, Any]:
     output, into = Storage(config.output), Storage(config.into)
     places = [f"{place.protocol}:{place.root}/" for place in (output, into)]
     if places[0].startswith(places[1]) or places[1].startswith(places[0]):
         raise UsageError(f"output {config.output} and into {config.into} lie inside each other; keep them apart")
-    with OutputLock(output, f"compaction-{secrets.token_hex(3)}"):
+    with OutputLock(output, f"compaction-{secrets.token_hex(3)}", stop=stop):
         manifest = read_manifest(output)
         if manifest is None:
             raise UsageError(f"{config.output}: not complete: no {SUCCESS} there; jobs/score.py finishes it")
@@ -68,6 +75,7 @@ def compact(config: CompactConfig) -> dict[str, Any]:
             raise UsageError(f"{config.into}: holds something else ({strange[0]}); choose an empty prefix")
         parts = []
         for number, group in enumerate(_groups(splits, config.target_bytes)):
+            stop.check()
             name = f"part-{number:05d}-{digest}.parquet"
             parts.append(_copy(output, into, group, name))
             if quarantined := [split for split in group if split["quarantined"]]:
@@ -75,6 +83,8 @@ def compact(config: CompactConfig) -> dict[str, Any]:
         copy = {
             **{"format": 1, "source": output.uri, "source_run": manifest["run"], "output": manifest["output"]},
             **{count: manifest[count] for count in ("rows", "results", "quarantined")},
+            "removed": manifest["removed"],
+            "shards": [{name: marker[name] for name in ("shard", "version", "rows")} for marker in manifest["shards"]],
             "parts": parts,
         }
         data = json.dumps(copy, indent=1).encode()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +11,11 @@ from trbert_model.errors import ConfigurationError
 from trbert_model.options import option
 
 from .errors import UsageError
+from .stopping import StopRequest
 from .storage import RETRY_SECONDS, Storage
 
-# Columns every result row has; a column kept from the input must not be called like one of them.
-RESULT_COLUMNS = (
-    "shard",
-    "row",
-    "label",
-    "score",
-    "probabilities",
-    "answer",
-    "start_char",
-    "end_char",
-    "null_score",
-    "spans",
-    "num_tokens",
-    "num_windows",
-    "kept_tokens",
-)
+# Columns that every result row has, beside those of the model's task; none of the input may be kept under such a name.
+RESULT_COLUMNS = ("shard", "row", "num_tokens", "num_windows", "kept_tokens")
 
 
 @dataclass(frozen=True)
@@ -43,6 +31,9 @@ class ScoreConfig:
     id_column: str | None = option(None, "column that names the documents; passed through as it is", identity=True)
     keep_columns: tuple[str, ...] = option((), "further columns to pass through", identity=True)
     probabilities: bool = option(False, "write every label's probability, in the order of the labels", identity=True)
+    label_threshold: float = option(
+        0.5, "probability from which on a label is one of a document's, where it may have several", identity=True
+    )
     max_answer_tokens: int = option(30, "tokens of an answer at most", identity=True)
     n_best: int = option(1, "answers to write into the column `spans`, if more than 1", identity=True)
     no_answer_threshold: float | None = option(
@@ -64,6 +55,9 @@ class ScoreConfig:
     num_actors: int | None = option(None, "model actors")
     gpus_per_actor: float | None = option(None, "GPUs an actor takes; 0 runs on the CPU")
     threads_per_actor: int | None = option(None, "torch threads of an actor")
+    document_timeout: float = option(
+        3600.0, "seconds without a sign of progress after which a document counts as one that kills; 0: never"
+    )
     wait_for_resources: float = option(0.0, "seconds to wait for an autoscaling cluster to make room for the actors")
     max_bad_rows: int | None = option(
         None, "exit with 3 if the shards a run completes have more quarantined rows than this"
@@ -89,6 +83,7 @@ class ScoreConfig:
                 raise UsageError(f"{name} {value} must be at least {least}")
         counts = (
             "gpus_per_actor",
+            "document_timeout",
             "wait_for_resources",
             "max_bad_rows",
             "stop_grace",
@@ -107,11 +102,10 @@ class ScoreConfig:
             raise UsageError(f"speedup {self.speedup} must be at least 1")
         if isinstance(self.keep_columns, str):
             raise UsageError(f"keep_columns {self.keep_columns!r} must be a tuple of names")
-        passed = [*([self.id_column] if self.id_column else []), *self.keep_columns]
+        passed = self.passed_columns
         if twice := sorted({name for name in passed if passed.count(name) > 1}):
             raise UsageError(f"columns {twice} are named more than once in id_column and keep_columns")
-        if taken := sorted(set(passed) & set(RESULT_COLUMNS)):
-            raise UsageError(f"columns {taken} of the input are named like columns of the results; rename them first")
+        self.check_names(RESULT_COLUMNS)
         if self.stop_after is not None:
             _seconds("stop_after", self.stop_after)
         try:
@@ -120,12 +114,22 @@ class ScoreConfig:
             raise UsageError(str(error)) from error
 
     @property
+    def passed_columns(self) -> list[str]:
+        """Columns that go from the input to the results as they are."""
+        return [*([self.id_column] if self.id_column else []), *self.keep_columns]
+
+    def check_names(self, results: Sequence[str]) -> None:
+        """Raises UsageError if a column that is passed through is named like one of these of the results."""
+        if taken := sorted(set(self.passed_columns) & set(results)):
+            raise UsageError(f"columns {taken} of the input are named like columns of the results; rename them first")
+
+    @property
     def stop_after_seconds(self) -> float | None:
         return None if self.stop_after is None else _seconds("stop_after", self.stop_after)
 
-    def storage(self, uri: str) -> Storage:
+    def storage(self, uri: str, stop: StopRequest | None = None) -> Storage:
         """A place of this run."""
-        return Storage(uri, self.storage_retry_seconds)
+        return Storage(uri, self.storage_retry_seconds, stop)
 
     def engine_options(self, device: str | None = None) -> EngineOptions:
         """The model's options on a device."""
@@ -135,8 +139,12 @@ class ScoreConfig:
             dtype=self.dtype,
             overflow=self.overflow,
             stride=self.stride,
+            probabilities=self.probabilities,
+            label_threshold=self.label_threshold,
             max_answer_tokens=self.max_answer_tokens,
             n_best=self.n_best,
+            spans=self.n_best > 1,
+            no_answer_threshold=self.no_answer_threshold,
             reduce=self.reduce,
             thresholds=self.thresholds,
         )

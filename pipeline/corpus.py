@@ -1,8 +1,8 @@
-"""What is to be done: the corpus's shards with their versions, and what an output already holds of them."""
+"""The corpus: its shards with their versions, and what their objects in an output are called."""
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .errors import UsageError
 from .storage import Storage, StoredFile, glob_root
@@ -42,18 +42,6 @@ class Shard:
         return f"{self.key}-{self.version}-{index:06d}.parquet"
 
 
-@dataclass
-class Plan:
-    """What a run has to do: shards to score, with the split indices that are there already; shards complete; files
-    of the output that belong to other versions of its shards, and to shards that are no longer in the corpus, by the
-    shards' keys and with markers first: whoever reads by markers must never be led to an object that is gone."""
-
-    pending: list[tuple[Shard, frozenset[int]]] = field(default_factory=list)
-    complete: list[Shard] = field(default_factory=list)
-    superseded: dict[str, list[str]] = field(default_factory=dict)
-    removed: dict[str, list[str]] = field(default_factory=dict)
-
-
 def list_shards(storage: Storage) -> list[Shard]:
     """The Parquet files of a corpus: a file, everything below a prefix, or what a glob matches.
 
@@ -86,37 +74,5 @@ def input_root(input_uri: str) -> str:
 
 
 def _is_shard(file: StoredFile) -> bool:
-    return file.path.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in file.path.split("/"))
-
-
-def make_plan(shards: list[Shard], output: Storage) -> Plan:
-    """Subtract what the output holds from the shards, by its listing alone: nothing is opened."""
-    markers: dict[str, set[str]] = {}
-    splits: dict[tuple[str, str], set[int]] = {}
-    names: dict[str, list[tuple[str, str]]] = {}  # shard key → (version, path)
-    for file in output.files():
-        folder, _, name = file.path.rpartition("/")
-        match = OBJECT_NAME.match(name)
-        if match is None or folder not in ("", MARKERS, QUARANTINE):
-            continue
-        names.setdefault(match["key"], []).append((match["version"], file.path))
-        if folder == MARKERS:
-            markers.setdefault(match["key"], set()).add(match["version"])
-        elif folder == "" and match["index"]:
-            splits.setdefault((match["key"], match["version"]), set()).add(int(match["index"]))
-
-    plan = Plan()
-    for shard in shards:
-        if shard.version in markers.get(shard.key, ()):
-            plan.complete.append(shard)
-        else:
-            plan.pending.append((shard, frozenset(splits.get((shard.key, shard.version), ()))))
-        old = [path for version, path in names.pop(shard.key, ()) if version != shard.version]
-        if old:
-            plan.superseded[shard.key] = sorted(old, key=_markers_first)
-    plan.removed = {key: sorted((path for _, path in found), key=_markers_first) for key, found in names.items()}
-    return plan
-
-
-def _markers_first(path: str) -> tuple[bool, str]:
-    return not path.startswith(f"{MARKERS}/"), path
+    parts = [part for part in file.path.split("/") if part not in (".", "..")]  # of keys, where they mean nothing
+    return file.path.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in parts)

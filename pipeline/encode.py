@@ -3,30 +3,47 @@
 Every split becomes one row of the Ray Data pipeline (`rows.py`).
 """
 
+import base64
 import contextlib
 import json
-import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from trbert_model.tasks.base import Task
+from trbert_model.terminal import get_logger
+
 from .corpus import Shard
-from .documents import to_column
 from .errors import ShardError, StorageError
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .report import SplitStats
 from .rows import error_table, split_table, stopped_table, to_ipc
-from .storage import Storage
+from .storage import Storage, is_passing
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _GROUPS = 1000
 _GROUP_BYTES = 512 << 20  # a reader that dies begins its group anew
+
+# What a few bytes of Parquet decode to no footer tells: a dictionary holds a text once for all rows that have it,
+# DELTA_BYTE_ARRAY only what differs from the text before, and a mean says nothing of the longest. So rows are decoded a
+# few at a time, fewer if the footer admits that they are long; small ones are put together, for batches have a price.
+_ROWS_AT_A_TIME = 16
+_BATCH_BYTES = 1 << 20
+_BATCH_ROWS = 4096
+# Of a large shard so much of each column is held, unless a page is larger. pyarrow by itself would hold all columns of
+# all row groups, as they are stored, to the end.
+_READ_BYTES = 8 << 20
+
+_ARROW_SCHEMA = b"ARROW:schema"
+
+TOKENIZER_FAILED = "tokenizer_failed"  # the quarantine's reason
 
 REJECTED_SCHEMA = pa.schema(
     [("shard", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
@@ -38,19 +55,18 @@ class EncodeOptions:
     """What the readers need to know of a run; pickles without credentials.
 
     task: the model's, as the driver has made it: readers need neither the model nor torch and transformers.
+    whole_bytes: a shard up to this is read in one request or two and held, a larger one `_READ_BYTES` of each column.
+    most_passed_bytes: of a split's passed columns, which are held together, several times over.
     """
 
     input: Storage
-    task: Any
+    task: Task
     text_columns: tuple[str, ...]  # the text's, or the question's and the context's
     id_column: str | None
-    keep_columns: tuple[str, ...]
+    passed_columns: list[str]  # that go from the input to the results as they are, the id's first
     split_bytes: int
-
-    @property
-    def passed_columns(self) -> list[str]:
-        """Columns that go from the input to the results as they are."""
-        return [*([self.id_column] if self.id_column else []), *self.keep_columns]
+    whole_bytes: int = 64 << 20
+    most_passed_bytes: int = 2 << 30
 
 
 @dataclass
@@ -63,7 +79,23 @@ class RawSplit:
     row_numbers: list[int] = field(default_factory=list)
     texts: list[tuple[str, ...]] = field(default_factory=list)
     passed: list[pa.RecordBatch] = field(default_factory=list)
+    passed_bytes: int = 0
     rejected: list[dict[str, Any]] = field(default_factory=list)
+
+    def pass_on(self, rows: pa.RecordBatch, most_bytes: int) -> None:
+        """Take on the passed columns of further good rows, of at most so many bytes in all.
+
+        Raises:
+            ShardError: they are too much to hold.
+        """
+        if rows.num_rows or not self.passed:  # without any row the types are wanted all the same
+            self.passed.append(rows)
+            self.passed_bytes += rows.nbytes
+        if self.passed_bytes > most_bytes:
+            raise ShardError(
+                f"its id and kept columns hold more than {most_bytes >> 30} GiB beside {self.text_bytes} bytes "
+                "of text in one split; keep fewer columns or choose fewer split_bytes"
+            )
 
 
 def read_shards(batch: pa.Table, options: EncodeOptions, ledger: LedgerClient = NO_LEDGER) -> Iterator[pa.Table]:
@@ -76,7 +108,9 @@ def read_shards(batch: pa.Table, options: EncodeOptions, ledger: LedgerClient = 
                     if entry.stop:
                         yield stopped_table(_base_row(shard, 0, 0))
                         return
-                    yield from encode_shard(shard, frozenset(done), options, entry)
+                    for table in encode_shard(shard, frozenset(done), options, entry):
+                        with entry.waiting():  # until the actors want more
+                            yield table
             except Exception as error:
                 # A stage that raises would end the run for one shard's sake, one that yields nothing would lose it.
                 logger.exception("shard %s cannot be encoded", shard.path)
@@ -117,7 +151,7 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
         entry.touch(WHOLE)
         with options.input.errors("read", shard.path):
             for split, shard_rows in cut_splits(shard, options):
-                if entry.client.stopping():
+                if entry.stopping():
                     yield stopped_table(_base_row(shard, shard_rows, split.index))
                     return
                 count = split.index + 1
@@ -125,7 +159,7 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
                     skipped += split.rows
                 else:
                     if held is not None:
-                        entry.touch(None)  # it waits there until the actors want more
+                        entry.touch(None)
                         yield split_table(held)
                     stats = SplitStats(
                         text_bytes=split.text_bytes,
@@ -155,18 +189,16 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
     Where splits are cut depends on nothing but the shard and `split_bytes`: a rerun cuts the same ones.
 
     Raises:
-        ShardError: not Parquet, or a column missing.
+        ShardError: not Parquet, a column missing, or listed under a name that it cannot be opened by.
         StorageError: changed since it was listed.
     """
-    with options.input.open(shard.path) as file:
+    with _opened(shard, options.input) as file:
         try:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            parquet = _parquet_file(file, whole=shard.size <= options.whole_bytes)
         except (pa.ArrowException, OSError) as error:
             if not _is_damage(error):
                 raise
             raise ShardError(f"not a readable Parquet file: {error}") from error
-        if options.input.version(shard.path) != shard.version:
-            raise _changed(shard)
         columns = [*options.text_columns, *options.passed_columns]
         names = parquet.schema_arrow.names
         if missing := [column for column in dict.fromkeys(columns) if column not in names]:
@@ -177,7 +209,7 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
             raise ShardError(f"column {', '.join(map(repr, twice))} is there {names.count(twice[0])} times")
         rows = parquet.metadata.num_rows
         split, row = RawSplit(0), 0
-        for batch in parquet.iter_batches(batch_size=_batch_rows(parquet, options), columns=columns):
+        for batch in _batches(parquet, columns, options.split_bytes):
             columns_of_text = [
                 (name, batch.column(name), _as_binary(batch.column(name))) for name in options.text_columns
             ]
@@ -188,18 +220,18 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
                 if text is None:
                     identifier = passed.column(0)[i] if options.id_column else None
                     split.rejected.append(_rejected_row(shard.path, row, identifier, reason, detail))
-                    split.passed.append(passed.slice(start, i - start))
+                    split.pass_on(passed.slice(start, i - start), options.most_passed_bytes)
                     start = i + 1
                 else:
                     split.row_numbers.append(row)
                     split.texts.append(text)
                 row, split.rows, split.text_bytes = row + 1, split.rows + 1, split.text_bytes + size
                 if split.text_bytes >= options.split_bytes:
-                    split.passed.append(passed.slice(start, i + 1 - start))
+                    split.pass_on(passed.slice(start, i + 1 - start), options.most_passed_bytes)
                     start = i + 1
                     yield split, rows
                     split = RawSplit(split.index + 1)
-            split.passed.append(passed.slice(start))
+            split.pass_on(passed.slice(start), options.most_passed_bytes)
         if row != rows:
             raise ShardError(f"it has {row} rows where its footer says {rows}")
         if split.rows:
@@ -227,6 +259,31 @@ def _row_text(columns: list[tuple[str, pa.Array, pa.Array | None]], i: int) -> t
     return size, None if any(refused) else tuple(texts), *refused
 
 
+def _opened(shard: Shard, storage: Storage) -> IO[bytes]:
+    """A shard's file, in the version that was listed.
+
+    What is between us and an object may change its key: servers and proxies take "//" and "/../" for their own. Then
+    the object is not found, or is another one, on every run.
+
+    Raises:
+        ShardError: it cannot be opened by the name that it is listed under.
+        StorageError: it cannot be opened for another reason, or changed since it was listed.
+    """
+    try:
+        file = storage.open(shard.path)
+        if storage.version(shard.path) == shard.version:
+            return file
+        file.close()
+        raise _changed(shard)
+    except StorageError as error:
+        cause = error.__cause__
+        odd = any(part in ("", ".", "..") for part in shard.path.split("/"))
+        lasting = cause is None or isinstance(cause, FileNotFoundError) or (odd and not is_passing(cause))
+        if not lasting or storage.listed(shard.path) != shard.version:
+            raise
+        raise ShardError(f"listed under this name, but not to be had by it: {error}") from error
+
+
 def _changed(shard: Shard) -> StorageError:
     return StorageError(f"{shard.path}: it changed after it was listed; the next run will score the new version")
 
@@ -240,18 +297,73 @@ def _is_damage(error: BaseException | None) -> bool:
     return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
 
 
-def _batch_rows(parquet: pq.ParquetFile, options: EncodeOptions) -> int:
-    """Rows to decode at a time, so that a batch of long documents is about a split and not a row group."""
-    metadata = parquet.metadata
-    total = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    mean = total / max(metadata.num_rows, 1)
-    return max(1, min(4096, int(options.split_bytes / max(mean, 1))))
+def _parquet_file(file: Any, whole: bool) -> pq.ParquetFile:
+    """A shard opened so that dictionary columns come as their values' type.
+
+    Arrow reads a column as a dictionary where the file says that it was one, and then holds all of its values, also
+    those that Parquet does not store in a dictionary, anew with every batch. Nothing but the Arrow schema in the footer
+    makes it do so, so it gets a footer with another one.
+
+    Raises:
+        ShardError: it is damaged.
+    """
+    options: dict[str, Any] = {"pre_buffer": whole, "buffer_size": _READ_BYTES}
+    options["page_checksum_verification"] = True
+    parquet = pq.ParquetFile(file, **options)
+    stored = (parquet.metadata.metadata or {}).get(_ARROW_SCHEMA)
+    kinds = parquet.schema_arrow.types
+    if stored is None or not any(pa.types.is_dictionary(kind) for kind in kinds):
+        return parquet
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    schema = pa.schema([column.with_type(kind) for column, kind in zip(parquet.schema_arrow, plain)])
+    file.seek(-8, os.SEEK_END)  # the footer's length and "PAR1"
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, os.SEEK_END)
+    footer = file.read(length).replace(_thrift(stored), _thrift(base64.b64encode(schema.serialize())))
+    alone = pa.BufferReader(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    parquet = pq.ParquetFile(file, metadata=pq.read_metadata(alone), **options)
+    if any(pa.types.is_dictionary(kind) for kind in parquet.schema_arrow.types):
+        raise ShardError("its footer holds an Arrow schema that cannot be replaced")
+    return parquet
+
+
+def _thrift(value: bytes) -> bytes:
+    """A string as a footer holds it, after its length in groups of 7 bits, the lowest first."""
+    length, groups = len(value), bytearray()
+    while length > 127:
+        groups.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*groups, length]) + value
+
+
+def _batches(parquet: pq.ParquetFile, columns: list[str], split_bytes: int) -> Iterator[pa.RecordBatch]:
+    """All rows, in batches of at most about `_BATCH_BYTES` decoded bytes or `_ROWS_AT_A_TIME` rows, if that is more."""
+    total = sum(parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups))
+    mean = total / max(parquet.metadata.num_rows, 1)
+    rows = max(1, min(_ROWS_AT_A_TIME, int(split_bytes / max(mean, 1))))
+    small: list[pa.RecordBatch] = []
+    size, most = 0, _BATCH_ROWS // rows
+    # Threads would be woken for each of the few rows, for ten times the time that these take.
+    for batch in parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False):
+        decoded = batch.get_total_buffer_size()
+        if small and (len(small) == most or size + decoded > _BATCH_BYTES):
+            yield _together(small)
+            size = 0
+        small.append(batch)
+        size += decoded
+    if small:
+        yield _together(small)
+
+
+def _together(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """Batches as one, which is then all that is left of them."""
+    whole = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+    batches.clear()
+    return whole
 
 
 def _as_binary(column: pa.Array) -> pa.Array | None:
     """A text-like column as large_binary, unvalidated; None for other types."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         return column.cast(pa.large_binary())
@@ -284,7 +396,7 @@ def check_text(value: Any, what: str = "text") -> tuple[str | None, str, str]:
 def killed_row(shard: str, row: int, identifier: pa.Scalar | None, what: str, care: Care) -> dict[str, Any]:
     """The quarantined row of a document that killed the processes that touched it."""
     times = f"{DEATHS_OF_A_DOCUMENT} times, of {care.deaths} deaths at its shard or split"
-    detail = f"{what} it killed its process {times}"
+    detail = f"{what} it killed its process, or kept it for longer than the document timeout, {times}"
     return _rejected_row(shard, row, identifier, KILLED, detail)
 
 
@@ -319,17 +431,22 @@ def _encode(
     stats: SplitStats,
     entry: Entry,
 ) -> dict[str, Any]:
-    """Tokenise a split. A text that the tokenizer finds nothing in is rejected too, and one that kills it."""
+    """Tokenise a split. A text that the tokenizer finds nothing in is rejected too, one that it fails on, and one that
+    kills it."""
     started, task = time.perf_counter(), options.task
-    encoded = task.encode_rows(split.texts) if not entry.care.one_at_a_time else _encode_each(split, task, entry)
+    careful = entry.care.one_at_a_time
+    encoded, failures = _encode_each(split, task, entry) if careful else task.encode_rows(split.texts)
     # Without passed columns a record batch holds no rows, so the table is built from the row numbers up.
     documents = pa.table({"row": pa.array(split.row_numbers, pa.int64())})
     if options.passed_columns:
         passed = pa.Table.from_batches(split.passed)
         for name in dict.fromkeys(options.passed_columns):
             documents = documents.append_column(name, _plain(passed[name]))
-    documents = documents.append_column("document", to_column(encoded))
-    problems = [task.problem(document) for document in encoded]
+    documents = documents.append_column("document", task.to_column(encoded))
+    problems = [
+        (TOKENIZER_FAILED, failures[place]) if place in failures else task.problem(document)
+        for place, document in enumerate(encoded)
+    ]
     for position, problem in enumerate(problems):
         if problem is None:
             continue
@@ -351,24 +468,25 @@ def _encode(
     }
 
 
-def _encode_each(split: RawSplit, task: Any, entry: Entry) -> list[Any]:
+def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], dict[int, str]]:
     """One row after the other, so that one that kills is found; nothing for those that have."""
-    encoded = []
-    for row, texts in zip(split.row_numbers, split.texts):
+    encoded, failures = [], {}
+    for place, (row, texts) in enumerate(zip(split.row_numbers, split.texts)):
         if row in entry.care.killers:
-            encoded += task.encode_rows([("",) * len(texts)])
+            encoded.append(task.nothing())
         else:
             entry.touch(row)
-            encoded += task.encode_rows([texts])
+            (document,), failed = task.encode_rows([texts])
+            encoded.append(document)
+            if failed:
+                failures[place] = failed[0]
     entry.touch(WHOLE)
-    return encoded
+    return encoded, failures
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dictionaries decoded; views, large strings and columns of nothing but null (of no type, as pandas writes
-    them) as strings: so that all shards' results have one schema whichever way a shard stores the same values."""
-    if pa.types.is_dictionary(column.type):
-        column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+    """Views, large strings and columns of nothing but null (of no type, as pandas writes them) as strings: so that all
+    shards' results have one schema whichever way a shard stores the same values."""
     kind = column.type
     if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())

@@ -1,5 +1,7 @@
 """The exceptions the pipeline raises; the commands print them as one line and exit with their code."""
 
+from trbert_model.terminal import printable
+
 
 class PipelineError(Exception):
     """Base class; the run failed."""
@@ -7,7 +9,7 @@ class PipelineError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())  # paths may hold line breaks
+        return printable(" ".join(super().__str__().splitlines()))  # paths may hold line breaks, and worse
 
 
 class UsageError(PipelineError, ValueError):
@@ -28,3 +30,17 @@ class OutputBusyError(PipelineError):
     """Another run is at work on the output; nothing was started."""
 
     exit_code = 5
+
+
+class LeaseLostError(OutputBusyError):
+    """Another run has taken the output over; this one changed nothing after that."""
+
+
+class StoppedError(PipelineError):
+    """The run was stopped from outside, before it was complete."""
+
+    exit_code = 4
+
+
+class AbandonedError(StoppedError):
+    """A stopped run did not end in time; a thread of it may still wait for something."""

@@ -1,30 +1,36 @@
-"""One run at a time on an output: a lease in the output itself, renewed while its holder lives.
+"""One run at a time on an output: leases in the output itself, numbered, the highest number's holder at work.
 
-Two runs on one output could not double a row, but they would compute everything twice; so the second is refused. A run
-that was killed cannot give its lease back. The next one takes it over at once if it can see that the process is gone
-(the same machine), else when the lease has not been renewed for as long as it lasts.
+A run takes an output by creating the next number's lease, which a store lets only one do, and renews that object while
+it lives. Nobody ever writes another one's lease, so a renewal that arrives late changes nothing. The number orders runs
+where clocks cannot (`Marker["epoch"]`), and whoever finds a higher one than its own has lost the output: `check` is
+asked before each marker, manifest and deletion, because a process may have been paused for longer than its lease.
+
+A run that was killed cannot give its lease back. The next one takes over at once if it can see that the process is gone
+(the same machine, the same PID namespace), else when the lease has not been renewed for as long as it lasts.
 """
 
 import json
-import logging
-import os
-import socket
+import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from .errors import OutputBusyError, PipelineError, StorageError
-from .ledger import process_name
+from trbert_model.terminal import get_logger
+
+from .errors import LeaseLostError, OutputBusyError, PipelineError, StorageError, UsageError
+from .processes import clock, is_gone, this_process
+from .stopping import StopRequest
 from .storage import Storage
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-LOCK = "_lock.json"
-TAKE_OVER = "_lock.take-over-{}.json"  # who is about to replace a lease that lapsed; the next if that one died at it
-LEASE_SECONDS = 60.0
-_RENEWAL_SECONDS = 10.0
-_LOOK_SECONDS = 1.0
+LEASES = "_leases"
+LEASE_SECONDS, RENEWAL_SECONDS, LOOK_SECONDS = 60.0, 10.0, 1.0
+_RELEASE_SECONDS = 5.0  # to give a lease back while the store fails
+_NAME = re.compile(rf"{LEASES}/(\d{{8}})\.json$")
+
+Lease = dict[str, Any]
 
 
 class OutputLock:
@@ -34,127 +40,211 @@ class OutputLock:
         output: the output.
         run_id: what others are told of the holder.
         lost: called once, from another thread, if the lease has been taken over meanwhile.
+        stop: ends the wait for another run's lease.
+        lease_seconds, renewal_seconds, look_seconds: how long a lease lasts without a renewal, and how often it is
+            renewed and looked at.
 
     Raises:
         OutputBusyError: on entry, if another run is at work there; names it.
+        UsageError: on entry, if the store lets two runs create the same object.
+        StoppedError: on entry, if the run was stopped meanwhile.
     """
 
-    def __init__(self, output: Storage, run_id: str, lost: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        output: Storage,
+        run_id: str,
+        lost: Callable[[], None] = lambda: None,
+        stop: StopRequest | None = None,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        renewal_seconds: float = RENEWAL_SECONDS,
+        look_seconds: float = LOOK_SECONDS,
+    ):
+        self.epoch = 0  # this run's number, once it holds the output
         self._output, self._run_id, self._lost = output, run_id, lost
-        self._over = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, name="output-lock", daemon=True)
+        self._stop = stop or StopRequest()
+        self._lease_seconds, self._renewal_seconds, self._look_seconds = lease_seconds, renewal_seconds, look_seconds
+        # A renewal that is made again for longer than the lease lasts would come too late.
+        self._leases = Storage(output.uri, min(output.retry_seconds, lease_seconds / 4))
+        self._valid_until = 0.0  # by `clock`: nobody has taken over before
+        self._renewals = 0
+        self._over, self._is_lost = threading.Event(), threading.Event()
+        self._one_at_a_time = threading.Lock()
+        self._renewer = threading.Thread(target=self._renew_until_over, name="output-lock", daemon=True)
 
     def __enter__(self) -> "OutputLock":
-        if not self._create(LOCK):
-            self._take_over()
+        self._take()
+        try:
+            self._probe()
+        except BaseException:
+            self._release()
+            raise
+        self._stop.when_abandoned.append(self._give_up)
         self._renewer.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._give_up in self._stop.when_abandoned:
+            self._stop.when_abandoned.remove(self._give_up)
         self._over.set()
-        self._renewer.join()
-        try:
-            if self._is_mine():
-                self._output.delete([LOCK])
-        except StorageError as error:
-            logger.warning("the output's lock stays and lapses after %g s: %s", LEASE_SECONDS, error)
+        self._renewer.join(self._lease_seconds)
+        self._release()
 
-    def _content(self) -> bytes:
-        me = {"run": self._run_id, "host": socket.gethostname(), "pid": os.getpid(), "process": process_name()}
-        return json.dumps(me | {"renewed": time.time()}).encode()
+    @property
+    def is_lost(self) -> bool:
+        """Whether another run is known to have taken the output over."""
+        return self._is_lost.is_set()
 
-    def _read(self, path: str = LOCK) -> dict[str, Any] | None:
-        """Whose lease lies there; None if there is none."""
-        try:
-            return json.loads(self._output.read(path))
-        except ValueError as error:
-            raise StorageError(
-                f"{self._output.uri}/{path}: damaged: {error}; delete it if no run is at work"
-            ) from error
-        except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
+    def check(self) -> None:
+        """Make sure that the output is still this run's: at no cost within the lease's time, else by looking.
 
-    def _is_mine(self, path: str = LOCK) -> bool:
-        holder = self._read(path)
-        return holder is not None and holder["run"] == self._run_id
+        Raises:
+            LeaseLostError: another run has taken the output over.
+        """
+        if self._is_lost.is_set():
+            raise self._lost_error()
+        if clock() < self._valid_until:
+            return
+        with self._one_at_a_time:
+            self._renew()
 
-    def _create(self, path: str) -> bool:
-        """Whether it is there now and this run's; the answer to a request that created it may have been lost."""
-        return self._output.create(path, self._content()) or self._is_mine(path)
-
-    def _take_over(self) -> None:
-        """Wait until the lease lapses, or refuse when its holder shows that it lives."""
-        first, started = self._read(), time.monotonic()
-        attempt, other, other_since = 0, None, started  # who else takes over, and since when it has been seen there
-        told = False
+    def _take(self) -> None:
+        """Become the holder of the highest number, or refuse when its holder shows that it lives."""
+        seen, since, told = None, 0.0, False
         while True:
-            holder, waited = self._read(), time.monotonic() - started
-            if holder is None:
-                if self._create(LOCK):
+            leases = self._listed()
+            number = max(leases, default=0)
+            lease = self._read(number) if number else None
+            if lease is None and number:
+                continue  # cleaned up between listing and reading it: there is a higher one
+            if lease is None or lease["released"] or is_gone(lease) or self._has_lapsed(lease, seen, since):
+                if self._create(number + 1):
+                    self._delete(leases)
+                    if lease is not None and not lease["released"]:
+                        logger.warning("run %s left its lock behind; took %s over", lease["run"], self._output.uri)
                     return
-                first, started = None, time.monotonic()  # another one was faster: its lock is a new one
-            elif holder != first:
+                seen, since = None, 0.0  # another one was faster: its lease is a new one
+            elif seen is None or number != seen["epoch"]:
+                seen, since = lease, clock()
+            elif lease != seen:
                 raise OutputBusyError(
-                    f"{self._output.uri}: run {holder['run']} is at work there (process {holder['pid']} on "
-                    f"{holder['host']}); one run at a time, so nothing was started"
+                    f"{self._output.uri}: run {lease['run']} is at work there (process {lease['pid']} on "
+                    f"{lease['host']}); one run at a time, so nothing was started"
                 )
-            elif waited > LEASE_SECONDS or _is_gone(holder):
-                if self._replace(holder, attempt):
-                    return
-                seen, now = self._read(TAKE_OVER.format(attempt)), time.monotonic()
-                if seen != other:
-                    other, other_since = seen, now
-                if seen is not None and (now - other_since > LEASE_SECONDS or _is_gone(seen)):
-                    attempt += 1  # not deleted here: by then it could be another, living one's
             elif not told:
                 told = True
                 logger.warning(
                     "run %s holds %s; waiting up to %g s to see whether it lives",
-                    *(holder["run"], self._output.uri, LEASE_SECONDS),
+                    *(lease["run"], self._output.uri, self._lease_seconds),
                 )
-            time.sleep(_LOOK_SECONDS)
+            self._stop.wait(self._look_seconds)
+            self._stop.check()
 
-    def _replace(self, lapsed: dict[str, Any], attempt: int) -> bool:
-        """Put this run's lease in the place of one that lapsed, if it is still there; one run at a time may try.
+    def _has_lapsed(self, lease: Lease, seen: Lease | None, since: float) -> bool:
+        return lease == seen and clock() - since > self._lease_seconds
 
-        Were the lapsed one deleted and a new one created, a slow run could delete the new one of a faster run.
-        """
-        if not self._create(TAKE_OVER.format(attempt)):
+    def _create(self, number: int) -> bool:
+        """Whether this run now holds the highest number, and it is this one."""
+        self.epoch, started = number, clock()
+        if not (self._output.create(_path(number), self._content()) or self._is_mine(number)):
             return False
+        if max(self._listed(), default=0) > number:  # a slow run, whose number others have left behind and cleaned up
+            self._delete([number])
+            return False
+        self._valid_until = started + self._lease_seconds
+        return True
+
+    def _probe(self) -> None:
+        """Everything rests on objects that are created once: make sure that this store keeps to it."""
+        if self._output.create(_path(self.epoch), self._content()):
+            raise UsageError(
+                f"{self._output.uri}: this store replaces objects that a request asked only to create (it ignores "
+                "If-None-Match), so rows could be doubled and two runs be at work; choose another store"
+            )
+
+    def _content(self, released: bool = False) -> bytes:
+        lease = {"epoch": self.epoch, "run": self._run_id, **this_process(), "released": released}
+        return json.dumps(lease | {"renewals": self._renewals, "renewed": time.time()}).encode()
+
+    def _listed(self) -> list[int]:
+        return [int(match[1]) for file in self._output.files(LEASES) if (match := _NAME.search(file.path))]
+
+    def _read(self, number: int) -> Lease | None:
+        """A lease; None if there is none."""
+        data = self._output.read_if_there(_path(number))
+        if data is None:
+            return None
         try:
-            if self._read() != lapsed:
-                return False
-            logger.warning("run %s left its lock behind; taking %s over", lapsed["run"], self._output.uri)
-            self._output.write(LOCK, self._content())
-            return True
-        finally:
-            # Whoever creates one of them after this sees that the lapsed lease is no longer there.
-            self._output.delete(TAKE_OVER.format(number) for number in range(attempt + 1))
+            lease = json.loads(data)
+            if not isinstance(lease, dict) or not {"epoch", "run", "host", "pid", "released"} <= lease.keys():
+                raise ValueError("entries are missing")
+            return lease
+        except ValueError as error:
+            raise StorageError(
+                f"{self._output.uri}/{_path(number)}: damaged: {error}; delete it if no run is at work"
+            ) from error
+
+    def _is_mine(self, number: int) -> bool:
+        """The answer to a request that created a lease may have been lost."""
+        lease = self._read(number)
+        return lease is not None and lease["run"] == self._run_id
+
+    def _delete(self, numbers: list[int]) -> None:
+        self._output.delete(_path(number) for number in numbers)
 
     def _renew(self) -> None:
-        while not self._over.wait(_RENEWAL_SECONDS):
+        """Renew the lease, unless another run has the output.
+
+        Raises:
+            LeaseLostError: it has.
+        """
+        if self._is_lost.is_set():
+            raise self._lost_error()
+        started = clock()
+        self._renewals += 1
+        self._leases.write(_path(self.epoch), self._content())
+        if max(self._listed(), default=0) > self.epoch:
+            self._is_lost.set()
+            raise self._lost_error()
+        self._valid_until = started + self._lease_seconds
+
+    def _renew_until_over(self) -> None:
+        while not self._over.wait(self._renewal_seconds):
             try:
-                if not self._is_mine():
-                    logger.error("another run has taken %s over; this one stops", self._output.uri)
-                    self._lost()
-                    return
-                self._output.write(LOCK, self._content())
+                with self._one_at_a_time:
+                    self._renew()
+            except LeaseLostError as error:
+                logger.error("%s", error)
+                self._lost()
+                return
             except PipelineError as error:
                 logger.warning("the output's lock could not be renewed: %s", error)
 
+    def _lost_error(self) -> LeaseLostError:
+        return LeaseLostError(f"{self._output.uri}: another run has taken the output over; this one stopped")
 
-def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is no more. False where that cannot be seen."""
-    if holder["host"] != socket.gethostname():
-        return False
-    if holder["pid"] == os.getpid():  # in containers numbers begin anew
-        return holder["process"] != process_name()
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    def _give_up(self) -> None:
+        """The run was left behind: it changes nothing any more, and the next one need not wait."""
+        self._over.set()
+        self._release()
+        self._is_lost.set()
+
+    def _release(self) -> None:
+        """Say that the lease is over. Its number stays, so that the next run's is higher."""
+        if self._is_lost.is_set():
+            return
+        renewing = not self._one_at_a_time.acquire(timeout=_RELEASE_SECONDS)
+        try:
+            if renewing:
+                raise StorageError(f"{self._output.uri}/{_path(self.epoch)}: a renewal has not been answered")
+            Storage(self._output.uri, _RELEASE_SECONDS).write(_path(self.epoch), self._content(released=True))
+        except StorageError as error:
+            logger.warning("the output's lock stays and lapses after %g s: %s", self._lease_seconds, error)
+        finally:
+            if not renewing:
+                self._one_at_a_time.release()
+
+
+def _path(number: int) -> str:
+    return f"{LEASES}/{number:08d}.json"

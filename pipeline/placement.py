@@ -9,6 +9,7 @@ import ray
 
 from .config import ScoreConfig
 from .errors import UsageError
+from .stopping import StopRequest
 
 # A GPU's actor keeps one core busy launching kernels; less than a whole one, so that a machine with as many GPUs as
 # CPUs has room for readers, and not a reader's share, so that Ray Data does not fuse the two stages.
@@ -32,13 +33,18 @@ class Placement:
     @property
     def dtype(self) -> str:
         """What dtype "auto" means there."""
-        return "bfloat16" if self.gpus_per_actor else "float32"
+        return auto_dtype(self.gpus_per_actor)
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "device": self.device}
 
 
-def place(config: ScoreConfig, *, spare_cpus: float) -> Placement:
+def auto_dtype(gpus_per_actor: float) -> str:
+    """What dtype "auto" means for an actor with so many GPUs."""
+    return "bfloat16" if gpus_per_actor else "float32"
+
+
+def place(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Placement:
     """Choose the actors' number and resources from the cluster, and make sure that they fit.
 
     Actors that fill every CPU would leave none to the readers that feed them, and the run would hang
@@ -46,6 +52,7 @@ def place(config: ScoreConfig, *, spare_cpus: float) -> Placement:
 
     Raises:
         UsageError: they do not fit, also not after `wait_for_resources` seconds; says what there is and what is asked.
+        StoppedError: the run was stopped meanwhile.
     """
     deadline = time.monotonic() + config.wait_for_resources
     asked = False
@@ -64,7 +71,8 @@ def place(config: ScoreConfig, *, spare_cpus: float) -> Placement:
                 bundles = [{name: amount for name, amount in bundle.items() if amount}] * placement.num_actors
                 ray.autoscaler.sdk.request_resources(bundles=[*bundles, {"CPU": 1}])
                 asked = True
-            time.sleep(min(2.0, max(deadline - time.monotonic(), 0.1)))
+            stop.wait(min(2.0, max(deadline - time.monotonic(), 0.1)))
+            stop.check()
     finally:
         if asked:
             # It stands until it is withdrawn, and its nodes with it. They idle long enough for the actors to come.

@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import json
-import logging
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +15,24 @@ import pyarrow as pa
 import ray
 import torch
 
-from trbert_model.engine import DocumentResults, Engine, EngineOptions
-from trbert_model.errors import TRBertError
-from trbert_model.tasks.classification import softmax
-from trbert_model.tasks.question_answering import Answer, Span
+from trbert_model.checkpoints.loading import load_checkpoint
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.errors import ModelChangedError, TRBertError
+from trbert_model.reduction.policies import ThresholdPolicy
+from trbert_model.reduction.state import SelectionPolicy
+from trbert_model.tasks.base import DocumentResults, Task
+from trbert_model.terminal import get_logger
 
-from .choice import Model, pick
-from .documents import from_column
-from .encode import check_text, killed_row, rejected_table
+from .choice import pick
+from .encode import TOKENIZER_FAILED, check_text, killed_row, rejected_table
 from .errors import PipelineError, UsageError
-from .ledger import NO_LEDGER, WHOLE, Entry, LedgerClient, Stop
+from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, process_name
+from .model import Model, fetch_model
 from .report import SplitStats
 from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
-from .storage import fetch_model, model_digest
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-_STOP_INTERVAL = 1.0  # seconds between two questions whether to stop
 _MOST_SECONDS_BETWEEN_LOADS = 30.0
 
 
@@ -45,77 +46,19 @@ class ActorSplit:
     end: float
 
 
-@dataclass(frozen=True)
-class ResultOptions:
-    """What result rows hold beside the result itself.
-
-    probabilities: every label's, for classification; no_answer_threshold: how much more probable than the best span "no
-    answer" must be to be the answer (None: never), for question answering; spans: all of the engine's `n_best`, too.
-    """
-
-    probabilities: bool = False
-    no_answer_threshold: float | None = None
-    spans: bool = False
-
-
-def result_columns(
-    engine: Engine, results: DocumentResults, documents: Sequence[Any], options: ResultOptions
-) -> dict[str, pa.Array]:
-    """The model's results as the result columns, in their order.
-
-    Of classification: label: string; score: float32, the label's probability; probabilities: list<float32> in the
-    labels' order. Of question answering: answer: string, null if there is none; score: float32, its probability;
-    start_char, end_char: int32, its place in the context; null_score: float32, the probability of no answer; spans.
-    Of both: num_tokens: int64; num_windows: int32; kept_tokens: list<int32>, one a reduction.
-    """
-    if engine.answers:
-        columns = _answer_columns(results.answers, documents, options)
-    else:
-        columns = _label_columns(results.logits, engine.labels, options)
+def result_columns(task: Task, results: DocumentResults, documents: Iterable[Any]) -> dict[str, pa.Array]:
+    """The model's results as the result columns, in their order: the task's own, and num_tokens: int64; num_windows:
+    int32; kept_tokens: list<int32>, one a reduction."""
+    columns = task.result_columns(results.outputs, documents)
     columns["num_tokens"] = pa.array(results.num_tokens, pa.int64())
     columns["num_windows"] = pa.array(results.num_windows.astype(np.int32), pa.int32())
     columns["kept_tokens"] = pa.array(results.kept_tokens.astype(np.int32).tolist(), pa.list_(pa.int32()))
     return columns
 
 
-def _label_columns(logits: np.ndarray, labels: Sequence[str], options: ResultOptions) -> dict[str, pa.Array]:
-    shares = softmax(logits)
-    best = shares.argmax(axis=1) if len(shares) else np.zeros(0, np.int64)
-    columns = {
-        "label": pa.array([labels[i] for i in best], pa.string()),
-        "score": pa.array(shares[np.arange(len(best)), best], pa.float32()),
-    }
-    if options.probabilities:
-        columns["probabilities"] = pa.array(list(shares), pa.list_(pa.float32()))
-    return columns
-
-
-_SPAN = pa.struct(
-    [("answer", pa.string()), ("score", pa.float32()), ("start_char", pa.int32()), ("end_char", pa.int32())]
-)
-
-
-def _answer_columns(answers: Sequence[Answer], questions: Sequence[Any], options: ResultOptions) -> dict[str, pa.Array]:
-    def row(span: Span | None, text: str) -> dict[str, Any]:
-        if span is None:
-            return dict.fromkeys(_SPAN.names)
-        values = (text[span.start : span.end], span.score, span.start, span.end)
-        return dict(zip(_SPAN.names, values, strict=True))
-
-    texts = [question.context.text for question in questions]
-    best = [row(answer.best(options.no_answer_threshold), text) for answer, text in zip(answers, texts, strict=True)]
-    chosen = pa.array(best, _SPAN)
-    columns = {name: chosen.field(name) for name in _SPAN.names}
-    columns["null_score"] = pa.array([answer.null_score for answer in answers], pa.float32())
-    if options.spans:
-        every = [[row(span, text) for span in answer.spans] for answer, text in zip(answers, texts)]
-        columns["spans"] = pa.array(every, pa.list_(_SPAN))
-    return columns
-
-
 class TRBertPredictor:
-    """A class for `Dataset.map_batches`: adds the result columns to batches with a text column, or with a question and
-    a context column where the model answers questions.
+    """A class for `Dataset.map_batches`: adds the result columns of the model's task to batches with its columns of
+    texts.
 
         ray.data.read_parquet(…).map_batches(
             TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
@@ -127,10 +70,11 @@ class TRBertPredictor:
         model: directory or URI of a TR-BERT model.
         text_column: the column with the documents, for classification.
         question_column, context_column: the columns of a model that answers questions.
-        probabilities, no_answer_threshold, spans: see `ResultOptions`.
         threads: torch threads; default: torch's own.
         speedup, max_drop: take the thresholds from the model's calibration table, as jobs/score.py does.
-        options: the further arguments of `trbert_model.engine.EngineOptions`.
+        digest: the digest that the model must have, as a scoring run gives it to its actors.
+        options: the arguments of `trbert_model.engine.EngineOptions`, the task's (`probabilities`, `spans`, …) among
+            them.
     """
 
     def __init__(
@@ -139,26 +83,27 @@ class TRBertPredictor:
         text_column: str = "text",
         question_column: str = "question",
         context_column: str = "context",
-        probabilities: bool = False,
-        no_answer_threshold: float | None = None,
-        spans: bool = False,
         threads: int | None = None,
         speedup: float | None = None,
         max_drop: float | None = None,
+        digest: str | None = None,
         **options: Any,
     ):
         started = time.perf_counter()
         if threads:
             torch.set_num_threads(threads)
         directory = fetch_model(model)
-        self.engine = Engine.from_pretrained(directory, EngineOptions(**options))
+        loaded = load_checkpoint(directory, digest)
+        self.engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(**options))
+        self._policy: SelectionPolicy | None = None
         if speedup is not None or max_drop is not None:
-            known = Model(model, directory, model_digest(directory), self.engine.config.max_position_embeddings)
+            known = Model(model, directory, loaded.digest, self.engine.config.usable_positions, self.engine.task)
             self.expectation = pick(known, self.engine.dtype, speedup=speedup, max_drop=max_drop)
-            self.engine.config.selector_thresholds = list(self.expectation.point.thresholds)
+            self._policy = ThresholdPolicy(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)
-        self.text_columns = (question_column, context_column) if self.engine.answers else (text_column,)
-        self.result_options = ResultOptions(probabilities, no_answer_threshold, spans)
+        self.task = self.engine.task
+        names = {"text_column": text_column, "question_column": question_column, "context_column": context_column}
+        self.text_columns = tuple(names[option] for option in self.task.text_options)
         self.loaded_seconds = time.perf_counter() - started
 
     def __call__(self, batch: Any) -> Any:
@@ -193,13 +138,15 @@ class TRBertPredictor:
             reasons = [reason for _, reason, _ in checked if reason]
             errors.append(reasons[0] if reasons else None)
             rows.append(tuple("" if text is None else text for text, _, _ in checked))
-        documents = self.engine.task.encode_rows(rows)
+        documents, failures = self.task.encode_rows(rows)
         for place, document in enumerate(documents):
-            if errors[place] is None and (problem := self.engine.task.problem(document)):
+            if errors[place] is None and place in failures:
+                errors[place] = TOKENIZER_FAILED
+            elif errors[place] is None and (problem := self.task.problem(document)):
                 errors[place] = problem[0]
         good = [place for place, error in enumerate(errors) if error is None]
         documents = [documents[place] for place in good]
-        results = result_columns(self.engine, self.engine.score(documents), documents, self.result_options)
+        results = result_columns(self.task, self.engine.score(documents, self._policy), documents)
         places = np.full(len(rows), -1)
         places[good] = np.arange(len(good))
         indices = pa.array(places, mask=places < 0)
@@ -215,11 +162,28 @@ class SplitPredictor(TRBertPredictor):
     """Ray Data stage: an encoded split → its scored split. A split that fails comes back with `error`."""
 
     def __init__(
-        self, passed_columns: list[str], id_column: str | None, ledger: LedgerClient = NO_LEDGER, **options: Any
+        self,
+        passed_columns: list[str],
+        id_column: str | None,
+        ledger: LedgerClient = NO_LEDGER,
+        stop_interval: float = 1.0,
+        alive_interval: float = 30.0,
+        **options: Any,
     ):
+        """stop_interval: seconds between two questions whether to stop; alive_interval: between two times that it says
+        that it is alive; options: as TRBertPredictor takes them."""
         self.passed_columns, self.id_column, self.ledger = passed_columns, id_column, ledger
+        self.stop_interval = stop_interval
         self._load(**options)
-        self.actor = (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or "driver"
+        actor = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
+        self.actor = actor or "driver"
+        if actor is not None:
+            threading.Thread(target=self._say_alive, args=(alive_interval,), name="alive", daemon=True).start()
+
+    def _say_alive(self, interval: float) -> None:
+        while True:
+            self.ledger.tell("alive", self.actor, process_name())
+            time.sleep(interval)
 
     def _load(self, **options: Any) -> None:
         """Load the model; if it cannot be had, say so and try again until the run ends. Ray would start the actor anew
@@ -228,9 +192,10 @@ class SplitPredictor(TRBertPredictor):
             self.ledger.begin_load()
             try:
                 super().__init__(**options)
+                self.ledger.loaded()
                 return
             except (PipelineError, TRBertError) as error:
-                self.ledger.load_failed(error)
+                self.ledger.load_failed(error, for_good=isinstance(error, ModelChangedError))
                 if self.ledger is NO_LEDGER:
                     raise
                 logger.warning("the model cannot be loaded: %s", error)
@@ -248,7 +213,7 @@ class SplitPredictor(TRBertPredictor):
             return split
         start, clock = time.time(), time.perf_counter()
         try:
-            with self.ledger.work(f"scoring {row['shard']} {row['version']} {row['index']}") as entry:
+            with self.ledger.work(f"{SCORING} {row['shard']} {row['version']} {row['index']}") as entry:
                 if entry.stop:
                     raise _StoppedError
                 if WHOLE in entry.care.killers:
@@ -285,21 +250,22 @@ class SplitPredictor(TRBertPredictor):
             scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
-            scored = self.engine.score(self._until_stopped(encoded))
+            scored = self.engine.score(self._until_stopped(encoded, entry))
         # Again from the column, without the token ids' copies: a million-token document is not held twice.
-        kept = list(from_column(documents.column(documents.num_columns - 1))) if self.engine.answers else []
+        kept = self.task.from_column(documents.column(documents.num_columns - 1))
         documents = documents.remove_column(documents.num_columns - 1)
         columns: dict[str, Any] = {}
         if self.id_column:
             columns[self.id_column] = documents[self.id_column]
         columns["shard"] = pa.array([shard] * documents.num_rows, pa.string())
         columns["row"] = documents["row"]
-        columns |= result_columns(self.engine, scored, kept, self.result_options)
+        results = result_columns(self.task, scored, kept)
+        columns |= results
         columns |= {name: documents[name] for name in self.passed_columns if name != self.id_column}
         after = self.engine.statistics
         stats = SplitStats(
             documents=len(scored),
-            labels=self._label_counts(columns),
+            labels=self.task.counts(results),
             tokens=int(scored.num_tokens.sum()),
             windows=int(scored.num_windows.sum()),
             kept_tokens=[int(kept) for kept in scored.kept_tokens.sum(axis=0)],
@@ -312,33 +278,25 @@ class SplitPredictor(TRBertPredictor):
             stats.count_bad(rows)
         return pa.table(columns), rejected, stats
 
-    def _label_counts(self, columns: dict[str, Any]) -> dict[str, int]:
-        """Documents by label, or questions by whether they have an answer."""
-        if self.engine.answers:
-            none = columns["answer"].null_count
-            counted = {"answered": len(columns["answer"]) - none, "no answer": none}
-            return {name: count for name, count in counted.items() if count}
-        return {each["values"]: each["counts"] for each in pa.compute.value_counts(columns["label"]).to_pylist()}
-
     def _score_each(self, encoded: pa.ChunkedArray, entry: Entry) -> DocumentResults:
         """One document after the other, so that one that kills the process is found; those that have are left out.
 
         Results do not depend on a document's batch, so they are what a whole split's are.
         """
         scored = [self.engine.score([])]
-        for position, document in enumerate(self._until_stopped(encoded)):
+        for position, document in enumerate(self._until_stopped(encoded, entry)):
             if position not in entry.care.killers:
                 entry.touch(position)
                 scored.append(self.engine.score([document]))
         entry.touch(WHOLE)
         return DocumentResults.concatenate(scored)
 
-    def _until_stopped(self, encoded: pa.ChunkedArray) -> Iterator[Any]:
-        """The documents, as long as the run may go on with what it has begun."""
+    def _until_stopped(self, encoded: pa.ChunkedArray, entry: Entry) -> Iterator[Any]:
+        """The documents, as long as the run may go on with what it has begun; each one is a sign of progress."""
         asked = time.monotonic()
-        for document in from_column(encoded):
-            if time.monotonic() - asked > _STOP_INTERVAL:
+        for document in self.task.from_column(encoded):
+            if time.monotonic() - asked > self.stop_interval:
                 asked = time.monotonic()
-                if self.ledger.stopping() is Stop.NOW:
+                if entry.stopping() is Stop.NOW:
                     raise _StoppedError
             yield document

@@ -8,7 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from .corpus import Plan, Shard
+from trbert_model.terminal import printable
+
+from .corpus import Shard
+from .plan import Plan
 
 
 @dataclass
@@ -89,6 +92,7 @@ class RunStatistics:
         self.removed: list[str] = []  # shards with results that are no longer in the corpus
         self.stopped: str | None = None
         self.deaths = 0  # processes that died at their work
+        self.hung = 0  # of these, those that were ended because they gave no sign of progress
         self.quarantined = 0  # rows of the shards this run completed, also those an earlier run had put aside
         self._lock = threading.Lock()
         self._bytes_total = float(sum(shard.size for shard, _ in plan.pending))
@@ -173,7 +177,11 @@ class RunStatistics:
                 "found_committed": sum(len(done) for _, done in self.plan.pending),
                 "failed": self.failed_splits,
             },
-            "faults": {"process_deaths": self.deaths, "storage_retries": total.storage_retries},
+            "faults": {
+                "process_deaths": self.deaths,
+                "hung_processes": self.hung,
+                "storage_retries": total.storage_retries,
+            },
             "warnings": [],
             "expectation": None,
             "documents": total.documents,
@@ -251,7 +259,7 @@ def summary(report: dict[str, Any]) -> str:
     if any(report["faults"].values()):
         faults = report["faults"]
         lines.append(
-            f"  faults      {faults['process_deaths']} processes died at their work, "
+            f"  faults      {faults['process_deaths']} processes died at their work, {faults['hung_processes']} hung, "
             f"{faults['storage_retries']} storage requests were made again"
         )
     if removed := shards["removed"]:
@@ -259,20 +267,15 @@ def summary(report: dict[str, Any]) -> str:
     lines += _listed("removed", dict.fromkeys(removed, ""))
     lines += _listed("unreadable", shards["unreadable"])
     lines += _listed("failed", report["splits"]["failed"])
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _listed(what: str, reasons: dict[str, str], most: int = 50) -> list[str]:
     """Lines for shards or splits with their reasons, not all of very many."""
-    rows = [(_printable(name), f": {reason}" if reason else "") for name, reason in sorted(reasons.items())]
+    rows = [(name.replace("\n", "\\n"), f": {reason}" if reason else "") for name, reason in sorted(reasons.items())]
     lines = [f"  {what:11} {name}{reason}" for name, reason in rows]
     more = len(lines) - most
     return lines if more <= 0 else [*lines[:most], f"  {what:11} … and {more:,} more, in the run report"]
-
-
-def _printable(name: str) -> str:
-    """A name as it is, unless it would do things to a terminal."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ passes the row on, so no split vanishes. Nothing here needs the model, so that t
 without it.
 """
 
+from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
@@ -24,11 +25,18 @@ SPLIT_SCHEMA = pa.schema(
         ("stats", pa.string()),
         ("actor", pa.string()),  # who predicted it and when, `predict.ActorSplit` as JSON
         ("committed", pa.string()),  # what was published, `commit.Committed` as JSON
-        ("error", pa.string()),
+        ("error", pa.string()),  # why there is nothing else, for people
+        ("error_kind", pa.string()),  # the same for the driver, an `ErrorKind`
     ]
 )
 
-STOPPED = "stopped"  # in `error`: the run was asked to stop
+
+class ErrorKind(StrEnum):
+    """Why a row has an error."""
+
+    WORK = "work"  # the shard or the split is at fault, or what it was read from
+    OUTPUT = "output"  # its results could not be written
+    STOPPED = "stopped"  # the run was asked to stop
 
 
 def split_table(row: dict[str, Any]) -> pa.Table:
@@ -36,15 +44,19 @@ def split_table(row: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([row], schema=SPLIT_SCHEMA)
 
 
-def error_table(row: dict[str, Any], error: Exception) -> pa.Table:
+def error_table(row: dict[str, Any], error: Exception, kind: ErrorKind = ErrorKind.WORK) -> pa.Table:
     """A row whose stage failed, without its payload."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return split_table({**row, "payload": None, "rejected": None, "error": reason})
+    return _failed_table(row, reason, kind)
 
 
 def stopped_table(row: dict[str, Any]) -> pa.Table:
     """A row of work that was left undone because the run stops."""
-    return split_table({**row, "payload": None, "rejected": None, "error": STOPPED})
+    return _failed_table(row, "stopped", ErrorKind.STOPPED)
+
+
+def _failed_table(row: dict[str, Any], reason: str, kind: ErrorKind) -> pa.Table:
+    return split_table({**row, "payload": None, "rejected": None, "error": reason, "error_kind": kind})
 
 
 def to_ipc(table: pa.Table) -> bytes:

@@ -1,132 +1,146 @@
-"""Stopping a run from outside: SIGTERM, `stop_after`, a lost lock, an output that fails."""
+"""Stopping a run from outside: a signal, `stop_after`, a lost lock, an output that fails.
+
+Imports nothing heavy, so that a command can listen for signals before it imports Ray and torch.
+"""
 
 import contextlib
+import contextvars
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any
+from concurrent.futures import Future
+from typing import TypeVar
 
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.exceptions import ExecutionTimeoutError
+from .errors import AbandonedError, PipelineError, StoppedError
 
-from .ledger import LedgerClient, Stop
+Result = TypeVar("Result")
 
-_INTERVAL, _HOPE_INTERVAL = 0.5, 5.0
-# Splits that were told to abandon what they do need a moment to say so.
-_LAST_WORDS_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C"}
 
 
 class StopRequest:
-    """Whether, why and since when a run is to stop; the first reason counts. Safe to ask for in a signal handler."""
+    """Whether, why and since when a run is to stop; the first reason counts. Safe to ask for in a signal handler.
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self.since: float | None = None  # time.monotonic()
-
-    def request(self, reason: str) -> None:
-        if self.since is None:
-            self.reason, self.since = reason, time.monotonic()
-
-    @contextlib.contextmanager
-    def on_sigterm(self) -> Iterator[Callable[[], None]]:
-        """SIGTERM asks to stop as long as the block runs. Yields a function that says so again: `ray.init` puts its
-        own handler in, under which a driver aborts. Other threads than the main one cannot, and leave it as it is."""
-        if threading.current_thread() is not threading.main_thread():
-            yield lambda: None
-            return
-
-        def install() -> None:
-            signal.signal(signal.SIGTERM, lambda *_: self.request("SIGTERM"))
-
-        before = signal.getsignal(signal.SIGTERM)
-        install()
-        try:
-            yield install
-        finally:
-            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-
-class StopWatch:
-    """Passes a stop request on to a run's processes, and gives up on them when the grace is over.
-
-    Args:
-        request: what to watch.
-        ledger: how the processes hear of it.
-        deadline: time.time() at which the run stops by itself, with the reason to give.
-        grace: seconds that splits under way have to finish.
-        say: where to announce it.
-        hopeless: asked every few seconds; a reason to stop if the run cannot get any further.
+    grace: seconds that work under way has to finish once a stop was asked for. failed: the run itself asks, because it
+    cannot go on. last_words: seconds after the grace in which splits that were told to abandon what they do can say so,
+    and what is complete is still recorded.
     """
 
-    def __init__(
-        self,
-        request: StopRequest,
-        ledger: LedgerClient,
-        deadline: tuple[float, str] | None,
-        grace: float,
-        say: Callable[[str], None],
-        hopeless: Callable[[], str | None] = lambda: None,
-    ):
-        self._hopeless = hopeless
-        self._request, self._ledger, self._deadline, self._grace, self._say = request, ledger, deadline, grace, say
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
+    def __init__(self, grace: float = 15.0, last_words: float = 10.0) -> None:
+        self.grace, self.last_words = grace, last_words
+        self.reason: str | None = None
+        self.failed = False
+        self.since: float | None = None  # time.monotonic()
+        self.deadline: tuple[float, str] | None = None  # time.time() at which the run stops by itself, and the reason
+        self.when_abandoned: list[Callable[[], None]] = []
 
-    def __enter__(self) -> "StopWatch":
-        self._thread.start()
-        return self
+    def request(self, reason: str, failed: bool = False) -> None:
+        if self.since is None:
+            self.reason, self.failed, self.since = reason, failed, time.monotonic()
 
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
+    @property
+    def grace_is_over(self) -> bool:
+        return self.since is not None and time.monotonic() - self.since > self.grace
 
     @property
     def is_over(self) -> bool:
         """Whether whatever has not come back by now is left behind."""
-        since = self._request.since
-        return since is not None and time.monotonic() - since > self._grace + _LAST_WORDS_SECONDS
+        return self.since is not None and time.monotonic() - self.since > self.grace + self.last_words
 
-    def _watch(self) -> None:
-        told, looked = Stop.NO, time.monotonic()
-        while not self._over.wait(_INTERVAL):
-            if self._request.since is None and time.monotonic() - looked > _HOPE_INTERVAL:
-                looked = time.monotonic()
-                if reason := self._hopeless():
-                    self._request.request(reason)
-            if self._deadline is not None and time.time() > self._deadline[0]:
-                self._request.request(self._deadline[1])
-            if self._request.since is None:
-                continue
-            waited = time.monotonic() - self._request.since
-            how = Stop.NOW if waited > self._grace else Stop.AFTER_SPLIT
-            if how > told:
-                self._say(
-                    f"stopping ({self._request.reason}): "
-                    + (
-                        f"splits under way have {self._grace:g} s to finish"
-                        if how is Stop.AFTER_SPLIT
-                        else "abandoning splits under way"
-                    )
-                )
-                self._ledger.stop(how)
-                told = how
+    def check(self) -> None:
+        """Raise StoppedError if a stop was asked for: between two steps of a run's preparation."""
+        if self.since is not None:
+            raise StoppedError(f"stopped ({self.reason}); run again to go on")
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless or until a stop is asked for."""
+        until = time.monotonic() + seconds
+        while self.since is None and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _POLL_SECONDS))
 
-class OverError(ExecutionTimeoutError):
-    """A stopped run's grace is over."""  # Ray Data takes others for its own bugs, and prints their tracebacks
+    def wait_in_grace(self, seconds: float) -> None:
+        """Sleep, unless or until a stop's grace is over: between two attempts at the same request."""
+        until = time.monotonic() + seconds
+        while not self.grace_is_over and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _POLL_SECONDS))
 
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[Callable[[], None]]:
+        """SIGTERM, SIGHUP and Ctrl-C ask to stop as long as the block runs; a second Ctrl-C interrupts at once.
 
-class EndWhenOver(ExecutionCallback):
-    """Ends Ray Data's execution when a run's grace is over: whoever waits for a split would wait on, where none comes
-    (for want of a machine for the actors, say). Ray Data makes it from its class, in the thread that starts the run."""
+        Yields a function that installs the handlers again: Ray puts its own in. Signals that are ignored (nohup) stay
+        so. Other threads than the main one cannot listen, and change nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield lambda: None
+            return
 
-    watch: ContextVar[StopWatch | None] = ContextVar("watch", default=None)
+        def handle(number: int, _frame: object) -> None:
+            if number == signal.SIGINT and self.reason == _SIGNALS[signal.SIGINT]:
+                raise KeyboardInterrupt
+            self.request(_SIGNALS[signal.Signals(number)])
 
-    def __init__(self) -> None:
-        self._watch = self.watch.get()
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        listened = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
 
-    def on_execution_step(self, executor: Any) -> None:
-        if self._watch is not None and self._watch.is_over:
-            raise OverError
+        def install() -> None:
+            for number in listened:
+                signal.signal(number, handle)
+
+        install()
+        try:
+            yield install
+        finally:
+            for number in listened:
+                handler = before[number]
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def run(self, body: Callable[[], Result]) -> Result:
+        """Run `body` in a thread of its own while this one listens.
+
+        Whatever `body` waits for (a request that hangs, Ray that does not start), this returns within the grace and
+        `last_words` seconds of a stop.
+
+        Raises:
+            AbandonedError: `body` did not end in that time; it was left behind, without its lock.
+        """
+        ended: Future[Result] = Future()
+
+        def execute() -> None:
+            try:
+                ended.set_result(body())
+            except BaseException as error:  # noqa: BLE001 - raised again where it was called
+                ended.set_exception(error)
+
+        context = contextvars.copy_context()  # Ray Data's settings are of a context
+        with self.on_signals() as install:
+            threading.Thread(target=context.run, args=(execute,), name="run", daemon=True).start()
+            try:
+                while not self._wait_for(ended, install):
+                    pass
+            except BaseException:
+                self._abandon()
+                raise
+            return ended.result()
+
+    def _wait_for(self, ended: Future, install: Callable[[], None]) -> bool:
+        """Look at everything once; whether `ended` has."""
+        with contextlib.suppress(TimeoutError):
+            ended.exception(_POLL_SECONDS)
+            return True
+        install()
+        if self.deadline is not None and time.time() > self.deadline[0]:
+            self.request(self.deadline[1])
+        # What watches over the streaming gives up at `is_over`; a moment later so does this, on everything else.
+        if self.since is not None and time.monotonic() - self.since > self.grace + self.last_words + 2.0:
+            error = AbandonedError(f"stopped ({self.reason}) while something did not answer; run again to go on")
+            error.exit_code = PipelineError.exit_code if self.failed else StoppedError.exit_code
+            raise error
+        return False
+
+    def _abandon(self) -> None:
+        self.request("interrupted")
+        for callback in self.when_abandoned:
+            callback()

@@ -11,10 +11,10 @@ import errno
 import hashlib
 import http.client
 import io
-import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +29,12 @@ import fsspec
 from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from .errors import PipelineError, StorageError, UsageError
+from trbert_model.terminal import get_logger
 
-logger = logging.getLogger(__name__)
+from .errors import PipelineError, StorageError, UsageError
+from .stopping import StopRequest
+
+logger = get_logger(__name__)
 
 Result = TypeVar("Result")
 
@@ -58,10 +61,10 @@ _PASSING_NUMBERS = {
     getattr(errno, "EREMOTEIO", errno.EBUSY),
 }
 
-# Files of a model directory; whatever else lies there (pickled weights, optimizer states) is not fetched.
-_MODEL_FILES = (".json", ".safetensors", ".txt")
-# Of these, the ones that say something about the model and change nothing in its results.
-_ABOUT_A_MODEL = ("training.json", "calibration.json")
+# Temporary files of local writes. Who was killed while it wrote leaves its own behind; one that has not changed for so
+# many seconds is nobody's any more.
+_TEMPORARY = "._trbert-"
+_ABANDONED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,17 @@ class Storage:
         uri: a local path or any fsspec URI. `memory://` is refused: it is one process's own.
         retry_seconds: for how long after its first attempt a request that fails for a passing reason is made again;
             the last attempt may end later.
+        stop: no request is made again after this request's grace. Stays in this process.
+        fence: called before each attempt to write, create or delete; raises what forbids it. Stays in this process.
     """
 
-    def __init__(self, uri: str, retry_seconds: float = RETRY_SECONDS):
+    def __init__(
+        self,
+        uri: str,
+        retry_seconds: float = RETRY_SECONDS,
+        stop: StopRequest | None = None,
+        fence: Callable[[], None] = lambda: None,
+    ):
         protocol = uri.split("://", 1)[0] if "://" in uri else "file"
         if protocol == "file" and re.match(r"[a-z][a-z0-9+.-]+:/[^/]", uri):
             raise UsageError(f"{uri}: a URI has two slashes after its protocol (a local path of this name: ./{uri})")
@@ -95,6 +106,7 @@ class Storage:
             _check_authority(uri)
         self.protocol = protocol
         self.retry_seconds = retry_seconds
+        self._stop, self._fence = stop or StopRequest(), fence
         self.retries = 0  # attempts beyond the first of each request, by this object
         self._fs: fsspec.AbstractFileSystem | None = None
         self._root = ""
@@ -107,6 +119,10 @@ class Storage:
 
     def __repr__(self) -> str:
         return f"Storage({self.uri!r})"
+
+    def fenced(self, fence: Callable[[], None]) -> "Storage":
+        """The same place, changed only as long as `fence` allows it."""
+        return Storage(self.uri, self.retry_seconds, self._stop, fence)
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -170,10 +186,12 @@ class Storage:
                     "%s: cannot %s (%s); trying again for %g s", self.uri, action, reason, self.retry_seconds
                 )
 
+        out_of_time = stop_after_delay(self.retry_seconds)
         retrying = Retrying(
             retry=retry_if_exception(is_passing),
             wait=wait_random_exponential(multiplier=0.25, max=_LONGEST_WAIT),
-            stop=stop_after_delay(self.retry_seconds),
+            stop=lambda state: self._stop.grace_is_over or out_of_time(state),
+            sleep=self._stop.wait_in_grace,
             before_sleep=count,
             reraise=True,
         )
@@ -217,9 +235,20 @@ class Storage:
         return files
 
     def _stored_file(self, name: str, info: dict[str, Any], base: str | None = None) -> StoredFile:
-        base = self.root if base is None else base
-        path = name[len(base) :].lstrip("/") or name.rsplit("/", 1)[-1]
-        return StoredFile(path, info["size"] or 0, _version(info))
+        base = (self.root if base is None else base).rstrip("/")
+        if name.rstrip("/") == base:  # a single file, or an object named like the prefix
+            base = name.rpartition("/")[0].rstrip("/")
+        # One slash and no more: keys may have empty parts, and are not found without them.
+        return StoredFile(name[len(base) :].removeprefix("/"), info["size"] or 0, _version(info))
+
+    def listed(self, path: str) -> str | None:
+        """The version of a file below the prefix by the present listing; None if it is not in it."""
+        if self.is_s3:  # of a folder of a hundred thousand only what is asked for
+            found = self._call("list", path, lambda: self.fs.find(self.root, detail=True, prefix=path))
+            files = [self._stored_file(name, info) for name, info in found.items()]
+        else:
+            files = self.files(path.rpartition("/")[0])
+        return next((file.version for file in files if file.path == path), None)
 
     def version(self, path: str) -> str:
         """The present version of a file below the prefix, as `files` would give it."""
@@ -237,6 +266,15 @@ class Storage:
     def read(self, path: str) -> bytes:
         """A whole file below the prefix."""
         return self._call("read", path, lambda: self.fs.cat_file(self.location(path)))
+
+    def read_if_there(self, path: str) -> bytes | None:
+        """A whole file below the prefix; None if there is none."""
+        try:
+            return self.read(path)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
 
     def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Whole files below the prefix, many requests at a time where the file system can, in the order given."""
@@ -257,6 +295,7 @@ class Storage:
         """Write a whole file at once, replacing an older one: readers see the old or the new, never a part."""
 
         def request() -> None:
+            self._fence()
             if self.is_local:
                 with _beside(self.location(path), data) as temporary:
                     os.replace(temporary, self.location(path))
@@ -272,6 +311,7 @@ class Storage:
         """
 
         def request() -> bool:
+            self._fence()
             try:
                 if self.is_local:
                     with _beside(self.location(path), data) as temporary:
@@ -290,11 +330,37 @@ class Storage:
         """Delete files below the prefix, in this order; those already gone are no error."""
 
         def request(location: str) -> None:
+            self._fence()
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(location)
 
         for path in paths:
             self._call("delete", path, partial(request, self.location(path)))
+
+    def sweep(self) -> int:
+        """Remove temporary files that killed processes have left below the prefix, where it is local; how many."""
+        if not self.is_local:
+            return 0
+        removed, before = 0, time.time() - _ABANDONED_SECONDS
+        for directory, _, names in os.walk(self.root):
+            for name in names:
+                path = os.path.join(directory, name)
+                # It may go, or its directory be closed to us, meanwhile: then it is somebody else's.
+                with contextlib.suppress(OSError):
+                    if name.startswith(_TEMPORARY) and os.lstat(path).st_mtime < before:
+                        os.unlink(path)
+                        removed += 1
+        return removed
+
+
+def open_file(uri: str) -> IO[bytes]:
+    """A file anywhere, opened for reading; its requests are made again as a Storage's are.
+
+    Raises:
+        UsageError: the URI is none.
+        StorageError: it cannot be opened.
+    """
+    return Storage(uri).open("")
 
 
 class _RetryingFile(io.RawIOBase):
@@ -364,28 +430,27 @@ def glob_root(pattern: str) -> str:
 
 def is_passing(error: BaseException) -> bool:
     """Whether a request that failed so may succeed when it is made again."""
-    response = _response(error)
-    if response is not None:
+    if (refusal := _refusal(error)) is not None:
+        response = refusal.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status in (409, 429) or status >= 500 or response["Error"].get("Code") in _PASSING_CODES
     return isinstance(error, _PASSING_ERRORS) or (isinstance(error, OSError) and error.errno in _PASSING_NUMBERS)
 
 
-def _response(error: BaseException | None) -> dict[str, Any] | None:
+def _refusal(error: BaseException | None) -> ClientError | None:
     """What an object store answered, if that is what an error tells."""
-    for each in (error, error.__cause__ if error else None):
-        if isinstance(each, ClientError):
-            return each.response
-    return None
+    causes = (error, error.__cause__ if error else None)
+    return next((each for each in causes if isinstance(each, ClientError)), None)
 
 
 def _reason(error: BaseException | None) -> str:
     """An error in one line, without what must not be shown."""
-    code = ((_response(error) or {}).get("Error") or {}).get("Code")
+    refusal = _refusal(error)
+    code = (refusal.response.get("Error") or {}).get("Code") if refusal else None
     text = " ".join(str(error).split()) or type(error).__name__
     if code in _EXPIRED_CODES:
         text = f"the credentials have expired ({code}); renew them and run again"
-    elif code in ("NoSuchBucket",) or (code == "404" and "HeadBucket" in text):
+    elif code in ("NoSuchBucket",) or (refusal and code == "404" and refusal.operation_name == "HeadBucket"):
         text = "there is no such bucket"
     elif isinstance(error, FileNotFoundError):
         text = "there is no such file"
@@ -420,65 +485,20 @@ def _beside(path: str, data: bytes) -> Iterator[str]:
     """A synced temporary file with `data` in the directory of `path`, hidden from readers, gone afterwards."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=directory, prefix="._", delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    handle, name = tempfile.mkstemp(dir=directory, prefix=_TEMPORARY)
     try:
-        os.chmod(file.name, 0o644)
-        yield file.name
+        with open(handle, "wb") as file:  # which a full disk may fail to close, too
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        yield name
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(file.name)
+            os.unlink(name)
 
 
 def _version(info: dict[str, Any]) -> str:
     """Size and ETag, or modification time where there is none, as a short hash."""
     changed = info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("updated")
     return hashlib.sha256(f"{info['size']}:{changed}".encode()).hexdigest()[:12]
-
-
-def fetch_model(uri: str) -> Path:
-    """A model directory on this machine: the path itself if it is local, else a cached copy of the URI.
-
-    Raises:
-        UsageError: there is no config.json at the URI.
-        StorageError: it cannot be read.
-    """
-    storage = Storage(uri)
-    if storage.is_local:
-        directory = Path(storage.root)
-        if not (directory / "config.json").is_file():
-            raise UsageError(f"{uri}: not a model directory: no config.json there")
-        return directory
-    files = [file for file in storage.files() if "/" not in file.path and file.path.endswith(_MODEL_FILES)]
-    if not any(file.path == "config.json" for file in files):
-        raise UsageError(f"{uri}: not a model directory: no config.json there")
-    listing = "\n".join([uri, *(f"{file.path} {file.version}" for file in files)])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trbert-pipeline"
-    directory = cache / hashlib.sha256(listing.encode()).hexdigest()[:32]
-    if not directory.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as partial:
-            whole = Path(partial) / "model"
-            whole.mkdir()
-            for file in files:
-                storage.fetch(file.path, whole / file.path)
-            # Another process may have been faster; then its copy is the same and the rename fails.
-            with contextlib.suppress(OSError):
-                whole.rename(directory)
-            if not directory.is_dir():
-                raise StorageError(f"{directory}: the model's copy could not be put there")
-    return directory
-
-
-def model_digest(directory: Path) -> str:
-    """SHA-256 over the files of a model directory that decide its results."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name.endswith(_MODEL_FILES) and path.name not in _ABOUT_A_MODEL:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()

@@ -10,9 +10,12 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from trbert_model.errors import TRBertError
+from trbert_model.labelled import corpora_opened_by
 from trbert_model.training import TrainingConfig, train
 
 from .errors import PipelineError, UsageError
+from .ray_internals import worker_errors
+from .storage import open_file
 
 
 def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any]:
@@ -54,11 +57,14 @@ def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any
 
 def _worker(options: dict[str, Any]) -> None:
     tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    train(TrainingConfig(**options | tuples))
+    with corpora_opened_by(open_file):
+        train(TrainingConfig(**options | tuples))
 
 
 def _reason(error: BaseException) -> str:
     """The project's own error in what Ray Train wraps around it, in one line."""
+    for raised in worker_errors(error):
+        if isinstance(raised, TRBertError | PipelineError):
+            return f"{type(raised).__name__}: {raised}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if any(f"{kind.__name__}: " in line for kind in TRBertError.__subclasses__())]
-    return (named or lines or [type(error).__name__])[-1]
+    return (lines or [type(error).__name__])[-1]

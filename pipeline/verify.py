@@ -1,24 +1,28 @@
 """Does an output hold every row of its input exactly once? The objects themselves tell, not what runs said of them."""
 
 import hashlib
+import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trbert_model.options import option
+from trbert_model.terminal import printable
 
-from .commit import output_identity
-from .corpus import MARKERS, OBJECT_NAME, QUARANTINE, Shard, input_root, list_shards, make_plan
+from .commit import METADATA, embedded_rejects, holds, output_identity
+from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard, input_root, list_shards
+from .deaths import DEATHS
 from .errors import StorageError, UsageError
-from .manifest import SUCCESS, Marker, newest, read_manifest, read_markers
+from .manifest import SUCCESS, Marker, named_objects, newest, read_manifest, read_markers
 from .storage import Storage
 
 _AT_ONCE = 16  # shards looked at at a time
+_AGAIN = "delete it and run again"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Verification:
 
 
 def verify(config: VerifyConfig) -> Verification:
-    """Check an output against its input, row by row.
+    """Check an output, or a compacted copy of one, against its input, row by row.
 
     Every object is read whole: its checksum is compared with its marker's, and its (shard, row)s are counted.
 
@@ -62,31 +66,35 @@ def verify(config: VerifyConfig) -> Verification:
     """
     output = Storage(config.output)
     recorded = output_identity(output)
-    if recorded is None:
-        raise UsageError(f"{config.output}: not the output of a scoring run: no _output.json there")
-    uri = config.input or recorded["input"]
+    copy = None if recorded else _copy_manifest(output)
+    if recorded is None and copy is None:
+        raise UsageError(f"{config.output}: not the output of a scoring run: no {IDENTITY} there")
+    uri = config.input or (recorded or copy["output"])["input"]  # type: ignore[index]
     root = Storage(input_root(uri))
     shards = list_shards(Storage(uri))
-    plan = make_plan(shards, output)
     files = {file.path for file in output.files()}
-    markers = {marker["shard"]: marker for marker in newest(_markers(output, files))}
+    if copy is not None:
+        return _verify_copy(copy, shards, root, output, files)
 
     found = Verification(shards=len(shards))
+    markers = {}
+    for path, marker in read_markers(output, sorted(f for f in files if f.startswith(f"{MARKERS}/"))):
+        if marker is None:
+            found.problems.append(f"damaged: {path}: no whole marker; {_AGAIN}")
+        else:
+            markers[path] = marker
+    complete = [shard for shard in shards if shard.marker in markers]
+    pending = [shard for shard in shards if shard.marker not in markers]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        complete = list(pool.map(lambda shard: _check_shard(shard, markers[shard.path], root, output), plan.complete))
-        pending = list(pool.map(lambda item: _check_pending(item[0], len(item[1]), root), plan.pending))
-    for part in complete + pending:
+        checked = list(pool.map(lambda shard: _check_shard(shard, markers[shard.marker], root, output), complete))
+        missing = list(pool.map(lambda shard: _check_pending(shard, root, files), pending))
+    for part in checked + missing:
         for name in ("rows", "results", "quarantined", "missing", "doubled", "extra"):
             setattr(found, name, getattr(found, name) + getattr(part, name))
         found.problems += part.problems
-
-    _check_files(files, markers, {shard.path for shard in shards}, found)
-    _check_manifest(output, markers, found)
+    _check_files(files, markers, shards, found)
+    _check_manifest(output, markers, shards, found)
     return found
-
-
-def _markers(output: Storage, files: set[str]) -> list[Marker]:
-    return [marker for _, marker in read_markers(output, sorted(f for f in files if f.startswith(f"{MARKERS}/")))]
 
 
 def _input_rows(shard: Shard, root: Storage) -> int:
@@ -95,83 +103,215 @@ def _input_rows(shard: Shard, root: Storage) -> int:
         return pq.ParquetFile(file).metadata.num_rows
 
 
-def _check_pending(shard: Shard, splits: int, root: Storage) -> Verification:
+def _check_pending(shard: Shard, root: Storage, files: set[str]) -> Verification:
     """A shard that is not complete: its rows are missing, whatever splits of it are there."""
     try:
         rows = _input_rows(shard, root)
     except StorageError as error:
         return Verification(problems=[f"missing: {shard.path}: it cannot be read ({error})"])
+    splits = sum(path.startswith(f"{shard.key}-{shard.version}-") for path in files)
     there = f", {splits} splits of it are there" if splits else ""
-    return Verification(
-        rows=rows, missing=rows, problems=[f"missing: {shard.path}: not complete, {rows} rows{there}"] if rows else []
-    )
+    problem = f"missing: {shard.path}: not complete, {rows} rows{there}; the next run finishes it"
+    return Verification(rows=rows, missing=rows, problems=[problem])
+
+
+class _Rows:
+    """The rows of a shard that its objects hold."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = [np.zeros(0, np.int64)]
+
+    def add(self, rows: np.ndarray) -> None:
+        self._parts.append(rows)
+
+    def compare(self, path: str, expected: int, found: Verification) -> None:
+        """Note what is missing, doubled or extra against `expected` rows, from 0 up."""
+        seen, times = np.unique(np.concatenate(self._parts), return_counts=True)
+        inside = (seen >= 0) & (seen < expected)
+        missing = np.setdiff1d(np.arange(expected), seen)
+        doubled, extra = seen[times > 1], seen[~inside]
+        found.missing, found.doubled = found.missing + len(missing), found.doubled + len(doubled)
+        found.extra += len(extra)
+        for what, rows in (("missing", missing), ("doubled", doubled), ("extra", extra)):
+            if len(rows):
+                found.problems.append(f"{what}: {path}: rows {_ranges(rows.tolist())}")
 
 
 def _check_shard(shard: Shard, marker: Marker, root: Storage, output: Storage) -> Verification:
-    """A complete shard: every one of its rows must be in its objects once."""
+    """A shard with a marker: every one of its rows must be in its objects once, and the marker be true."""
     found = Verification(rows=_input_rows(shard, root))
-    seen = Counter[int]()
-    strange = 0
-    for split in marker["splits"]:
-        for folder in ("", f"{QUARANTINE}/") if split["quarantined"] else ("",):
-            name = folder + split["object"]
-            try:
-                data = output.read(name)
-            except StorageError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
-                    raise
-                found.problems.append(f"missing: {name}: the object is gone")
+    rows, strange = _Rows(), 0
+    counts = Counter[str]()
+    for index, split in enumerate(marker["splits"]):
+        if split["object"] != shard.object(index):
+            found.problems.append(f"damaged: {shard.marker}: names {split['object']} as split {index}; {_AGAIN}")
+        data, table = _read_object(output, split["object"], split["sha256"], found)
+        told = _Told(data)
+        if table is not None:
+            strange += _count(table, shard.path, rows)
+            counts["results"] += table.num_rows
+            if (table.num_rows, told.quarantined) != (split["results"], split["quarantined"]):
+                found.problems.append(
+                    f"damaged: {shard.marker}: its counts of split {index} are not its objects'; {_AGAIN}"
+                )
+        if split["quarantined"] or told.quarantined:
+            name = f"{QUARANTINE}/{split['object']}"
+            data, table = _read_object(output, name, split.get("quarantine_sha256") or "", found)
+            if table is None:
                 continue
-            if not folder and hashlib.sha256(data).hexdigest() != split["sha256"]:
-                found.problems.append(f"damaged: {name}: its checksum is not its marker's")
-            try:
-                table = pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
-            except (pa.ArrowException, OSError) as error:
-                found.problems.append(f"damaged: {name}: {error}")
-                continue
-            mine = pc.equal(table["shard"], shard.path).to_numpy()
-            strange += int((~mine).sum())
-            seen.update(table["row"].to_numpy()[mine].tolist())
-            if folder:
-                found.quarantined += table.num_rows
-            else:
-                found.results += table.num_rows
-    missing = [row for row in range(found.rows) if row not in seen]
-    doubled = [row for row, times in seen.items() if times > 1]
-    extra = [row for row in seen if not 0 <= row < found.rows]
-    found.missing, found.doubled, found.extra = len(missing), len(doubled), len(extra) + strange
-    for what, rows in (("missing", missing), ("doubled", doubled), ("extra", extra)):
-        if rows:
-            found.problems.append(f"{what}: {shard.path}: rows {_ranges(sorted(rows))}")
+            strange += _count(table, shard.path, rows)
+            counts["quarantined"] += table.num_rows
+            if told.rejected is not None and not holds(data, told.rejected):
+                found.problems.append(f"damaged: {name}: not the rows that its results object has put aside; {_AGAIN}")
+    found.results, found.quarantined = counts["results"], counts["quarantined"]
+    found.extra += strange
+    totals = {"rows": found.rows, "results": counts["results"], "quarantined": counts["quarantined"]}
+    if not found.problems and any(marker[name] != total for name, total in totals.items()):
+        found.problems.append(f"damaged: {shard.marker}: its counts are not its objects'; {_AGAIN}")
+    rows.compare(shard.path, found.rows, found)
     if strange:
         found.problems.append(f"extra: {shard.path}: its objects hold {strange} rows of other shards")
     return found
 
 
-def _check_files(files: set[str], markers: dict[str, Marker], shards: set[str], found: Verification) -> None:
-    """Whatever readers of the prefix would see and the newest markers do not name is extra."""
-    named = set()
-    for path, marker in markers.items():
-        named.add(Shard(path, marker["version"], marker["size"]).marker)
-        if path not in shards:
-            found.extra += marker["rows"]
-            found.problems.append(f"extra: {path}: no longer in the input, {marker['rows']} rows (--delete-removed)")
-        for split in marker["splits"]:
-            named |= {split["object"], f"{QUARANTINE}/{split['object']}"}
-    for path in sorted(files - named):
-        folder, _, name = path.rpartition("/")
-        if folder in ("", MARKERS, QUARANTINE) and (OBJECT_NAME.match(name) or name.endswith(".parquet")):
-            found.problems.append(f"extra: {path}: not of a complete shard's present version; the next run cleans up")
+class _Told:
+    """What a results object says of its split's quarantined rows: how many, and which (None: an older version wrote it,
+    or it is damaged, which its checksum tells)."""
+
+    def __init__(self, data: bytes | None):
+        self.quarantined, self.rejected = 0, None
+        try:
+            counts = json.loads(pq.read_schema(pa.BufferReader(data)).metadata[METADATA]) if data else {}
+            self.quarantined = counts.get("quarantined", 0)
+            self.rejected = embedded_rejects(counts) if "rejected" in counts else None
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+            pass
 
 
-def _check_manifest(output: Storage, markers: dict[str, Marker], found: Verification) -> None:
-    manifest: dict[str, Any] | None = read_manifest(output)
+def _read_object(output: Storage, name: str, sha256: str, found: Verification) -> tuple[bytes | None, pa.Table | None]:
+    """An object's bytes, and its shards and rows; what is wrong with it is noted."""
+    data = output.read_if_there(name)
+    if data is None:
+        found.problems.append(f"missing: {name}: the object is gone; the next run computes it again")
+        return None, None
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        found.problems.append(f"damaged: {name}: its checksum is not its marker's; {_AGAIN}")
+    try:
+        return data, pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
+    except (pa.ArrowException, OSError) as error:
+        found.problems.append(f"damaged: {name}: {error}; {_AGAIN}")
+        return data, None
+
+
+def _count(table: pa.Table, path: str, rows: _Rows) -> int:
+    """Add a table's rows of this shard; how many are of others."""
+    mine = table["shard"].to_numpy(zero_copy_only=False) == path
+    rows.add(table["row"].to_numpy()[mine])
+    return int((~mine).sum())
+
+
+def _check_files(files: set[str], markers: dict[str, Marker], shards: list[Shard], found: Verification) -> None:
+    """Whatever readers of the prefix or the quarantine would see and the shards' own markers do not name is extra."""
+    present = {shard.marker for shard in shards} & markers.keys()
+    keys = {shard.key for shard in shards}
+    begun = {f"{shard.key}-{shard.version}" for shard in shards if shard.marker not in present}
+    named = present.union(*(named_objects(markers[path]) for path in present))
+    gone = {marker["shard"]: marker for marker in newest(m for p, m in markers.items() if _key(p) not in keys)}
+    for path, marker in gone.items():
+        found.extra += marker["rows"]
+        found.problems.append(f"extra: {path}: no longer in the input, {marker['rows']} rows (--delete-removed)")
+        named |= {Shard(path, marker["version"], marker["size"]).marker, *named_objects(marker)}
+    ours = {SUCCESS, IDENTITY, DEATHS}
+    for path in sorted(files - named - ours):
+        first = path.split("/")[0]
+        if first.startswith(("_", ".")) and first not in (MARKERS, QUARANTINE):
+            continue  # leases, run reports, and what readers do not look at
+        key = _key(path)
+        if path.rpartition("/")[2].rpartition("-")[0] in begun:
+            continue  # splits of a shard that is not complete, which is said
+        if key is None:
+            found.problems.append(f"extra: {path}: not of this pipeline; no run deletes it")
+        elif key in keys:
+            found.problems.append(f"extra: {path}: not of its shard's present version; the next run deletes it")
+        else:
+            found.problems.append(f"extra: {path}: no longer in the input (--delete-removed)")
+
+
+def _key(path: str) -> str | None:
+    """The shard's key in the name of an object or marker; None for other files."""
+    folder, _, name = path.rpartition("/")
+    match = OBJECT_NAME.match(name)
+    return match["key"] if match and folder in ("", MARKERS, QUARANTINE) else None
+
+
+def _check_manifest(output: Storage, markers: dict[str, Marker], shards: list[Shard], found: Verification) -> None:
+    """`_SUCCESS` holds the markers that are there."""
+    try:
+        manifest = read_manifest(output)
+    except StorageError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        found.problems.append(f"damaged: {error}")
+        return
     if manifest is None:
         found.problems.append(f"missing: {SUCCESS}: no run has called this output complete")
-    elif {(m["shard"], m["version"]) for m in manifest["shards"]} != {
-        (shard, marker["version"]) for shard, marker in markers.items()
-    }:
-        found.problems.append(f"damaged: {SUCCESS}: its shards are not the markers'")
+        return
+    present = {shard.path: shard.marker for shard in shards}
+    there = {marker["shard"]: marker for marker in newest(markers.values())}
+    there |= {path: markers[marker] for path, marker in present.items() if marker in markers}
+    told = {marker["shard"]: marker for marker in manifest["shards"]}
+    if wrong := sorted(path for path in {*there, *told} if there.get(path) != told.get(path)):
+        what = f"{', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}"
+        found.problems.append(f"damaged: {SUCCESS}: its shards are not the markers': {what}; {_AGAIN}")
+    elif any(manifest.get(n) != sum(marker[n] for marker in told.values()) for n in ("rows", "results", "quarantined")):
+        found.problems.append(f"damaged: {SUCCESS}: its counts are not its shards'; {_AGAIN}")
+
+
+def _copy_manifest(output: Storage) -> dict[str, Any] | None:
+    """What `jobs/compact.py` says of a copy; None if this is none."""
+    data = output.read_if_there(SUCCESS)
+    try:
+        copy = json.loads(data) if data is not None else None
+    except ValueError:
+        return None
+    return copy if isinstance(copy, dict) and {"parts", "output"} <= copy.keys() else None
+
+
+def _verify_copy(
+    copy: dict[str, Any], shards: list[Shard], root: Storage, output: Storage, files: set[str]
+) -> Verification:
+    """A compacted copy: its parts are whole, and hold every row of the input once, as the input is now."""
+    found = Verification(shards=len(shards))
+    rows = {shard.path: _Rows() for shard in shards}
+    removed = set(copy.get("removed", ()))
+    for part in copy["parts"]:
+        _, table = _read_object(output, part["object"], part["sha256"], found)
+        if table is None:
+            continue
+        if table.num_rows != part["rows"]:
+            found.problems.append(
+                f"damaged: {part['object']}: {table.num_rows} rows where {SUCCESS} says {part['rows']}"
+            )
+        for path in table["shard"].unique().to_pylist():
+            if path in rows:
+                _count(table, path, rows[path])
+            elif path not in removed:
+                found.problems.append(f"extra: {part['object']}: rows of {path}, which is no longer in the input")
+        if part["object"].startswith(f"{QUARANTINE}/"):
+            found.quarantined += table.num_rows
+        else:
+            found.results += table.num_rows
+    versions = {each["shard"]: each["version"] for each in copy.get("shards", ())}
+    for shard in shards:
+        expected = _input_rows(shard, root)
+        found.rows += expected
+        if versions.get(shard.path, shard.version) != shard.version:
+            found.problems.append(f"stale: {shard.path}: rewritten since; score and compact again")
+        rows[shard.path].compare(shard.path, expected, found)
+    for path in sorted(files - {SUCCESS} - {part["object"] for part in copy["parts"]}):
+        if path.startswith(f"{QUARANTINE}/") or not path.startswith(("_", ".")):
+            found.problems.append(f"extra: {path}: not of this copy")
+    return found
 
 
 def _ranges(rows: list[int]) -> str:
@@ -190,13 +330,15 @@ def summary(found: Verification) -> str:
     """A verification for a terminal."""
     problems = f"{len(found.problems)} problems: the output does not hold every row exactly once"
     head = "the output holds every row exactly once" if found.holds else problems
-    return "\n".join(
-        [
-            head,
-            f"  input     {found.shards:,} shards, {found.rows:,} rows",
-            f"  output    {found.results:,} results and {found.quarantined:,} quarantined rows of complete shards",
-            f"  rows      {found.missing:,} missing, {found.doubled:,} doubled, {found.extra:,} extra",
-            *(f"  {problem}" for problem in found.problems[:100]),
-            *([f"  … and {len(found.problems) - 100} more"] if len(found.problems) > 100 else []),
-        ]
+    return printable(
+        "\n".join(
+            [
+                head,
+                f"  input     {found.shards:,} shards, {found.rows:,} rows",
+                f"  output    {found.results:,} results and {found.quarantined:,} quarantined rows of complete shards",
+                f"  rows      {found.missing:,} missing, {found.doubled:,} doubled, {found.extra:,} extra",
+                *("  " + problem.replace("\n", "\\n") for problem in found.problems[:100]),
+                *([f"  … and {len(found.problems) - 100} more"] if len(found.problems) > 100 else []),
+            ]
+        )
     )

@@ -1,7 +1,6 @@
 """What many tests share: tiny models with tokenizers, and corpora."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from trbert_model import TRBertConfig, TRBertForQuestionAnswering, TRBertForSequenceClassification
 from trbert_model.modeling import TRBertPreTrainedModel
+from trbert_model.tasks.base import TaskOptions
+from trbert_model.tasks.classification.labellings import SingleLabel
+from trbert_model.tasks.classification.task import ClassificationTask
+from trbert_model.tasks.question_answering.task import QuestionAnsweringTask
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hub
 # Ray Data's executors ask for their cluster when they are collected, too: tests that are interrupted would start a Ray
@@ -59,16 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=scenario_rank)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """CI has twenty minutes, and its machines differ in speed by a factor of two: of the scenarios, which take minutes,
-    none begins that would not end in time. Without the variable all run."""
-    deadline = os.environ.get("SCENARIOS_UNTIL")  # seconds since the epoch
-    late = time.time() - float(deadline) if deadline else 0.0
-    if late > 0 and scenario_rank(item):
-        pytest.skip(
-            f"it would begin {late:.0f} s too late to end within CI's 20 minutes (.ci/run); `make test` runs it"
-        )
+LABELS = ("bad", "fine", "good")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -80,10 +74,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{k}_token": v for k, v in names.items()})
 
 
+def classification_task(
+    max_positions: int = 32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    labels: tuple[str, ...] = LABELS,
+    **options,
+) -> ClassificationTask:
+    settings = TaskOptions(**options)
+    return ClassificationTask(tokenizer or tiny_tokenizer(), max_positions, SingleLabel(labels, settings), settings)
+
+
+def question_task(max_positions: int = 32, **options) -> QuestionAnsweringTask:
+    return QuestionAnsweringTask(tiny_tokenizer(), max_positions, TaskOptions(**options))
+
+
 def tiny_classifier(seed: int = 0, **config) -> TRBertForSequenceClassification:
     """A random model whose selectors really choose."""
     torch.manual_seed(seed)
-    labels = {0: "bad", 1: "fine", 2: "good"}
+    labels = dict(enumerate(LABELS))
     settings = TINY | {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} | config
     model = TRBertForSequenceClassification(TRBertConfig(**settings)).eval()
     _let_selectors_choose(model)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from .lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .checkpoints.conversion import convert_checkpoint
     from .configuration import TRBertConfig
-    from .convert import convert_checkpoint
     from .errors import CheckpointError, ConfigurationError, InputError, TrainingError, TRBertError
-    from .modeling import TRBertForQuestionAnswering, TRBertForSequenceClassification, TRBertModel
+    from .modeling import TRBertModel
+    from .tasks.classification.head import TRBertForSequenceClassification
+    from .tasks.question_answering.head import TRBertForQuestionAnswering
     from .varlen import VarlenBatch
 
 _MODULES = {
@@ -21,12 +23,12 @@ _MODULES = {
     "InputError": "errors",
     "TRBertConfig": "configuration",
     "TRBertError": "errors",
-    "TRBertForQuestionAnswering": "modeling",
-    "TRBertForSequenceClassification": "modeling",
+    "TRBertForQuestionAnswering": "tasks.question_answering.head",
+    "TRBertForSequenceClassification": "tasks.classification.head",
     "TRBertModel": "modeling",
     "TrainingError": "errors",
     "VarlenBatch": "varlen",
-    "convert_checkpoint": "convert",
+    "convert_checkpoint": "checkpoints.conversion",
 }
 
 __all__ = [

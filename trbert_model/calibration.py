@@ -6,7 +6,6 @@ length it was measured with. `jobs/evaluate.py` writes it, `jobs/score.py --spee
 
 import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,16 @@ import torch
 from torch import Tensor
 
 from .configuration import TRBertConfig
-from .engine import DocumentResults, Engine
+from .engine import Engine
 from .errors import CheckpointError, ConfigurationError
 from .flops import dense_flops, reduced_flops
 from .labelled import LabelledCorpus
-from .varlen import first_tokens
+from .reduction.policies import ThresholdPolicy, keep_all
+from .reduction.state import Candidates, SelectionPolicy
+from .tasks.base import DocumentResults
+from .terminal import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FILE = "calibration.json"
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -76,25 +78,27 @@ def kept_fractions_for(
 
 @dataclass(frozen=True)
 class KeepLogits:
-    """What one reduction's selector said of documents: the keep logits it judged, falling, fp32, none of a window's
-    first token, which stays whatever it says; and how many tokens and windows there are."""
+    """What one reduction's selector said of documents: the keep logits it judged, falling, fp32; how many tokens the
+    documents have, and how many were fixed, of which it says nothing."""
 
     falling: Tensor
     tokens: int
-    windows: int
+    fixed: int
 
     def cut_for(self, fraction: float) -> float:
         """Above which `fraction` of all tokens are."""
-        keep = min(max(round(fraction * self.tokens) - self.windows, 1), len(self.falling) - 1)
+        if not len(self.falling):
+            return 0.0
+        keep = min(max(round(fraction * self.tokens) - self.fixed, 1), len(self.falling) - 1)
         return float(self.falling[keep - 1 : keep + 1].mean())
 
 
 def keep_logits(engine: Engine, documents: Sequence[Any], cuts: Sequence[float] = ()) -> KeepLogits:
     """What the reduction after those with these cuts says of documents; without any, the first."""
     recorder = _Recorder(cuts)
-    results = _with_policy(engine, documents, recorder)
+    results = engine.score(documents, recorder)
     falling = torch.cat(recorder.logits).sort(descending=True).values
-    return KeepLogits(falling, int(results.num_tokens.sum()), int(results.num_windows.sum()))
+    return KeepLogits(falling, int(results.num_tokens.sum()), recorder.fixed)
 
 
 def cuts_for(
@@ -120,38 +124,20 @@ class _Recorder:
     def __init__(self, cuts: Sequence[float]):
         self.cuts = list(cuts)
         self.logits: list[Tensor] = []
+        self.fixed = 0
 
-    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
-        if reduction < len(self.cuts):
-            return logits >= self.cuts[reduction]
-        if reduction == len(self.cuts):
-            others = torch.ones_like(logits, dtype=torch.bool)
-            others[first_tokens(cu_seqlens)] = False
-            self.logits.append(logits[others].cpu())
-        return torch.zeros_like(logits, dtype=torch.bool)  # what comes after is not looked at
+    def __call__(self, candidates: Candidates) -> Tensor:
+        if candidates.reduction < len(self.cuts):
+            return candidates.logits >= self.cuts[candidates.reduction]
+        if candidates.reduction == len(self.cuts):
+            self.logits.append(candidates.logits[~candidates.fixed].cpu())
+            self.fixed += int(candidates.fixed.sum())
+        return torch.zeros_like(candidates.fixed)  # what comes after is not looked at
 
 
 def thresholds_of(cuts: Sequence[float]) -> list[float]:
     """Keep logits → keep probabilities, as `TRBertConfig.selector_thresholds` has them."""
     return torch.sigmoid(torch.tensor(list(cuts))).tolist()
-
-
-class _Thresholds:
-    """The model's own rule with other thresholds."""
-
-    def __init__(self, thresholds: Sequence[float]):
-        self.thresholds = list(thresholds)
-
-    def __call__(self, reduction: int, logits: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return torch.sigmoid(logits) >= self.thresholds[reduction]
-
-
-def _with_policy(engine: Engine, documents: Sequence[Any], policy: Any) -> DocumentResults:
-    before, engine.selection_policy = engine.selection_policy, policy
-    try:
-        return engine.score(documents)
-    finally:
-        engine.selection_policy = before
 
 
 @dataclass(frozen=True)
@@ -231,7 +217,7 @@ class Calibration:
 
 
 def calibration_key(digest: str, dtype: str, window: int) -> str:
-    """A model digest (`pipeline.storage.model_digest`), a dtype and a window's tokens as one name."""
+    """A model digest (`trbert_model.checkpoints.files.model_digest`), a dtype and a window's tokens as one name."""
     return f"{digest[:16]}-{dtype}-{window}"
 
 
@@ -283,12 +269,12 @@ def calibrate(
     The engine must reduce. Time is the model's own, dense and reduced on the same documents in the same process.
     """
     config, documents = engine.config, corpus.documents
-    dense, dense_seconds = _timed(engine, documents, lambda reduction, logits, _: torch.ones_like(logits).bool())
+    dense, dense_seconds = _timed(engine, documents, keep_all)
     best = corpus.scores(dense)
     windows = np.array([len(w.input_ids) for document in documents for w in engine.task.windows(document)])
 
     def measure(thresholds: Sequence[float]) -> OperatingPoint:
-        results, seconds = _timed(engine, documents, _Thresholds(thresholds))
+        results, seconds = _timed(engine, documents, ThresholdPolicy(thresholds))
         scores = corpus.scores(results)
         own = results.kept_tokens / results.num_tokens[:, None]
         drop = 100 * (best - scores)
@@ -331,9 +317,9 @@ def _other_metrics(corpus: LabelledCorpus, results: DocumentResults) -> dict[str
     return {name: 100 * value for name, value in corpus.measure(results).items() if name != corpus.metric}
 
 
-def _timed(engine: Engine, documents: Sequence[Any], policy: Any) -> tuple[DocumentResults, float]:
+def _timed(engine: Engine, documents: Sequence[Any], policy: SelectionPolicy) -> tuple[DocumentResults, float]:
     before = engine.statistics.model_seconds
-    results = _with_policy(engine, documents, policy)
+    results = engine.score(documents, policy)
     return results, engine.statistics.model_seconds - before
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
+from .backbones import BACKBONES
 from .errors import ConfigurationError
 
 
@@ -14,13 +15,15 @@ class TRBertConfig(BertConfig):
     Configuration of a TR-BERT (Ye et al., NAACL 2021): a BERT with a token selector in front of some of its layers.
 
     Args:
+        backbone (`str`): whose layers: `"bert"` (DistilBERT's too) or `"roberta"` (XLM-R's too).
         reduction_layers (`list[int]`, *optional*):
             Increasing zero-based layer indices. The selector of layer `i` decides, on the input of layer `i`, which
             tokens go on; 0 selects on the embeddings. Default: the paper's `[1, num_hidden_layers // 2]`. An empty
             list is a plain BERT.
         selector_size (`int`): width of the selectors' hidden layer.
         selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
-            probability is at least the threshold. Default: 0.5 everywhere, as in the original.
+            probability is at least the threshold, where a run is given no others. Default: 0.5 everywhere, as in the
+            original.
         question_aware (`bool`): the selectors know the question, which is segment 0: of the other tokens they see how
             much of it stands near them and whether they are of the kind it asks for (`QuestionTokenSelector`). Not so
             in the original.
@@ -29,12 +32,14 @@ class TRBertConfig(BertConfig):
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:
-        ConfigurationError: layers out of range or out of order, thresholds that do not match them, more question layers
-            than layers, a decoder, a feed-forward in chunks (it does not work on batches without padding).
+        ConfigurationError: an unknown backbone, layers out of range or out of order, thresholds that do not match them,
+            more question layers than layers, a decoder, a feed-forward in chunks (it does not work on batches without
+            padding).
     """
 
     model_type = "trbert"
 
+    backbone: str = "bert"
     selector_size: int = 32
     if TYPE_CHECKING:  # never None once __post_init__ has run
         question_layers: int
@@ -49,6 +54,8 @@ class TRBertConfig(BertConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.backbone not in BACKBONES:
+            raise ConfigurationError(f"backbone {self.backbone!r} is none of {', '.join(BACKBONES)}")
         depth = self.num_hidden_layers
         if self.reduction_layers is None:
             self.reduction_layers = sorted({1, depth // 2} & set(range(depth)))
@@ -77,6 +84,16 @@ class TRBertConfig(BertConfig):
             raise ConfigurationError("TR-BERT is an encoder: is_decoder and add_cross_attention must be false")
         if self.chunk_size_feed_forward != 0:
             raise ConfigurationError("chunk_size_feed_forward must be 0: batches are not padded to its multiple")
+
+    @property
+    def usable_positions(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.max_position_embeddings - BACKBONES[self.backbone].position_offset(self.pad_token_id or 0)
+
+    @property
+    def pair_separators(self) -> int:
+        """[SEP] tokens between a question and its passage."""
+        return BACKBONES[self.backbone].pair_separators
 
 
 __all__ = ["TRBertConfig"]

@@ -103,6 +103,24 @@ def first_tokens(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens.narrow(0, 0, cu_seqlens.shape[0] - 1).long()
 
 
+def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The sequence that each of the batch's tokens belongs to, int64 (tokens,)."""
+    places = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens.narrow(0, 1, len(cu_seqlens) - 1), places, right=True)
+
+
+def places_in(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Each token's place in its sequence, int64 (tokens,)."""
+    first = first_tokens(cu_seqlens).index_select(0, sequence_of(cu_seqlens, tokens))
+    return torch.arange(tokens, device=cu_seqlens.device) - first
+
+
+def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(tokens,) → (sequences,)."""
+    sums = torch.zeros(len(cu_seqlens) - 1, dtype=values.dtype, device=values.device)
+    return sums.index_add(0, sequence_of(cu_seqlens, len(values)), values)
+
+
 def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
     """The `counts[i]` highest-scored tokens of each sequence i, the first token always among them: bool, as scores."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)

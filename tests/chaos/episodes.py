@@ -21,6 +21,7 @@ from tests.chaos.cluster import ACTOR, READER, ROOT, RayCluster
 from tests.chaos.corpus import SPLIT_BYTES, make_corpus, put_corpus, put_model
 from tests.chaos.fault_proxy import KINDS as REQUEST_KINDS
 from tests.chaos.fault_proxy import FaultProxy
+from tests.chaos.protocol_faults import FAULTS as PROTOCOL_FAULTS
 from tests.chaos.verification import (
     SUCCESS,
     Contents,
@@ -34,10 +35,12 @@ from tests.chaos.verification import (
 from tests.integration.s3_server import S3Server
 
 PROCESS_KINDS = ("kill_actor", "kill_reader", "kill_raylet", "kill_driver", "kill_cluster")
+PROTOCOL_KINDS = tuple(PROTOCOL_FAULTS)
 WINDOW_KINDS = (*REQUEST_KINDS, "mix")  # a share of the requests for some seconds
-KINDS = (*PROCESS_KINDS, "s3_outage", *WINDOW_KINDS)
+KINDS = (*PROCESS_KINDS, "s3_outage", *PROTOCOL_KINDS, *WINDOW_KINDS)
 
 BUCKET, CORPUS, MODEL, REFERENCE = "chaos", "corpus", "model", "reference"
+DOCUMENT_TIMEOUT = 20.0  # an actor that hangs is ended after this
 MAX_RUNS = 13  # the first and 12 reruns
 HUNG_SECONDS = 300.0  # without anything new in the output
 POLL_SECONDS = 0.25
@@ -195,6 +198,7 @@ class World:
             "num-actors": 2,
             "threads-per-actor": 1,
             "progress-interval": 1,
+            "document-timeout": DOCUMENT_TIMEOUT,
         }
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         with log.open("wb") as file:
@@ -210,11 +214,17 @@ class World:
 
 
 class EpisodeRun:
-    """One episode's course."""
+    """One episode's course.
 
-    def __init__(self, world: World, episode: Episode, hung_seconds: float = HUNG_SECONDS):
-        self.world, self.episode, self.hung_seconds = world, episode, hung_seconds
-        self.prefix = f"episode-{episode.number:04d}"
+    Args:
+        hung_seconds: without anything new in the output, after which a run counts as hung.
+        put_delay: seconds that every write takes, so that a fast machine is not at the end before all faults are due.
+    """
+
+    def __init__(self, world: World, episode: Episode, *, hung_seconds: float = HUNG_SECONDS, put_delay: float = 0.0):
+        self.world, self.episode, self.hung_seconds, self.put_delay = world, episode, hung_seconds, put_delay
+        self.bucket, self.model, self.prefix = BUCKET, MODEL, f"episode-{episode.number:04d}"
+        self.others = 0  # runs beside those that follow each other
         self.random = random.Random(episode.seed)
         self.outcome = Outcome(episode.number)
         self.todo: dict[Fault, float | None] = dict.fromkeys(episode.faults)  # with when they are due, once known
@@ -226,6 +236,7 @@ class EpisodeRun:
 
     def execute(self) -> Outcome:
         outcome, world = self.outcome, self.world
+        world.proxy.put_delay = self.put_delay
         try:
             for number in range(1, MAX_RUNS + 1):
                 if self._run(number) == 0:
@@ -234,6 +245,7 @@ class EpisodeRun:
                 outcome.hung.append(f"not complete after {MAX_RUNS} runs")
         finally:
             self._close_window()
+            world.proxy.put_delay = 0.0
         outcome.missed += [fault.kind for fault in self.todo]
         outcome.missed += [strike.kind for strike in outcome.strikes if not strike.has_hit]
         outcome.strikes = [strike for strike in outcome.strikes if strike.has_hit]
@@ -316,10 +328,15 @@ class EpisodeRun:
     def _inject(self, fault: Fault, strike: Strike, driver: subprocess.Popen) -> bool:
         """Do it; whether it was possible."""
         world = self.world
+        if fault.kind in PROTOCOL_FAULTS:
+            return PROTOCOL_FAULTS[fault.kind](self, driver)
         if fault.kind in VICTIMS:
             return world.cluster.kill_worker(VICTIMS[fault.kind], self.random)
         if fault.kind == "kill_raylet":
+            # Starting another takes seconds, in which no other fault can strike.
+            world.proxy.put_delay = math.inf if self.put_delay else 0.0
             world.cluster.kill_node(self.random)
+            world.proxy.put_delay = self.put_delay
         elif fault.kind == "kill_driver":
             kill_group(driver)
         elif fault.kind == "kill_cluster":
@@ -332,6 +349,17 @@ class EpisodeRun:
         else:
             self._open_window(fault, strike)
         return True
+
+    def kill(self, driver: subprocess.Popen) -> None:
+        kill_group(driver)
+
+    def note_end(self, code: int, what: str, expected: set[int]) -> None:
+        """How a run beside the episode's own ended."""
+        self.outcome.exits.append(code)
+        open_windows = {self.window.strike.kind} if self.window and self.window.is_open else set()
+        before = {strike.kind for strike in self.outcome.strikes if strike.has_hit}
+        if code not in expected and not _explains(code, open_windows | before):
+            self.outcome.unexpected.append(f"{what} ended with {code}")
 
     def _open_window(self, fault: Fault, strike: Strike) -> None:
         """Begin a window of request faults; it ends by itself, or when the next one begins."""
@@ -389,7 +417,9 @@ def _explains(code: int, kinds: set[str]) -> bool:
     """Whether faults of these kinds may end a driver like that: 1 says run again, and a driver that Ray's own code ends
     when its cluster is gone dies by a signal."""
     if code == -signal.SIGKILL:
-        return "kill_driver" in kinds
+        return bool(kinds & {"kill_driver", "torn_split", "kill_deleting", "foreign_lock"})
+    if code == 5:
+        return "pause_driver" in kinds
     if code < 0 or code > 128:
         return bool(kinds & {"kill_cluster", "kill_raylet"})
     return code == 1 and bool(kinds)

@@ -50,12 +50,14 @@ class FaultProxy:
         endpoint: the proxy's own.
         share: of the requests to hit, 0 to 1; may be set while it runs.
         kinds: to choose from, of KINDS, among those that the request can suffer.
+        put_delay: seconds that a PUT waits before anything becomes of it; may be set while it runs, for those that wait
+            too.
         counts: faults by kind, plus `passed` requests and those that found the server `down`.
     """
 
     def __init__(self, upstream: str, seed: int = 0, hang_seconds: float = 20.0):
         self.upstream, self.hang_seconds = upstream, hang_seconds
-        self.share, self.kinds = 0.0, tuple(KINDS)
+        self.share, self.kinds, self.put_delay = 0.0, tuple(KINDS), 0.0
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._loop = asyncio.new_event_loop()
@@ -106,6 +108,9 @@ class FaultProxy:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         body = await request.content.read()
+        received = self._loop.time()
+        while request.method == "PUT" and self._loop.time() < received + self.put_delay:
+            await asyncio.sleep(0.05)
         kind = self._choose(request, body)
         if kind in _ANSWERS:
             self.counts[kind] += 1

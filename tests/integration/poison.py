@@ -8,12 +8,13 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import ray
 
-SEGFAULT, TOKENIZER = "game game game game bank", "fine fine fine fine bank"
+SEGFAULT, TOKENIZER, HANGS = "game game game game bank", "fine fine fine fine bank", "good good good good bank"
 
 
 class _Armoury(importlib.abc.MetaPathFinder):
@@ -21,7 +22,7 @@ class _Armoury(importlib.abc.MetaPathFinder):
     imports take seconds."""
 
     def find_spec(self, name, path=None, target=None):
-        arm_module = {"trbert_model.engine": _arm_engine, "trbert_model.tasks.classification": _arm_task}.get(name)
+        arm_module = _ARMED.get(name)
         spec = arm_module and importlib.machinery.PathFinder.find_spec(name, path)
         if not spec:
             return None
@@ -37,13 +38,16 @@ class _Armoury(importlib.abc.MetaPathFinder):
 
 def _arm_engine(module) -> None:
     forward = module.Engine._forward_once
-    deadly = json.loads(os.environ["DEADLY"])
+    deadly, hangs = json.loads(os.environ["DEADLY"])
 
-    def poisoned(self, windows):
+    def poisoned(self, windows, policy):
         for window in windows:
-            if window.input_ids[1:-1].tolist() == deadly:
+            ids = window.input_ids[1:-1].tolist()
+            if ids == deadly:
                 ctypes.string_at(0)
-        return forward(self, windows)
+            if ids == hangs:
+                os.kill(os.getpid(), signal.SIGSTOP)  # no thread of it can help itself any more
+        return forward(self, windows, policy)
 
     module.Engine._forward_once = poisoned
 
@@ -59,6 +63,9 @@ def _arm_task(module) -> None:
     module.ClassificationTask.tokenize = poisoned
 
 
+_ARMED = {"trbert_model.engine.scoring": _arm_engine, "trbert_model.tasks.classification.task": _arm_task}
+
+
 def arm() -> None:
     """Set up a Ray worker: the marked documents are deadly from now on."""
     sys.meta_path.insert(0, _Armoury())
@@ -70,7 +77,7 @@ def main() -> int:
     from tests.conftest import tiny_tokenizer
 
     config = ScoreConfig(**json.loads(Path(sys.argv[1]).read_text()))
-    deadly = tiny_tokenizer()(SEGFAULT, add_special_tokens=False)["input_ids"]
+    deadly = tiny_tokenizer()([SEGFAULT, HANGS], add_special_tokens=False)["input_ids"]
     # A worker that cannot import its hook exits, and Ray starts another one, for ever.
     variables = {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "DEADLY": json.dumps(deadly)}
     hook = {"worker_process_setup_hook": "tests.integration.poison.arm", "env_vars": variables}

@@ -53,7 +53,7 @@ class S3Server:
             "-master.telemetry=false",
             "-volume.preStopSeconds=0",
             "-master.volumeSizeLimitMB=64",
-            "-volume.max=200",
+            "-volume.max=1000",
             *(f"-{name}={port}" for name, port in ports.items()),
         ]
         self.environment = {

@@ -17,7 +17,7 @@ from pipeline import ScoreConfig, open_output, score
 from tests.conftest import tiny_classifier, tiny_tokenizer
 from tests.integration.conftest import ROOT, submit
 from tests.pipeline.stages import texts, write_shard
-from trbert_model.engine import load_model
+from trbert_model.checkpoints.loading import load_model
 
 
 def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

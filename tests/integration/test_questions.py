@@ -60,8 +60,8 @@ def test_questions_in_s3_are_answered_row_by_row(corpus, answering_model):
     assert results.keys() | {row["id"] for row in rejected} == rows.keys()
     engine = Engine.from_pretrained(answering_model, EngineOptions(device="cpu", n_best=3))
     good = [rows[name] for name in results]
-    expected = engine.score_questions([row["question"] for row in good], [row["context"] for row in good])
-    for row, answer, kept in zip(good, expected.answers, expected.kept_tokens):
+    expected = engine.score_columns([row["question"] for row in good], [row["context"] for row in good])
+    for row, answer, kept in zip(good, expected.outputs, expected.kept_tokens):
         found, best = results[row["id"]], answer.spans[0]
         assert found["answer"] == row["context"][found["start_char"] : found["end_char"]]
         assert (found["start_char"], found["end_char"]) == (best.start, best.end)
@@ -84,7 +84,7 @@ def test_a_speed_is_chosen_from_labelled_questions(answering_model, tmp_path, ca
     rows = table.to_pylist()
     spans = [
         answer.spans[0]
-        for answer in engine.score_questions([r["question"] for r in rows], [r["context"] for r in rows]).answers
+        for answer in engine.score_columns([r["question"] for r in rows], [r["context"] for r in rows]).outputs
     ]
     table = table.append_column(
         "answers", pa.array([[row["context"][span.start : span.end]] for row, span in zip(rows, spans)])

@@ -21,7 +21,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import Storage
 from tests.pipeline.stages import texts
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.tasks.classification import softmax
+from trbert_model.tasks.classification.labellings import softmax
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -112,9 +112,9 @@ def test_a_corpus_in_s3_is_scored_row_by_row(finished, first_run, model_director
     results = open_output(f"{corpus}/out").to_table().to_pandas().set_index("id")
     engine = Engine.from_pretrained(model_directory, EngineOptions(device="cpu"))
     inputs = pd.concat([shard_table(name, rows).to_pandas() for name, rows in ROWS.items()]).dropna()
-    expected = engine.score_texts(inputs["text"])
+    expected = engine.score_columns(inputs["text"])
     results = results.loc[inputs["id"]]
-    np.testing.assert_allclose(np.stack(results["probabilities"]), softmax(expected.logits), atol=1e-4)
+    np.testing.assert_allclose(np.stack(results["probabilities"]), softmax(expected.outputs), atol=1e-4)
     assert results["kept_tokens"].map(list).tolist() == expected.kept_tokens.tolist()
     assert results["num_tokens"].tolist() == expected.num_tokens.tolist()
     assert set(results["source"]) == {"test"}
@@ -133,13 +133,18 @@ def test_a_corpus_in_s3_is_scored_row_by_row(finished, first_run, model_director
     assert "test-secret-key" not in json.dumps(stored)
 
 
+def data_keys(s3, bucket: str) -> list[str]:
+    """What lies there beside the number of the last run's lease."""
+    return [key for key in s3.keys(bucket) if "/_leases/" not in key]
+
+
 def test_running_again_computes_nothing(finished, model_uri, s3, capfd):
     bucket = finished.removeprefix("s3://")
-    before = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
+    before = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in data_keys(s3, bucket)}
     report = score(config(finished, model_uri))
     assert (report["status"], report["documents"]) == ("complete already: nothing to do", 0)
     assert "3 of 3 shards are complete" in capfd.readouterr().err
-    after = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
+    after = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in data_keys(s3, bucket)}
     assert {key: after[key] for key in before} == before
     assert [key for key in after if key not in before] == [f"out/_runs/{report['run']}.json"]
 
@@ -234,7 +239,7 @@ def test_a_dry_run_tells_and_writes_nothing(corpus, finished, model_uri, s3):
 
 def test_what_cannot_work_is_refused_before_anything_is_written(corpus, model_uri, s3):
     bucket = corpus.removeprefix("s3://")
-    before = s3.keys(bucket)
+    before = data_keys(s3, bucket)
     for changes, message in [
         ({"num_actors": 50}, "no room for 50 actors"),
         ({"gpus_per_actor": 1.0}, "no room for 1? ?.*GPUs"),
@@ -245,7 +250,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(corpus, model_ur
     ]:
         with pytest.raises(UsageError, match=message):
             score(config(corpus, model_uri, **changes))
-    assert s3.keys(bucket) == before
+    assert data_keys(s3, bucket) == before
 
 
 def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, finished):
@@ -257,23 +262,21 @@ def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, finished):
     assert pq.read_table(output).num_rows == expected
 
 
-def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri, model_directory):
+def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     """Fused, reading would run inside the actors; merged, one task would hold many splits."""
-    from pipeline.choice import Model
-    from pipeline.corpus import list_shards, make_plan
+    from pipeline.job import make_job
     from pipeline.placement import place
-    from pipeline.run import COMMIT_CPUS, READER_CPUS, _data_context, _Run
+    from pipeline.plan import make_plan
+    from pipeline.ray_start import data_context
+    from pipeline.report import RunStatistics
     from pipeline.stopping import StopRequest
+    from pipeline.stream import COMMIT_CPUS, READER_CPUS, Stream
 
-    run_config = config(corpus, model_uri, dtype="float32")
-    output = Storage(run_config.output)
-    plan = make_plan(list_shards(Storage(run_config.input)), output)
-    placement = place(run_config, spare_cpus=READER_CPUS + COMMIT_CPUS)
-    task = Engine.from_pretrained(model_directory, EngineOptions(device="cpu")).task
-    model = Model(model_uri, model_directory, "digest", 32, task)
-    run = _Run(run_config, output, plan, placement, None, model, "run", time.time(), StopRequest())
-    with _data_context():
-        dataset = run._dataset()
+    job = make_job(config(corpus, model_uri, dtype="float32"))
+    plan = make_plan(job.shards, job.output)
+    placement = place(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=StopRequest())
+    with data_context():
+        dataset = Stream(job, placement, RunStatistics("run", plan, time.time())).dataset(plan.pending)
         blocks = [table.num_rows for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
         stages = dataset.stats()
     assert set(blocks) == {1}
@@ -297,7 +300,7 @@ def test_a_speed_is_chosen_from_the_models_table(corpus, model_directory, s3, tm
 
     documents = shard_table("a.parquet", 60).to_pandas()["text"].dropna().tolist()
     engine = Engine.from_pretrained(model_directory, EngineOptions(device="cpu", reduce=False))
-    labels = [engine.labels[i] for i in engine.score_texts(documents).logits.argmax(1)]
+    labels = [engine.task.labels[i] for i in engine.score_columns(documents).outputs.argmax(1)]
     pq.write_table(pa.table({"text": documents, "label": labels}), tmp_path / "labelled.parquet")
     arguments = ["--model", model, "--corpus", str(tmp_path / "labelled.parquet"), "--speedups", "1.5"]
     assert evaluate([*arguments, "--dtype", "float32"]) == 0

@@ -25,7 +25,7 @@ def test_secrets_reach_no_log_report_marker_exception_or_dump(good_job, ray_clus
     report = score(ScoreConfig(input=f"{bucket}/broken", output=f"{bucket}/nothing", model=str(model_directory)))
     assert "29 scored" in good.stdout
     assert report["status"] == "complete but for unreadable shards"
-    assert "cannot write: there is no such bucket" in failing.stdout + failing.stderr
+    assert "cannot list: there is no such bucket" in failing.stdout + failing.stderr
     written = {"jobs": "".join(job.stdout + job.stderr for job in (good, failing)).encode()}
     with pytest.raises(Exception, match="no such bucket") as raised:
         score(ScoreConfig(input=f"{bucket}/in", output="s3://no-such-bucket/out", model=str(model_directory)))
@@ -53,11 +53,11 @@ def test_what_we_start_listens_on_loopback(s3):
     """The Ray of a job without RAY_ADDRESS, and the tests' S3 server."""
     script = """
 import json, psutil, ray
-from pipeline.run import _start_ray
-assert _start_ray()
-ray.get(ray.remote(lambda: 1).remote())
-mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
-print(json.dumps([c.laddr.ip for p in mine for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]))
+from pipeline.ray_start import running_ray
+with running_ray():
+    ray.get(ray.remote(lambda: 1).remote())
+    mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    print(json.dumps([c.laddr.ip for p in mine for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     started = subprocess.run(

@@ -14,7 +14,7 @@ from jobs.train import main
 from pipeline.errors import PipelineError, UsageError
 from pipeline.train import train_distributed
 from tests.conftest import TINY, tiny_tokenizer
-from trbert_model.engine import load_model
+from trbert_model.checkpoints.loading import load_model
 from trbert_model.training import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

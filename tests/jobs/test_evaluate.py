@@ -2,20 +2,25 @@
 
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
+from jobs import convert
 from jobs.evaluate import main
+from jobs.train import main as train
 from pipeline.errors import UsageError
 from pipeline.predict import TRBertPredictor
-from pipeline.storage import model_digest
 from tests.pipeline.stages import texts
 from trbert_model.calibration import calibration_key, read_calibration
+from trbert_model.checkpoints.files import model_digest
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledQuestions
+from trbert_model.errors import InputError
+from trbert_model.labelled import LabelledColumns
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def labelled(model_directory, tmp_path):
     shutil.copytree(model_directory, model)
     engine = Engine.from_pretrained(model, EngineOptions(device="cpu", reduce=False))
     documents = texts(40)
-    labels = [engine.labels[i] for i in engine.score_texts(documents).logits.argmax(1)]
+    labels = [engine.task.labels[i] for i in engine.score_columns(documents).outputs.argmax(1)]
     pq.write_table(pa.table({"text": documents, "label": labels}), tmp_path / "labelled.parquet")
     return model, tmp_path / "labelled.parquet"
 
@@ -74,6 +79,51 @@ def test_what_cannot_be_measured_is_refused(labelled, tmp_path):
         main(["--model", str(model), "--corpus", str(corpus)])
 
 
+def test_a_corpus_is_read_as_a_run_reads_its_input(labelled, monkeypatch):
+    """Through Storage: requests that fail for a passing reason are made again, and no secret is shown."""
+    model, corpus = labelled
+    failures = iter([ConnectionError("reset"), None])
+    opened = LocalFileSystem.open
+
+    def flaky(self, path, *args, **kwargs):
+        if path == str(corpus) and (error := next(failures, None)):
+            raise error
+        return opened(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "open", flaky)
+    assert main(["--model", str(model), "--corpus", str(corpus), "--speedups", "1.5", "--no-write"]) == 0
+    with pytest.raises(InputError, match=r"nowhere\.parquet: cannot be read as Parquet: .*there is no such file"):
+        main(["--model", str(model), "--corpus", str(corpus.with_name("nowhere.parquet"))])
+    for command in (["--model", str(model), "--corpus"], ["--backbone", "b", "--output", "o", "--train"]):
+        run = main if "--corpus" in command else train
+        with pytest.raises(UsageError, match="credentials do not belong in a URI") as refused:
+            run([*command, "s3://key:secret@bucket/questions.json"])
+        assert "secret@" not in str(refused.value)
+
+
+def test_a_model_that_is_converted_elsewhere_becomes_one_in_the_end(tmp_path):
+    """The files go to the store one by one; without config.json they are no model."""
+
+    class Place:
+        is_local, written = False, []
+
+        def write(self, name, data):
+            self.written.append((name, data))
+
+    with convert._directory(Place()) as directory:
+        for name in ("config.json", "model.safetensors", "vocab.txt"):
+            (directory / name).write_text(name)
+    assert [name for name, _ in Place.written] == ["model.safetensors", "vocab.txt", "config.json"]
+    with pytest.raises(UsageError, match=r"no config\.json there"):
+        convert.main([f"zip://nothing::{archive(tmp_path)}", str(tmp_path / "out")])
+
+
+def archive(directory):
+    with zipfile.ZipFile(directory / "a.zip", "w") as file:
+        file.writestr("nothing/x", "")
+    return directory / "a.zip"
+
+
 def test_questions_are_measured_by_all_their_metrics(answering_model, tmp_path, capsys):
     contexts = texts(12)
     answers = [[] if i % 3 == 0 else [context.split()[0]] for i, context in enumerate(contexts)]
@@ -89,14 +139,14 @@ def test_questions_are_measured_by_all_their_metrics(answering_model, tmp_path, 
     shutil.copytree(answering_model, model)
     assert main(["--model", str(model), "--corpus", str(tmp_path / "questions.parquet"), "--speedups", "1.2"]) == 0
     engine = Engine.from_pretrained(model, EngineOptions(device="cpu", reduce=False))
-    corpus = LabelledQuestions.read(str(tmp_path / "questions.parquet"), engine.task)
+    corpus = engine.task.read_corpus(str(tmp_path / "questions.parquet"), LabelledColumns())
     dense = {name: 100 * value for name, value in corpus.measure(engine.score(corpus.documents)).items()}
     printed = capsys.readouterr().out
     assert (
         f"12 documents of questions.parquet, dense {dense['f1']:.2f}% f1, {dense['exact_match']:.2f}% exact_match, "
         f"{dense['no_answer_f1']:.2f}% no_answer_f1\n"
     ) in printed
-    key = calibration_key(model_digest(model), "float32", engine.config.max_position_embeddings)
+    key = calibration_key(model_digest(model), "float32", engine.config.usable_positions)
     table = read_calibration(model, key)
     assert table is not None
     assert set(table.points[0].other_metrics) == {"exact_match", "no_answer_f1"}

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import Committed, bind_output, publish_splits, write_marker
+from pipeline.commit import Committed, bind_output, output_identity, publish_splits, settle_done, write_marker
 from pipeline.corpus import Shard, list_shards
 from pipeline.encode import EncodeOptions, read_shards, shard_groups
-from pipeline.manifest import write_manifest
+from pipeline.manifest import SUCCESS, write_manifest
+from pipeline.plan import make_plan
 from pipeline.predict import SplitPredictor
 from pipeline.rows import from_ipc
 from pipeline.storage import Storage
@@ -49,8 +50,10 @@ def encode_options(directory: Path, model: Path, engine: EngineOptions = ON_CPU,
         "id_column": "id",
         "keep_columns": (),
         "split_bytes": 1 << 20,
-    }
-    return EncodeOptions(**settings | changes)
+    } | changes
+    kept = settings.pop("keep_columns")
+    identifier = [settings["id_column"]] if settings["id_column"] else []
+    return EncodeOptions(**settings, passed_columns=[*identifier, *kept])
 
 
 def encode(shard: Shard, options: EncodeOptions, done: frozenset[int] = frozenset()) -> list[dict]:
@@ -79,12 +82,28 @@ def run_stages(shard: Shard, options: EncodeOptions, predictor, output: Storage,
 
 def score_here(directory: Path, output: Storage, model: Path, split_bytes: int = 600) -> None:
     """A whole run over a directory of shards, as `pipeline.score` does it, in this process."""
-    options = encode_options(directory, model, split_bytes=split_bytes)
-    predictor = SplitPredictor(["id"], "id", model=str(model), device="cpu")
     identity = {"input": str(directory), "model_digest": "digest"}
     bind_output(output, identity, overwrite=False)
-    for shard in list_shards(Storage(str(directory))):
-        rows = run_stages(shard, options, predictor, output)
-        splits = [Committed(**json.loads(row["committed"])) for row in rows if row["index"] >= 0]
-        write_marker(output, shard, splits, "run", [])
-    write_manifest(output, identity, {}, [], "run")
+    run_again(directory, output, model, split_bytes)
+
+
+def run_again(directory: Path, output: Storage, model: Path, split_bytes: int = 600) -> None:
+    """What a run does about what it finds: `pipeline.run.run_job` without Ray."""
+    options = encode_options(directory, model, split_bytes=split_bytes)
+    predictor = SplitPredictor(["id"], "id", model=str(model), device="cpu")
+    plan = make_plan(list_shards(Storage(str(directory))), output)
+    if plan.manifest is None:
+        output.delete([SUCCESS, *plan.distrusted])
+    for shard in plan.complete:
+        output.delete(plan.superseded.get(shard.key, []))
+    settled = settle_done(output, plan.pending, "")
+    markers = list(plan.markers.values())
+    for shard, _ in plan.pending:
+        splits = {index: committed for (path, index), committed in settled.items() if path == shard.path}
+        rows = run_stages(shard, options, predictor, output, frozenset(splits))
+        assert all(row["error"] is None for row in rows), rows
+        splits |= {row["index"]: Committed(**json.loads(row["committed"])) for row in rows if row["index"] >= 0}
+        found = plan.superseded.get(shard.key, [])
+        markers.append(write_marker(output, shard, [splits[i] for i in sorted(splits)], "run", found=found))
+    if plan.manifest is None:
+        write_manifest(output, output_identity(output), markers, [], "run")

@@ -69,7 +69,7 @@ def score_shards(
             failed[shard.path] = errors[-1]
         else:
             committed = [Committed(**json.loads(row["committed"])) for row in rows if row["committed"]]
-            write_marker(output, shard, committed, "run", superseded=[])
+            write_marker(output, shard, committed, "run")
     return failed
 
 
@@ -638,6 +638,17 @@ def index(model: Path) -> None:
     (model / f"{WEIGHTS}.index.json").write_text('{"metadata": {}, "weight_map": {"x": "pytorch_model.bin"}}')
 
 
+def weights_outside(model: Path) -> None:
+    tiny_classifier(1).save_pretrained(model.parent / "other")
+    (model / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"x": f"../other/{WEIGHTS}"}}))
+
+
+def tokenizer_that_panics(model: Path) -> None:
+    values = json.loads((model / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (model / "tokenizer.json").write_text(json.dumps(values))
+
+
 def more_tokens(model: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more", "tokens"])
@@ -663,7 +674,7 @@ def vocabulary_as_text(model: Path) -> None:
 EXECUTED, WEIGHTS, QUERY = "executed", "model.safetensors", "bert.encoder.layer.0.attention.self.query.weight"
 REMOTE = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "remote.X")
 REMOTE_TOKENIZER = b'{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["remote.X", "remote.X"]}}'
-NO_WEIGHTS = r"no file named model\.safetensors"
+ONLY_PICKLED = "only pickled weights there, which are not read"
 BAD_MODELS = {
     "not there": (shutil.rmtree, r"no config\.json there"),
     "a file": (all_of(shutil.rmtree, lambda model: model.touch()), r"no config\.json there"),
@@ -677,12 +688,12 @@ BAD_MODELS = {
     "a size that is a word": (config(hidden_size="big"), "hidden_size"),
     "reduction beyond its layers": (config(reduction_layers=[9]), r"reduction_layers \[9\]"),
     "a threshold too few": (config(selector_thresholds=[0.5]), r"selector_thresholds \[0\.5\]"),
-    "no weights": (without(WEIGHTS), NO_WEIGHTS),
+    "no weights": (without(WEIGHTS), r"no model\.safetensors there"),
     "weights empty": (file(WEIGHTS, lambda data: b""), "header too small"),
     "weights rubbish": (file(WEIGHTS, lambda data: b"rubbish" * 99), "header too large"),
     "weights cut": (file(WEIGHTS, lambda data: data[:-100]), "incomplete metadata, file not fully covered"),
-    "weights pickled": (all_of(without(WEIGHTS), pickled), NO_WEIGHTS),
-    "weights plainly pickled": (all_of(without(WEIGHTS), plainly_pickled), NO_WEIGHTS),
+    "weights pickled": (all_of(without(WEIGHTS), pickled), ONLY_PICKLED),
+    "weights plainly pickled": (all_of(without(WEIGHTS), plainly_pickled), ONLY_PICKLED),
     "an index of pickled weights": (all_of(without(WEIGHTS), pickled, index), r"pytorch_model\.bin.*safetensors"),
     "a weight missing": (weights(lambda tensors: tensors.pop(QUERY)), QUERY),
     "a weight of another shape": (weights(lambda tensors: tensors.update({QUERY: torch.zeros(32, 8)})), QUERY),
@@ -698,8 +709,21 @@ BAD_MODELS = {
         all_of(remote_code, file("tokenizer_config.json", lambda data: REMOTE_TOKENIZER)),
         "custom code",
     ),
+    "a tokenizer in Python": (
+        file("tokenizer_config.json", lambda data: b'{"tokenizer_class": "CanineTokenizer"}'),
+        "a CanineTokenizer, is none of the tokenizers library",
+    ),
+    "a tokenizer that panics": (tokenizer_that_panics, "cannot be loaded: Precompiled"),
+    "an index of weights outside": (all_of(without(WEIGHTS), weights_outside), "names .*, outside the directory"),
+    "weights of another name": (config(transformers_weights="x.safetensors"), "transformers_weights"),
+    "an adapter": (lambda model: (model / "adapter_config.json").write_text("{}"), r"adapter_config\.json"),
     "no label map for three labels": (config(id2label=..., label2id=...), r"classifier\.weight"),
-    "one label": (config(id2label={"0": "bad"}), "num_labels 1"),
+    "one label": (config(id2label={"0": "bad"}), r"classifier\.weight"),
+    "one label of one": (
+        config(id2label={"0": "bad"}, problem_type="single_label_classification"),
+        "requires `num_labels > 1`",
+    ),
+    "a problem of another kind": (config(problem_type="ranking"), "problem_type"),
     "more labels than weights": (config(id2label={str(i): str(i) for i in range(5)}), r"classifier\.weight"),
     "labels with a gap": (config(id2label={"0": "bad", "1": "fine", "3": "good"}), "id2label"),
     "labels from 1": (config(id2label={"1": "bad", "2": "fine", "3": "good"}), "id2label"),
@@ -788,7 +812,7 @@ BAD_OPTIONS = [
     pytest.param({"dtype": "int8"}, "dtype 'int8' is none of auto, float32", id="dtype unknown"),
     pytest.param({"overflow": "cut"}, "overflow 'cut' is neither 'windows' nor", id="overflow unknown"),
     pytest.param({"id_column": "shard"}, r"columns \['shard'\].*results", id="id_column named like a result"),
-    pytest.param({"keep_columns": ("label", "row")}, r"columns \['label', 'row'\]", id="kept like results"),
+    pytest.param({"keep_columns": ("shard", "row")}, r"columns \['row', 'shard'\]", id="kept like results"),
     pytest.param({"keep_columns": ("a", "a")}, r"columns \['a'\].*keep_columns", id="kept twice"),
     pytest.param({"id_column": "a", "keep_columns": ("b", "a")}, r"columns \['a'\].*id_column", id="id kept"),
     pytest.param({"keep_columns": "date"}, "keep_columns 'date'", id="keep_columns a string"),
@@ -805,6 +829,12 @@ def test_an_option_that_cannot_work_is_refused_by_name(wrong, pattern):
     with pytest.raises(UsageError) as refused:
         ScoreConfig(**{"input": "in", "output": "out", "model": "m"} | wrong)
     assert_one_line(str(refused.value), pattern)
+
+
+def test_a_column_kept_like_one_of_the_tasks_results_is_refused(places):
+    with pytest.raises(UsageError, match=r"columns \['label'\] of the input are named like columns of the results"):
+        score(ScoreConfig(**places, keep_columns=("label", "answer"), dry_run=True))
+    assert score(ScoreConfig(**places, keep_columns=("answer", "labels"), dry_run=True))["exit_code"] == 0
 
 
 BAD_PLACES = {

@@ -7,19 +7,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import (
+    METADATA,
     bind_output,
     clear_output,
-    inspect_object,
     open_output,
     output_identity,
+    parquet_bytes,
     publish,
     publish_splits,
+    settle_done,
+    settle_split,
     write_marker,
 )
-from pipeline.corpus import Shard, make_plan
+from pipeline.corpus import QUARANTINE, Shard
 from pipeline.encode import REJECTED_SCHEMA
-from pipeline.errors import PipelineError, StorageError, UsageError
+from pipeline.errors import UsageError
+from pipeline.plan import make_plan
 from pipeline.predict import SplitPredictor
+from pipeline.rows import ErrorKind, error_table, split_table
 from pipeline.storage import Storage
 from tests.pipeline.stages import encode_options, only_shard, run_stages, texts, write_shard
 
@@ -50,13 +55,40 @@ def test_written_twice_is_one_object_and_the_first_stays(output):
     assert again == first
     assert first.results == 2
     assert first.quarantined == 1
-    assert inspect_object(output, first.object) == first
+    assert settle_split(output, first.object) == first
 
 
-def test_quarantine_comes_before_results(output, monkeypatch):
-    monkeypatch.setattr(output, "create", lambda path, data: (_ for _ in ()).throw(StorageError(f"{path} refused")))
-    with pytest.raises(StorageError, match="_quarantine"):
-        publish(output, SHARD, 0, results(0), rejected(1))
+@pytest.mark.parametrize("damage", ["lost", "another run's", "half"])
+def test_quarantined_rows_are_those_of_the_results_whatever_died_between_the_two(output, damage):
+    """Killed after the results; a rerun that rejects other rows; a quarantine object of who knows what."""
+    first = publish(output, SHARD, 0, results(0, 2), rejected(1))
+    path = f"{QUARANTINE}/{first.object}"
+    good = output.read(path)
+    if damage == "lost":
+        output.delete([path])
+    else:
+        output.write(path, good[: len(good) // 2] if damage == "half" else parquet_bytes(rejected(0, 2)))
+    assert publish(output, SHARD, 0, results(1), rejected(0, 2)) == first
+    assert output.read(path) == good
+
+
+def test_what_an_older_version_published_is_taken_as_long_as_it_is_whole(output):
+    committed = publish(output, SHARD, 0, results(0, 2), rejected(1))
+    table = pq.read_table(pa.BufferReader(output.read(committed.object)))
+    old = table.replace_schema_metadata({METADATA: json.dumps({"results": 2, "quarantined": 1})})
+    output.write(committed.object, parquet_bytes(old))
+    assert settle_split(output, committed.object, "key").quarantine_sha256 == committed.quarantine_sha256
+    output.delete([f"{QUARANTINE}/{committed.object}"])
+    assert settle_split(output, committed.object, "key") is None
+    assert settle_done(output, [(SHARD, frozenset([0]))], "key") == {}
+    assert output.files() == [], "to be computed again"
+
+
+def test_a_late_split_of_a_run_with_other_options_is_replaced(output):
+    publish(output, SHARD, 0, results(0, label="of the other model"), rejected(), "theirs")
+    assert settle_split(output, SHARD.object(0), "ours") is None
+    publish(output, SHARD, 0, results(0, label="ours"), rejected(), "ours")
+    assert pq.read_table(pa.BufferReader(output.read(SHARD.object(0))))["label"].to_pylist() == ["ours"]
 
 
 def test_a_split_without_results_still_is_committed(output):
@@ -65,15 +97,16 @@ def test_a_split_without_results_still_is_committed(output):
     assert dict(make_plan([SHARD], output).pending) == {SHARD: frozenset([0])}
 
 
-def test_what_is_no_object_of_ours_is_named(output):
+def test_what_is_no_object_of_ours_is_computed_again(output):
     output.write(SHARD.object(0), b"not parquet")
-    with pytest.raises(PipelineError, match="not an object of this pipeline"):
-        inspect_object(output, SHARD.object(0))
+    assert settle_split(output, SHARD.object(0)) is None
+    committed = publish(output, SHARD, 0, results(0), rejected())
+    assert settle_split(output, SHARD.object(0)) == committed
 
 
 def test_a_complete_shard_has_a_marker_that_says_what_it_holds(output):
     splits = [publish(output, SHARD, 0, results(0, 2), rejected(1)), publish(output, SHARD, 1, results(3), rejected())]
-    write_marker(output, SHARD, splits, "run-1", superseded=[])
+    write_marker(output, SHARD, splits, "run-1")
     marker = json.loads(output.read(SHARD.marker))
     assert (marker["shard"], marker["rows"], marker["results"], marker["quarantined"]) == ("dir/a.parquet", 4, 3, 1)
     assert [split["object"] for split in marker["splits"]] == [SHARD.object(0), SHARD.object(1)]
@@ -82,17 +115,42 @@ def test_a_complete_shard_has_a_marker_that_says_what_it_holds(output):
 
 
 def test_readers_switch_to_a_new_version_at_its_marker(output):
-    write_marker(output, SHARD, [publish(output, SHARD, 0, results(0, 2), rejected(1))], "run-1", superseded=[])
+    write_marker(output, SHARD, [publish(output, SHARD, 0, results(0, 2), rejected(1))], "run-1")
     publish(output, OTHER, 0, results(0, 1, 2, label="new"), rejected())
     assert open_output(output.uri).to_table()["label"].to_pylist() == ["x", "x"]
     superseded = make_plan([OTHER], output).superseded[OTHER.key]
-    new = inspect_object(output, OTHER.object(0))
+    new = settle_split(output, OTHER.object(0))
     # Both markers are there for a moment; the newer one counts.
-    write_marker(output, OTHER, [new], "run-2", superseded=[])
+    write_marker(output, OTHER, [new], "run-2")
     assert open_output(output.uri).to_table()["label"].to_pylist() == ["new"] * 3
-    write_marker(output, OTHER, [new], "run-2", superseded=superseded)
+    write_marker(output, OTHER, [new], "run-2", found=superseded)
     assert {file.path for file in output.files()} == {OTHER.object(0), OTHER.marker}
     assert open_output(output.uri).to_table()["label"].to_pylist() == ["new"] * 3
+
+
+def test_readers_go_by_the_latest_run_not_by_clocks(output):
+    """A run that was paused writes the old version's marker after the new version's, whose objects are gone."""
+    old = [publish(output, SHARD, 0, results(0), rejected())]
+    write_marker(output, OTHER, [publish(output, OTHER, 0, results(0, label="new"), rejected())], "run-2", epoch=2)
+    write_marker(output, SHARD, old, "run-1", epoch=1)
+    output.delete([SHARD.object(0)])
+    assert open_output(output.uri).to_table()["label"].to_pylist() == ["new"]
+    plan = make_plan([OTHER], output)
+    assert (plan.complete, plan.superseded) == ([OTHER], {OTHER.key: [SHARD.marker]})
+
+
+@pytest.mark.parametrize("deleted", range(4))
+def test_a_death_while_deleting_leaves_too_much_and_never_too_little(output, deleted):
+    """A shard was rewritten; the process died while it deleted the old version, which then was restored."""
+    write_marker(output, SHARD, [publish(output, SHARD, 0, results(0, 2), rejected(1))], "run")
+    found = make_plan([OTHER], output).superseded[OTHER.key]
+    assert len(found) == 3
+    output.delete(found[:deleted])
+    plan = make_plan([SHARD], output)
+    assert bool(plan.complete) == (deleted == 0)
+    for committed in settle_done(output, plan.pending, "").values():
+        assert committed.quarantined == 1
+        assert pq.read_table(pa.BufferReader(output.read(f"{QUARANTINE}/{SHARD.object(0)}"))).equals(rejected(1))
 
 
 def test_open_output_shows_complete_shards_only(output):
@@ -100,7 +158,7 @@ def test_open_output_shows_complete_shards_only(output):
         open_output(output.uri)
     complete = Shard("b.parquet", "0" * 12, 1)
     publish(output, SHARD, 0, results(0), rejected())
-    write_marker(output, complete, [publish(output, complete, 0, results(7), rejected(8))], "run", superseded=[])
+    write_marker(output, complete, [publish(output, complete, 0, results(7), rejected(8))], "run")
     assert open_output(output.uri).to_table()["row"].to_pylist() == [7]
     assert open_output(output.uri, quarantine=True).to_table()["row"].to_pylist() == [8]
 
@@ -144,6 +202,7 @@ def test_a_split_that_cannot_be_written_comes_back_with_the_error(tmp_path, mode
     predictor = SplitPredictor(passed_columns=["id"], id_column="id", model=str(model_directory), device="cpu")
     (row,) = run_stages(only_shard(tmp_path / "in"), options, predictor, Storage(str(tmp_path / "file" / "below")))
     assert "cannot write" in row["error"]
+    assert row["error_kind"] == ErrorKind.OUTPUT
     assert row["payload"] is None
 
 
@@ -164,8 +223,6 @@ def test_publishing_twice_through_the_stage_gives_the_same_bytes(tmp_path, model
 
 
 def test_errors_and_shard_ends_pass_through(output):
-    from pipeline.rows import error_table, split_table
-
     end = {"shard": "a", "version": "v", "size": 1, "index": -1, "num_splits": 0}
     batch = pa.concat_tables([split_table(end), error_table(end | {"index": 3}, ValueError("no\nluck"))])
     rows = publish_splits(batch, output).to_pylist()

@@ -20,7 +20,6 @@ PLACES = {"input": "in", "output": "out", "model": "m"}
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch 0"),
         ({"id_column": "row"}, r"columns \['row'\] .* named like columns of the results"),
-        ({"keep_columns": ("label",)}, r"columns \['label'\]"),
         ({"id_column": "a", "keep_columns": ("a",)}, "named more than once"),
         ({"overflow": "cut"}, "overflow 'cut'"),
         ({"stride": -1}, "stride -1"),

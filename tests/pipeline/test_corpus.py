@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus import Shard, input_root, list_shards, make_plan
+from pipeline.corpus import Shard, input_root, list_shards
 from pipeline.errors import UsageError
 from pipeline.storage import Storage
 
@@ -52,36 +52,3 @@ def test_no_shard_name_leaves_the_output(path):
 
 def test_shards_of_one_name_in_two_directories_do_not_collide():
     assert Shard("a/x.parquet", "v", 1).key != Shard("b/x.parquet", "v", 1).key
-
-
-def test_the_plan_subtracts_what_is_there(tmp_path):
-    shards = [Shard(f"{name}.parquet", "0" * 11 + "1", 10) for name in ("done", "begun", "fresh", "rewritten")]
-    done, begun, _, rewritten = shards
-    old = Shard(rewritten.path, "f" * 12, 9)
-    gone = Shard("gone.parquet", "a" * 12, 9)
-    output = Storage(str(tmp_path / "out"))
-    for path in (
-        done.marker,
-        done.object(0),
-        begun.object(0),
-        begun.object(2),
-        f"_quarantine/{begun.object(1)}",  # quarantine alone is no committed split
-        old.marker,
-        old.object(0),
-        f"_quarantine/{old.object(0)}",
-        gone.marker,
-        gone.object(0),
-        "_runs/x.json",
-        "_output.json",
-        "somebody-elses.parquet",
-    ):
-        output.write(path, b"")
-    plan = make_plan(shards, output)
-    assert plan.complete == [done]
-    assert [(shard.path, sorted(indices)) for shard, indices in plan.pending] == [
-        ("begun.parquet", [0, 2]),
-        ("fresh.parquet", []),
-        ("rewritten.parquet", []),
-    ]
-    assert plan.superseded == {rewritten.key: [old.marker, f"_quarantine/{old.object(0)}", old.object(0)]}
-    assert list(plan.removed) == [gone.key]

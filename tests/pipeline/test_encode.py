@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import encode as encode_module
 from pipeline.corpus import list_shards
 from pipeline.report import SplitStats
 from pipeline.rows import SPLIT_SCHEMA
@@ -241,9 +242,9 @@ def test_an_encoder_that_fails_names_its_shard(tmp_path, model_directory, monkey
     def fail(self, texts):
         raise RuntimeError("tokenizer panicked")
 
-    monkeypatch.setattr("trbert_model.tasks.classification.ClassificationTask.tokenize", fail)
+    monkeypatch.setattr("trbert_model.tasks.classification.task.ClassificationTask.tokenize", fail)
     (row,) = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory))
-    assert row["error"] == "RuntimeError: tokenizer panicked"
+    assert row["error"] == "TokenizerError: the tokenizer fails on every text: RuntimeError: tokenizer panicked"
     assert (row["shard"], row["index"]) == ("a.parquet", 0)
 
 
@@ -294,3 +295,122 @@ print(sum(table["rows"][0].as_py() for table in tables), sorted({"torch", "trans
     run = [sys.executable, "-c", code, str(tmp_path / "options")]
     finished = subprocess.run(run, capture_output=True, text=True, timeout=60)
     assert finished.stdout.strip() == "5 []", finished.stderr[-2000:]
+
+
+SAME = "good " * 100_000
+DICTIONARY = pa.DictionaryArray.from_arrays(pa.array([0] * 1500, pa.int32()), pa.array([SAME]))
+DISTINCT = [f"{i} {SAME}" for i in range(600)]
+
+
+def skewed(path):
+    """A row group of many tiny texts before a few hundred long ones."""
+    write_shard(
+        path,
+        {"id": range(200_300), "text": ["good"] * 200_000 + DISTINCT[:300]},
+        use_dictionary=False,
+        write_batch_size=1,
+    )
+
+
+def deltas(path):
+    """A column chunk of half a megabyte that decodes to three hundred."""
+    encoding = {"id": "PLAIN", "text": "DELTA_BYTE_ARRAY"}
+    columns = {"id": range(600), "text": [SAME + str(i) for i in range(600)]}
+    write_shard(path, columns, use_dictionary=False, column_encoding=encoding, data_page_size=1 << 30)
+
+
+LARGER_THAN_THEY_LOOK = {
+    "one text for all rows": lambda path: write_shard(
+        path, {"id": range(1500), "text": DICTIONARY}, store_schema=False
+    ),
+    "a dictionary of one text": lambda path: write_shard(path, {"id": range(1500), "text": DICTIONARY}),
+    "a dictionary column stored as plain texts": lambda path: write_shard(
+        path,
+        {"id": range(600), "text": pa.chunked_array([pa.array([text]).dictionary_encode() for text in DISTINCT])},
+        write_batch_size=1,
+    ),
+    "deltas": deltas,
+    "skewed": skewed,
+    "one value kept in all rows": lambda path: write_shard(
+        path, {"id": range(1500), "text": ["good " * 20_000] * 1500, "kept": DICTIONARY}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "write", [pytest.param(LARGER_THAN_THEY_LOOK[name], id=name) for name in LARGER_THAN_THEY_LOOK]
+)
+def test_a_reader_holds_little_more_than_a_split(write, tmp_path):
+    """Texts of half a megabyte of which 150 MB to 750 MB are in one shard, in splits of 1 MiB."""
+    write(tmp_path / "a.parquet")
+    code = """
+import re, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+from pipeline.encode import EncodeOptions, cut_splits
+from pipeline.corpus import list_shards
+from pipeline.storage import Storage
+
+def peak():  # of this process alone: ru_maxrss begins with the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
+
+storage = Storage(sys.argv[1])
+(shard,) = list_shards(storage)
+kept = [name for name in pq.read_schema(f"{sys.argv[1]}/{shard.path}").names if name == "kept"]
+before, read = peak(), 0
+for split, rows in cut_splits(shard, EncodeOptions(storage, None, ("text",), "id", ["id", *kept], 1 << 20)):
+    read += split.rows
+assert read == rows
+print(peak() - before)
+"""
+    finished = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert int(finished.stdout) < 150, "MiB"
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 30])
+def test_splits_do_not_depend_on_how_a_shard_is_read(tmp_path, model_directory, whole_bytes):
+    """Large shards are read piecemeal, and rows are put together in batches: both leave cuts and contents alone."""
+    column = [None if i % 7 == 0 else text for i, text in enumerate(texts(5000))]
+    path = write_shard(tmp_path / "a.parquet", {"id": range(5000), "text": column, "kept": column}, row_group_size=1900)
+    reading = {"split_bytes": 30_000, "whole_bytes": whole_bytes}
+    options = encode_options(tmp_path, model_directory, keep_columns=("kept",), **reading)
+    splits = [split for split, _ in encode_module.cut_splits(only_shard(tmp_path), options)]
+    cut, size = [0], 0
+    for row, text in enumerate(pq.read_table(path)["text"].to_pylist()):
+        size += len(text or "")
+        if size >= 30_000:
+            cut.append(row + 1)
+            size = 0
+    assert [sum(split.rows for split in splits[:i]) for i in range(len(splits))] == cut
+    for split in splits:
+        kept = pa.Table.from_batches(split.passed)
+        assert kept["id"].to_pylist() == split.row_numbers
+        assert kept["kept"].to_pylist() == [text for (text,) in split.texts]
+    assert max(len(split.passed) for split in splits) < 300, "batches are put together"
+
+
+def test_kept_columns_of_gigabytes_in_one_split_make_an_unreadable_shard(tmp_path, model_directory):
+    write_shard(tmp_path / "a.parquet", {"id": range(3), "text": texts(3), "kept": [SAME] * 3})
+    options = encode_options(tmp_path, model_directory, keep_columns=("kept",), most_passed_bytes=1 << 20)
+    (row,) = encode(only_shard(tmp_path), options)
+    assert row["error"].startswith("ShardError: its id and kept columns hold more than")
+    assert row["index"] == -1
+
+
+def test_dictionaries_come_as_plain_columns_beside_types_that_only_arrow_knows(tmp_path):
+    columns = {
+        "id": pa.array(["x", "y", None]).dictionary_encode(),
+        "text": pa.array(["good", None, "bad"], pa.large_string()).dictionary_encode(),
+        "number": pa.array([1, 2, None]).dictionary_encode(),
+        "when": pa.array([1, 2, None], pa.timestamp("us", "Europe/Berlin")),
+        "lasts": pa.array([1, 2, None], pa.duration("s")),
+        "ARROW:schema": [1, 2, 3],
+    }
+    path = write_shard(tmp_path / "a.parquet", columns)
+    with path.open("rb") as file:
+        table = encode_module._parquet_file(file, whole=True).read()
+    assert [str(kind) for kind in table.schema.types] == [
+        *("string", "string", "int64", "timestamp[us, tz=Europe/Berlin]", "duration[s]", "int64")
+    ]
+    assert table.to_pydict() == pq.read_table(path).to_pydict()

@@ -1,11 +1,13 @@
 """Who kills whom: deaths are counted by work, blame needs care and a repetition, and without need nothing is asked."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.deaths import DEATHS, read_deaths, write_deaths
 from pipeline.encode import read_shards, shard_groups
 from pipeline.errors import StorageError
 from pipeline.ledger import (
@@ -21,7 +23,8 @@ from pipeline.ledger import (
     Stop,
 )
 from pipeline.predict import SplitPredictor
-from pipeline.rows import from_ipc
+from pipeline.rows import ErrorKind, from_ipc
+from pipeline.storage import Storage
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
 from trbert_model.errors import CheckpointError
 
@@ -46,7 +49,7 @@ def test_work_that_ends_leaves_nothing():
     for process in ("a", "b", "a"):
         assert ledger.begin("work", process) == (Care(), Stop.NO)
         ledger.end("work", process)
-    assert ledger.deaths() == 0
+    assert ledger.deaths() == (0, 0, {})
     assert ledger._work == {}
 
 
@@ -66,7 +69,7 @@ def test_care_comes_after_some_deaths_and_blame_after_two_more():
         assert not care.killers
         deaths.ledger.touch("work", f"process {deaths.number}", 7)
     assert deaths.begin() == Care(DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT, frozenset({7}))
-    assert deaths.ledger.deaths() == DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT
+    assert deaths.ledger.deaths()[0] == DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT
 
 
 def test_deaths_that_are_spread_blame_nobody():
@@ -113,7 +116,7 @@ class FixedLedger(LedgerClient):
             return self.care, self.stop_now
         if method == "touch":
             self.touched.append(arguments[-1])
-        return self.asked if method == "stopping" else None
+        return self.asked if method == "progress" else None
 
 
 CARE = DEATHS_BEFORE_CARE + DEATHS_OF_A_DOCUMENT
@@ -127,8 +130,8 @@ def encoded(tmp_path, model_directory):
     return lambda ledger=NO_LEDGER: list(read_shards(batch, options, ledger))
 
 
-def predictor(model_directory, ledger):
-    return SplitPredictor(["id"], "id", ledger, model=str(model_directory), device="cpu", probabilities=True)
+def predictor(model_directory, ledger, **options):
+    return SplitPredictor(["id"], "id", ledger, model=str(model_directory), device="cpu", probabilities=True, **options)
 
 
 def test_one_at_a_time_scores_the_same_and_puts_the_killer_aside(encoded, model_directory):
@@ -170,15 +173,15 @@ def test_work_that_kills_as_a_whole_is_named(encoded, model_directory):
     assert failed["error"].to_pylist() == [f"PipelineError: scoring it killed its process {CARE} times"]
 
 
-def test_nothing_begins_and_nothing_goes_on_once_the_run_stops(encoded, model_directory, monkeypatch):
+def test_nothing_begins_and_nothing_goes_on_once_the_run_stops(encoded, model_directory):
     assert [split["error"].to_pylist() for split in encoded(FixedLedger(stop=Stop.AFTER_SPLIT))] == [["stopped"]]
     (split,) = encoded()
     stopped = predictor(model_directory, FixedLedger(stop=Stop.AFTER_SPLIT))(split)
     assert stopped["error"].to_pylist() == ["stopped"]
-    monkeypatch.setattr("pipeline.predict._STOP_INTERVAL", -1.0)
-    under_way = predictor(model_directory, FixedLedger(stopping=Stop.AFTER_SPLIT))(split)
+    under_way = predictor(model_directory, FixedLedger(stopping=Stop.AFTER_SPLIT), stop_interval=-1.0)(split)
     assert under_way["error"].to_pylist() == [None], "what has begun may finish"
-    abandoned = predictor(model_directory, FixedLedger(stopping=Stop.NOW))(split)
+    abandoned = predictor(model_directory, FixedLedger(stopping=Stop.NOW), stop_interval=-1.0)(split)
+    assert abandoned["error_kind"].to_pylist() == [ErrorKind.STOPPED]
     assert abandoned["error"].to_pylist() == ["stopped"]
 
 
@@ -199,21 +202,83 @@ def test_an_actor_tries_again_to_load_the_model_and_says_so(model_directory, mon
     slept = []
     monkeypatch.setattr("pipeline.predict.fetch_model", fetch)
     monkeypatch.setattr("pipeline.predict.time.sleep", slept.append)
-    assert predictor(model_directory, Told()).engine.labels == ["bad", "fine", "good"]
-    assert [method for method, *_ in Told.told] == ["begin_load", "load_failed"] * 2 + ["begin_load"]
-    assert Told.told[1][1].endswith(": StorageError: m: cannot read: SlowDown")
+    assert list(predictor(model_directory, Told()).task.labels) == ["bad", "fine", "good"]
+    assert [method for method, *_ in Told.told] == ["begin_load", "load_failed"] * 2 + ["begin_load", "loaded"]
+    assert Told.told[1][2].endswith(": StorageError: m: cannot read: SlowDown")
     assert slept == [1, 2]
 
+
+def test_loads_that_fail_are_counted_apart_from_deaths():
+    """With one actor a document kills it five times before it is to blame: it loads the model anew each time."""
     ledger = Ledger()
-    for _ in range(3):
-        ledger.begin_load()
-    ledger.load_failed("why")
-    assert ledger.loads() == (3, "why")
+    for number in range(6):
+        ledger.begin_load(f"process {number}")
+        ledger.loaded(f"process {number}")
+        ledger.begin("work", f"process {number}")
+    assert ledger.loads().tries == 0
+    for number in range(3):
+        ledger.begin_load("process 7")
+        ledger.load_failed("process 7", f"why {number}", for_good=number == 1)
+    ledger.begin_load("process 8")  # and dies at it
+    assert dataclasses.astuple(ledger.loads())[:3] == (4, "why 1", True), "what is for good stays the reason"
+
+
+def test_what_is_known_of_deaths_goes_on_in_the_next_run(tmp_path):
+    output, deaths = Storage(str(tmp_path)), Deaths()
+    for document in (None, None, None, 7):
+        deaths.die_at(document)
+    deaths.begin()
+    write_deaths(output, deaths.ledger.deaths()[2])
+    again = Deaths()
+    again.ledger = Ledger(read_deaths(output))
+    assert again.begin() == Care(4, frozenset())
+    again.ledger.touch("work", "process 1", 7)
+    assert again.begin() == Care(5, frozenset({7}))
+    again.ledger.end("work", "process 2")
+    write_deaths(output, again.ledger.deaths()[2])
+    assert output.files() == [], "nothing is left of what is done"
+    output.write(DEATHS, b"[1]")
+    assert read_deaths(output) == {}
+
+
+def test_work_that_gives_no_sign_is_named_once_and_blamed_the_second_time():
+    ledger = Ledger()
+    ledger.begin("work", "a")
+    ledger.begin("waits", "b")
+    ledger.progress("waits", "b", True)
+    assert ledger.overdue(60.0, 0.0) == []
+    assert ledger.overdue(-1.0, 0.0) == [("work", "a")]
+    assert ledger.overdue(-1.0, 0.0) == []
+    care, _ = ledger.begin("work", "c")
+    assert care.one_at_a_time, "it was no pre-emption"
+    ledger.touch("work", "c", 3)
+    assert ledger.overdue(-1.0, 0.0) == [("work", "c")]
+    assert ledger.begin("work", "d")[0].killers == {3}
+    ledger.begin("scoring x", "s")
+    assert ledger.overdue(-1.0, 60.0) == [("scoring x", "s")], "others may be waiting for the storage"
+    ledger.begin_load("e")
+    assert ("loading the model", "e") in ledger.overdue(-1.0, 0.0)
+    assert ledger.deaths()[:2] == (2, 5)
+
+
+def test_an_actor_that_stands_still_between_two_splits_is_named_once():
+    """It has entered no work, so nobody else would miss it."""
+    ledger = Ledger()
+    ledger.alive("actor", "a")
+    ledger.alive("actor", "b")  # started anew: the first one's silence says nothing
+    ledger.alive("other", "c")
+    ledger.begin("scoring x", "c")
+    assert ledger.overdue(60.0, 0.0) == []
+    assert ledger.overdue(-1.0, 0.0) == [("scoring x", "c"), ("an actor between two splits", "b")]
+    assert ledger.overdue(-1.0, 0.0) == []
+    assert ledger.deaths()[1] == 2
 
 
 def test_without_a_ledger_nothing_is_asked():
     with NO_LEDGER.work("anything") as entry:
         assert entry == Entry(NO_LEDGER, "anything")
         entry.touch(1)
-    assert NO_LEDGER.stopping() is Stop.NO
-    assert NO_LEDGER.deaths() == 0
+        assert entry.stopping() is Stop.NO
+        with entry.waiting():
+            pass
+    assert NO_LEDGER.deaths() is None

@@ -13,6 +13,8 @@ from pipeline.predict import SplitPredictor
 from pipeline.report import SplitStats
 from pipeline.rows import from_ipc
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
+from trbert_model.checkpoints.files import model_digest
+from trbert_model.errors import ModelChangedError
 
 TEXTS = ["the good news", None, "bad " * 100, "  ", "fine"]
 
@@ -43,15 +45,31 @@ def test_every_row_of_a_batch_comes_back_scored_or_with_its_error(predictor, nam
     rows = as_rows(predictor(as_format(name)))
     assert [row["id"] for row in rows] == list(range(5))
     assert [None if pd.isna(row["error"]) else row["error"] for row in rows] == [None, "null", None, "empty", None]
-    engine = predictor.engine.score_texts([text for text in TEXTS if text and text.strip()])
+    engine = predictor.engine.score_columns([text for text in TEXTS if text and text.strip()])
     good = [rows[0], rows[2], rows[4]]
-    assert [row["label"] for row in good] == [predictor.engine.labels[i] for i in engine.logits.argmax(1)]
+    assert [row["label"] for row in good] == [predictor.engine.task.labels[i] for i in engine.outputs.argmax(1)]
     for row in good:
         assert row["score"] == pytest.approx(max(row["probabilities"]), abs=1e-6)
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert len(row["kept_tokens"]) == 2
     assert good[1]["num_windows"] == engine.num_windows[1] == 4
     assert pd.isna(rows[1]["label"])
+
+
+def test_a_predictor_takes_no_other_model_than_the_one_it_is_told(model_directory, answering_model):
+    digest = model_digest(model_directory)
+    assert list(TRBertPredictor(str(model_directory), digest=digest, device="cpu").task.labels) == [
+        "bad",
+        "fine",
+        "good",
+    ]
+    with pytest.raises(ModelChangedError) as refused:
+        TRBertPredictor(str(answering_model), digest=digest, device="cpu")
+    message = str(refused.value)
+    assert message.startswith(f"{answering_model}: the run began with another model")
+    assert digest[:12] in message
+    assert model_digest(answering_model)[:12] in message
+    assert "\n" not in message
 
 
 def test_a_batch_of_nothing_but_bad_rows(predictor):

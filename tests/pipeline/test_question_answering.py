@@ -41,7 +41,7 @@ def expected(answering_model, threshold=None, **options):
     answers = {}
     for name, question, context in ROWS:
         if name not in REASONS:
-            (answer,) = engine.score_questions([question], [context]).answers
+            (answer,) = engine.score_columns([question], [context]).outputs
             answers[name] = (answer, answer.best(threshold), context)
     return answers
 
@@ -57,7 +57,7 @@ def test_every_question_has_one_end(shard, answering_model, tmp_path, threshold)
     rows = run_stages(only_shard(shard), options, predictor, output)
     assert len(rows) > 1
     assert not any(row["error"] for row in rows)
-    write_marker(output, only_shard(shard), [Committed(**json.loads(row["committed"])) for row in rows], "run", [])
+    write_marker(output, only_shard(shard), [Committed(**json.loads(row["committed"])) for row in rows], "run")
 
     results = open_output(output.uri).to_table().to_pylist()
     wanted = expected(answering_model, threshold, n_best=3)

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from pipeline.corpus import Plan, Shard
+from pipeline.corpus import Shard
+from pipeline.plan import Plan
 from pipeline.report import RunStatistics, SplitStats, summary
 
 A = SplitStats(
@@ -103,15 +104,18 @@ def test_the_summary_names_what_went_wrong():
 
 def test_the_summary_tells_of_faults_and_of_names_that_would_do_things_to_a_terminal():
     stats = statistics()
-    stats.deaths, stats.total.storage_retries, stats.stopped = 2, 14, "SIGTERM"
+    stats.deaths, stats.hung, stats.total.storage_retries, stats.stopped = 2, 1, 14, "SIGTERM"
     stats.removed = ["gone.parquet", "\x1b[2Jclear.parquet"]
     stats.unreadable = {f"{i:03d}.parquet": "ShardError: broken" for i in range(60)}
     report = stats.report(status="incomplete: stopped (SIGTERM); run again to finish", exit_code=4, settings={})
-    assert (report["stopped"], report["faults"]) == ("SIGTERM", {"process_deaths": 2, "storage_retries": 14})
+    assert (report["stopped"], report["faults"]) == (
+        "SIGTERM",
+        {"process_deaths": 2, "hung_processes": 1, "storage_retries": 14},
+    )
     text = summary(report)
-    assert "2 processes died at their work, 14 storage requests were made again" in text
+    assert "2 processes died at their work, 1 hung, 14 storage requests were made again" in text
     assert "2 shards are no longer in the corpus" in text
-    assert "'\\x1b[2Jclear.parquet'" in text
+    assert "  \\x1b[2Jclear.parquet" in text
     assert "\x1b" not in text
     assert "049.parquet" in text
     assert "050.parquet" not in text

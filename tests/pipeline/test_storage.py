@@ -1,9 +1,16 @@
 """Places: atomic, create-once writes; listings with versions; no credentials in anything that is kept."""
 
+import errno
 import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
+import zipfile
+from pathlib import Path
 
 import aiohttp
 import botocore.exceptions
@@ -13,7 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.errors import translate_boto_error
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage import Storage, fetch_model, is_passing, model_digest
+from pipeline.model import fetch_model
+from pipeline.storage import Storage, is_passing
+from trbert_model.checkpoints.files import model_digest, model_files
 
 
 def test_files_come_with_paths_sizes_and_versions(tmp_path):
@@ -60,6 +69,69 @@ def test_a_write_replaces_the_whole_file(tmp_path):
     storage.write("a", b"short")
     assert storage.read("a") == b"short"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch):
+    """A directory on a file system with room for 64 KiB; where none may be mounted, one that fails as if."""
+    directory = tmp_path / "full"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    if not mounted:
+
+        def fail(handle):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fail)
+    yield directory
+    if mounted:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("write", [Storage.write, Storage.create])
+def test_a_full_disk_leaves_nothing_behind(full_disk, write):
+    storage = Storage(str(full_disk))
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"sub/a: cannot write: .*No space left on device"):
+            write(storage, "sub/a", b"1" * 100_000)
+    assert os.listdir(full_disk / "sub") == []
+
+
+@pytest.mark.parametrize("fails", ["fsync", "chmod", "replace"])
+def test_a_write_that_fails_at_any_step_leaves_nothing_behind(tmp_path, monkeypatch, fails):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, fails, fail)
+    with pytest.raises(StorageError, match="No space left on device"):
+        Storage(str(tmp_path)).write("a", b"1")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path):
+    """Not what another one is writing now, nor files of others, whatever they are called."""
+    code = """
+import os, sys
+from pipeline.storage import Storage
+os.fsync = lambda handle: os.kill(os.getpid(), 9)
+Storage(sys.argv[1]).write("sub/deeper/a", b"1")
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60).returncode == -9
+    storage = Storage(str(tmp_path))
+    assert storage.sweep() == 0
+    old, young = (tmp_path / "sub/deeper").iterdir()
+    (tmp_path / "._another-programs").write_text("")
+    (tmp_path / "a.parquet").write_text("")
+    (tmp_path / "._trbert-directory").mkdir()
+    for path in (old, *tmp_path.iterdir()):
+        os.utime(path, (0, time.time() - 3700))
+    assert storage.sweep() == 1
+    assert list((tmp_path / "sub/deeper").iterdir()) == [young]
+    assert sorted(os.listdir(tmp_path)) == ["._another-programs", "._trbert-directory", "a.parquet", "sub"]
+    assert Storage(str(tmp_path / "nowhere")).sweep() == 0
+    assert Storage("s3://bucket/prefix").sweep() == 0, "an object store has no temporary files"
 
 
 def test_deleting_what_is_gone_is_no_error(tmp_path):
@@ -112,8 +184,6 @@ def test_a_local_model_is_used_where_it_is(model_directory, tmp_path):
 
 
 def test_the_digest_changes_with_what_decides_results(model_directory, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(model_directory, copy)
     assert model_digest(copy) == model_digest(model_directory)
@@ -246,3 +316,72 @@ def test_many_files_come_in_the_order_asked_for(tmp_path):
     assert list(storage.read_many(["b", "c", "a"])) == [("b", b"b"), ("c", b"c"), ("a", b"a")]
     with pytest.raises(StorageError, match="/d: cannot read: there is no such file"):
         list(storage.read_many(["a", "d"]))
+
+
+def test_a_remote_model_is_fetched_with_all_that_counts_and_nothing_else(model_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "model"
+    shutil.copytree(model_directory, place)
+    (place / "shards").mkdir()
+    (place / "model.safetensors").rename(place / "shards/1.safetensors")
+    (place / "model.safetensors.index.json").write_text('{"weight_map": {"x": "shards/1.safetensors"}}')
+    for name in ("pytorch_model.bin", "shards/other.safetensors", "shards/config.json", "calibration.json"):
+        (place / name).write_text("{}")
+    copy = fetch_model(zipped(place))
+    assert copy.is_relative_to(tmp_path / "cache")
+    counted = [*model_files(place), "calibration.json"]
+    assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()) == sorted(counted)
+    assert model_digest(copy) == model_digest(place)
+
+    (place / "shards/1.safetensors").write_bytes(b"others")
+    assert model_digest(fetch_model(zipped(place))) == model_digest(place)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"x": "../w.safetensors"}}', r"model\.safetensors\.index\.json names .*, outside the"),
+        ('{"weight_map": {"x": "/w.safetensors"}}', r"model\.safetensors\.index\.json names .*, outside the"),
+        ('{"weight_map": {"x": "shards/1.safetensors"}}', r".*names \['shards/1\.safetensors'\], which are not there"),
+        ('{"weight_map": []}', r"model\.safetensors\.index\.json is damaged"),
+    ],
+)
+def test_a_remote_model_whose_index_leads_astray_is_refused_by_name(
+    index, message, model_directory, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "model"
+    shutil.copytree(model_directory, place)
+    (place / "model.safetensors").unlink()
+    (place / "model.safetensors.index.json").write_text(index)
+    uri = zipped(place)
+    with pytest.raises(UsageError, match=f"^{re.escape(uri)}: {message}"):
+        fetch_model(uri)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_copy_that_has_lost_something_is_fetched_again(model_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri = zipped(Path(shutil.copytree(model_directory, tmp_path / "model")))
+    copy = fetch_model(uri)
+    fetched = {path: path.stat().st_mtime_ns for path in copy.iterdir()}
+    assert fetch_model(uri) == copy
+    assert {path: path.stat().st_mtime_ns for path in copy.iterdir()} == fetched, "not again while it is whole"
+    for damage in (
+        lambda: (copy / "tokenizer_config.json").unlink(),
+        lambda: os.truncate(copy / "model.safetensors", 100),
+        lambda: [path.unlink() for path in copy.iterdir()],
+    ):
+        damage()
+        assert fetch_model(uri) == copy
+        assert model_digest(copy) == model_digest(model_directory)
+    assert os.listdir(tmp_path / "cache/trbert-pipeline") == [copy.name]
+
+
+def zipped(directory: Path) -> str:
+    """The directory as a place that is not local."""
+    archive = Path(f"{directory}.zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(directory.rglob("*")):
+            file.write(path, path.relative_to(directory.parent))
+    return f"zip://{directory.name}::{archive}"

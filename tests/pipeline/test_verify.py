@@ -13,11 +13,11 @@ from pipeline import open_output
 from pipeline.commit import parquet_bytes
 from pipeline.compact import CompactConfig, compact
 from pipeline.errors import OutputBusyError, PipelineError, UsageError
-from pipeline.lock import OutputLock
+from pipeline.lock import LEASES, OutputLock
 from pipeline.manifest import SUCCESS, complete_markers, read_manifest, write_manifest
 from pipeline.storage import Storage
 from pipeline.verify import VerifyConfig, summary, verify
-from tests.pipeline.stages import score_here, texts, write_shard
+from tests.pipeline.stages import run_again, score_here, texts, write_shard
 
 ROWS = {"a.parquet": 30, "sub/b.parquet": 12, "empty.parquet": 0}
 
@@ -82,7 +82,7 @@ def mix_shards(output):
 
 def leave_an_old_version(output):
     name = results_of(output, "a.parquet")[0]["object"]
-    output.write(f"{name[:-27]}-{'0' * 12}-000000.parquet", output.read(name))
+    output.write(f"{name[:-28]}-{'0' * 12}-000000.parquet", output.read(name))
 
 
 def put_something_there(output):
@@ -99,6 +99,80 @@ def stale_success(output):
     output.write(SUCCESS, json.dumps(manifest).encode())
 
 
+def rewrite_the_quarantine(output):
+    """Another reason and another name for a row that is put aside."""
+    split = next(split for split in results_of(output, "a.parquet") if split["quarantined"])
+    name = f"_quarantine/{split['object']}"
+    rows = pq.read_table(pa.BufferReader(output.read(name))).to_pylist()
+    output.write(name, parquet_bytes(pa.Table.from_pylist([row | {"id": "x", "reason": "empty"} for row in rows])))
+
+
+def score_a_quarantined_row(output):
+    split = next(split for split in results_of(output, "a.parquet") if split["quarantined"])
+    name = f"_quarantine/{split['object']}"
+    table = pq.read_table(pa.BufferReader(output.read(name)))
+    scored = pq.read_table(pa.BufferReader(output.read(split["object"])))["row"][0].as_py()
+    rows = pa.array([scored, *table["row"].to_pylist()[1:]], pa.int64())
+    output.write(name, parquet_bytes(table.set_column(table.schema.get_field_index("row"), "row", rows)))
+
+
+def put_a_quarantine_beside_no_split(output):
+    """As a run leaves that died between the two objects."""
+    name = results_of(output, "a.parquet")[0]["object"]
+    row = {"shard": "a.parquet", "row": 0, "id": "0", "reason": "killed_process", "detail": ""}
+    path = f"_quarantine/{name.replace('000000.parquet', '000099.parquet')}"
+    output.write(path, parquet_bytes(pa.Table.from_pylist([row])))
+
+
+def change_marker(output, change):
+    (path,) = [file.path for file in output.files("_shards") if "/a-" in file.path]
+    marker = json.loads(output.read(path))
+    change(marker)
+    output.write(path, json.dumps(marker).encode())
+
+
+def miscount_a_split(output):
+    change_marker(output, lambda marker: marker["splits"][0].update(results=99))
+
+
+def miscount_a_shard(output):
+    change_marker(output, lambda marker: marker.update(quarantined=0, rows=1))
+
+
+def forget_a_split(output):
+    change_marker(output, lambda marker: marker["splits"].pop())
+
+
+def success_without_a_split(output):
+    manifest = read_manifest(output)
+    manifest["shards"][0]["splits"].pop()
+    output.write(SUCCESS, json.dumps(manifest).encode())
+
+
+def success_with_wrong_counts(output):
+    output.write(SUCCESS, json.dumps(read_manifest(output) | {"results": 7}).encode())
+
+
+def cut_success(output):
+    output.write(SUCCESS, output.read(SUCCESS)[:50])
+
+
+def cut_a_marker(output):
+    (path,) = [file.path for file in output.files("_shards") if "/a-" in file.path]
+    output.write(path, output.read(path)[:50])
+
+
+def put(*paths):
+    """Objects that readers of the prefix, or of the quarantine, see."""
+
+    def break_it(output):
+        data = output.read(results_of(output, "a.parquet")[0]["object"])
+        for path in paths:
+            output.write(path, data)
+
+    return break_it
+
+
 @pytest.mark.parametrize(
     ("break_it", "counts", "problem"),
     [
@@ -109,10 +183,28 @@ def stale_success(output):
         (double_a_row, "doubled", r"damaged: b-.*: its checksum is not its marker's"),
         (cut_an_object, "missing", r"damaged: a-.*: "),
         (mix_shards, "extra", r"extra: a\.parquet: its objects hold \d+ rows of other shards"),
-        (leave_an_old_version, None, r"extra: a-.*-000000000000-000000\.parquet: not of a complete shard's"),
-        (put_something_there, None, r"extra: theirs\.parquet: not of"),
+        (
+            leave_an_old_version,
+            None,
+            r"extra: a-.*-000000000000-000000\.parquet: not of its shard's present version; the next",
+        ),
+        (put_something_there, None, r"extra: theirs\.parquet: not of this pipeline; no run deletes it"),
         (lose_success, None, r"missing: _SUCCESS: no run has called"),
         (stale_success, None, r"damaged: _SUCCESS: its shards are not the markers'"),
+        (rewrite_the_quarantine, None, r"damaged: _quarantine/a-.*: its checksum is not its marker's; delete it and"),
+        (score_a_quarantined_row, "doubled", r"doubled: a\.parquet: rows \d+"),
+        (put_a_quarantine_beside_no_split, None, r"extra: _quarantine/a-.*; the next run deletes it"),
+        (miscount_a_split, None, r"damaged: _shards/a-.*: its counts of split 0 are not its objects'; delete it"),
+        (miscount_a_shard, None, r"damaged: _shards/a-.*: its counts are not its objects'; delete it"),
+        (forget_a_split, "missing", r"missing: a\.parquet: rows \d"),
+        (success_without_a_split, None, r"damaged: _SUCCESS: .* the markers': a\.parquet; delete it and run again"),
+        (success_with_wrong_counts, None, r"damaged: _SUCCESS: its counts are not its shards'; delete it and run"),
+        (cut_success, None, r"damaged: .*_SUCCESS: damaged: .*; run again to write it anew"),
+        (cut_a_marker, "missing", r"damaged: _shards/a-.*: no whole marker; delete it and run again"),
+        (put("part-0"), None, r"extra: part-0: not of this pipeline; no run deletes it"),
+        (put("x.parq"), None, r"extra: x\.parq: not of this pipeline"),
+        (put("day=1/x.parquet"), None, r"extra: day=1/x\.parquet: not of this pipeline"),
+        (put("_quarantine/x.parquet"), None, r"extra: _quarantine/x\.parquet: not of this pipeline"),
     ],
 )
 def test_what_is_broken_is_found(output, capsys, break_it, counts, problem):
@@ -125,6 +217,47 @@ def test_what_is_broken_is_found(output, capsys, break_it, counts, problem):
             assert getattr(found, name) > 0
     assert verify_job.main(["--output", output.uri]) == 3
     assert problem.split(":")[0] in capsys.readouterr().out
+
+
+def test_a_copy_of_an_object_in_a_folder_is_extra(output):
+    name = results_of(output, "a.parquet")[0]["object"]
+    put(f"copy/{name}")(output)
+    assert verified(output).problems == [f"extra: copy/{name}: not of this pipeline; no run deletes it"]
+
+
+def test_splits_of_a_shard_that_is_not_complete_are_missing_and_not_extra(output):
+    lose_a_marker(output)
+    assert not [problem for problem in verified(output).problems if problem.startswith("extra")]
+
+
+def test_what_readers_do_not_look_at_is_nobodys_business(output):
+    put("_temporary/x.parquet", ".hidden", "_runs/1.json", "_leases/00000001.json")(output)
+    assert verified(output).holds
+
+
+REPAIRED = [
+    *(lose_an_object, lose_a_quarantine, lose_a_marker, double_a_row, cut_an_object, mix_shards, leave_an_old_version),
+    *(lose_success, stale_success, rewrite_the_quarantine, score_a_quarantined_row, miscount_a_split, miscount_a_shard),
+    *(put_a_quarantine_beside_no_split, forget_a_split, success_without_a_split, cut_success),
+    *(success_with_wrong_counts, cut_a_marker),
+]
+
+
+@pytest.mark.parametrize("break_it", REPAIRED)
+def test_the_next_run_does_what_verification_says_of_it(output, tmp_path, model_directory, break_it):
+    """Delete what it says to delete, run again, and everything is there."""
+    good = {file.path: output.read(file.path) for file in output.files() if not file.path.startswith("_")}
+    break_it(output)
+    for problem in verified(output).problems:
+        what, path = problem.split(": ")[:2]
+        if problem.endswith("delete it and run again"):
+            output.delete([path])
+        elif what == "extra" and "no run deletes it" in problem:
+            pytest.fail(problem)
+    run_again(tmp_path / "in", output, model_directory)
+    found = verified(output)
+    assert found.holds, found.problems
+    assert {file.path: output.read(file.path) for file in output.files() if not file.path.startswith("_")} == good
 
 
 def test_other_inputs_do_not_match(output, tmp_path):
@@ -166,13 +299,13 @@ def test_the_manifest_says_what_the_markers_say(output):
 
 def test_an_older_success_is_never_replaced(output):
     with pytest.raises(PipelineError, match="_SUCCESS: another run wrote it meanwhile"):
-        write_manifest(output, {}, {}, [], "another run")
+        write_manifest(output, {}, [], [], "another run")
 
 
 def test_a_damaged_marker_or_manifest_is_named(output):
     (marker, *_) = [file.path for file in output.files("_shards")]
     output.write(SUCCESS, b"{")
-    with pytest.raises(PipelineError, match=r"_SUCCESS: damaged: .*; delete it and run again"):
+    with pytest.raises(PipelineError, match=r"_SUCCESS: damaged: .*; run again to write it anew"):
         read_manifest(output)
     output.delete([SUCCESS])
     output.write(marker, b"{")
@@ -192,18 +325,18 @@ def rows_of(directory: str, below: str = "") -> list[tuple]:
 
 def test_compaction_keeps_every_row_once(output, tmp_path, capsys):
     into = str(tmp_path / "compacted")
-    before = [file.path for file in output.files()]
+    before = [file.path for file in output.files() if not file.path.startswith(LEASES)]
     assert compact_job.main(["--output", output.uri, "--into", into]) == 0
     assert rows_of(into) == rows_of(output.uri)
     assert rows_of(into, "_quarantine") == rows_of(output.uri, "_quarantine")
     assert capsys.readouterr().out == "34 results and 8 quarantined rows in 2 objects\n"
     manifest = json.loads(Storage(into).read(SUCCESS))
     assert (manifest["rows"], len(manifest["parts"])) == (42, 2)
-    assert [file.path for file in output.files()] == before
+    assert [file.path for file in output.files() if not file.path.startswith(LEASES)] == before
     assert verified(output).holds
 
 
-def test_an_interrupted_compaction_is_finished(output, tmp_path, monkeypatch):
+def test_an_interrupted_compaction_is_finished(output, tmp_path):
     into = Storage(str(tmp_path / "compacted"))
     config = CompactConfig(output=output.uri, into=into.uri, target_bytes=2000)
     parts = compact(config)["parts"]
@@ -213,13 +346,40 @@ def test_an_interrupted_compaction_is_finished(output, tmp_path, monkeypatch):
     assert rows_of(into.uri) == rows_of(output.uri)
 
 
-def test_what_cannot_be_compacted_is_refused(output, tmp_path, monkeypatch):
+def test_a_compacted_copy_is_verified_too(output, tmp_path, capsys):
+    into = Storage(str(tmp_path / "compacted"))
+    parts = compact(CompactConfig(output=output.uri, into=into.uri, target_bytes=2000))["parts"]
+    found = verified(into)
+    assert found.holds, found.problems
+    assert (found.shards, found.rows, found.results, found.quarantined) == (3, 42, 34, 8)
+    good = into.read(parts[0]["object"])
+    table = pq.read_table(pa.BufferReader(good))
+    for data, problem in [
+        (good[:-30], r"damaged: part-00000.*: its checksum"),
+        (parquet_bytes(pa.concat_tables([table, table.slice(0, 1)])), r"doubled: a\.parquet: rows 0"),
+        (parquet_bytes(table.slice(1)), r"missing: a\.parquet: rows 0"),
+    ]:
+        into.write(parts[0]["object"], data)
+        assert any(re.match(problem, line) for line in verified(into).problems), problem
+    into.write(parts[0]["object"], good)
+    into.write("part-99999.parquet", good)
+    assert verified(into).problems == ["extra: part-99999.parquet: not of this copy"]
+    into.delete(["part-99999.parquet", parts[1]["object"]])
+    assert verified(into).problems[0].startswith(f"missing: {parts[1]['object']}: the object is gone")
+    write_shard(tmp_path / "in/sub/b.parquet", {"id": [0], "text": ["rewritten"]})
+    assert "stale: sub/b.parquet: rewritten since; score and compact again" in verified(into).problems
+    assert verify_job.main(["--output", into.uri]) == 3
+
+
+def test_what_cannot_be_compacted_is_refused(output, tmp_path):
     into = str(tmp_path / "compacted")
     config = CompactConfig(output=output.uri, into=into)
     with pytest.raises(UsageError, match="lie inside each other"):
         compact(CompactConfig(output=output.uri, into=f"{output.uri}/small"))
-    monkeypatch.setattr("pipeline.lock._RENEWAL_SECONDS", 1.0)
-    with OutputLock(output, "scoring"), pytest.raises(OutputBusyError, match="run scoring is at work there"):
+    with (
+        OutputLock(output, "scoring", renewal_seconds=0.5),
+        pytest.raises(OutputBusyError, match="run scoring is at work there"),
+    ):
         compact(config)
     Storage(into).write("theirs.parquet", b"")
     with pytest.raises(UsageError, match=r"holds something else \(theirs.parquet\)"):

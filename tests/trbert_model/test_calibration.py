@@ -25,7 +25,8 @@ from trbert_model.calibration import (
 )
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.flops import dense_flops, reduced_flops
-from trbert_model.labelled import LabelledTexts
+from trbert_model.reduction.policies import ThresholdPolicy
+from trbert_model.tasks.classification.labelled import LabelledTexts
 
 
 @pytest.mark.parametrize("speedup", [1.5, 2.0, 3.0, 5.0])
@@ -62,9 +63,7 @@ def test_cuts_keep_the_fractions_asked_for():
     documents, fractions = corpus(), [0.8, 0.4, 0.2]
     engine = Engine(calm_classifier(reduction_layers=[0, 1, 3]), tiny_tokenizer(), EngineOptions(device="cpu"))
     cuts = cuts_for(engine, documents, fractions)
-    assert engine.selection_policy is None
-    engine.config.selector_thresholds = thresholds_of(cuts)
-    results = engine.score(documents)
+    results = engine.score(documents, ThresholdPolicy(thresholds_of(cuts)))
     np.testing.assert_allclose(results.kept_tokens.sum(0) / results.num_tokens.sum(), fractions, atol=0.02)
 
 
@@ -107,17 +106,16 @@ def test_a_table_is_measured_written_and_read_again(tmp_path):
     dense = Engine(
         calm_classifier(reduction_layers=[0, 2]), tiny_tokenizer(), EngineOptions(device="cpu", reduce=False)
     )
-    labels = dense.score(documents).logits.argmax(1)
+    labels = dense.score(documents).outputs.argmax(1)
     labels[:6] = (labels[:6] + 1) % 3
     key = calibration_key("0123456789abcdef0123", "float32", 32)
-    labelled = LabelledTexts(documents, labels.tolist(), ["bad", "fine", "good"])
+    labelled = LabelledTexts(documents, labels, engine.task)
     table = calibrate(engine, labelled, key=key, name="dev", speedups=(1.5, 2.5, 100.0))
     assert table.dense_metric == pytest.approx(90.0)
     assert table.documents == 60
     for each in table.points:
-        engine.config.selector_thresholds = list(each.thresholds)
-        results = engine.score(documents)
-        correct = results.logits.argmax(1) == labels
+        results = engine.score(documents, ThresholdPolicy(each.thresholds))
+        correct = results.outputs.argmax(1) == labels
         assert each.metric == pytest.approx(100 * correct.mean())
         assert each.drop == pytest.approx(90.0 - each.metric)
         assert each.flops_speedup == pytest.approx(results.dense_flops.sum() / results.flops.sum(), rel=1e-6)

@@ -150,7 +150,7 @@ def test_conversion_survives_saving(tmp_path):
 def test_a_pretraining_checkpoint_gives_the_bare_model_or_a_fresh_head(tmp_path):
     BertForPreTraining(BertConfig(**TINY, num_hidden_layers=2)).save_pretrained(tmp_path)
     assert type(convert_checkpoint(tmp_path)) is TRBertModel
-    model = convert_checkpoint(tmp_path, labels=["no", "yes", "maybe"])
+    model = convert_checkpoint(tmp_path, task="classification", head={"id2label": {0: "no", 1: "yes", 2: "maybe"}})
     assert model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
     with pytest.raises(CheckpointError, match="no head for question-answering"):
         convert_checkpoint(tmp_path, task="question-answering")
@@ -169,14 +169,14 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         convert_checkpoint(tmp_path)
     save_file({"decoder.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no BERT or DistilBERT encoder"):
+    with pytest.raises(CheckpointError, match="no bert encoder"):
         convert_checkpoint(tmp_path)
 
 
 def test_other_architectures_are_refused_even_if_their_tensors_fit(tmp_path):
     BertForSequenceClassification(BertConfig(**TINY, num_hidden_layers=2)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for kind in ("roberta", "electra"):
+    for kind in ("mpnet", "electra"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
         with pytest.raises(CheckpointError, match=f"a {kind} checkpoint, not a BERT"):
             convert_checkpoint(tmp_path)

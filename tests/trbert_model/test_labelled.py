@@ -6,16 +6,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.conftest import tiny_classifier, tiny_tokenizer
+from tests.conftest import classification_task, tiny_classifier, tiny_tokenizer
 from trbert_model import InputError
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledTexts, read_labelled
-from trbert_model.teacher import TeacherSignals
+from trbert_model.labelled import LabelledColumns
+from trbert_model.tasks.classification.labelled import LabelledTexts, RawTexts
+from trbert_model.training.teacher import TeacherSignals
 
 
 def test_a_long_document_gives_any_of_its_windows():
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
-    dataset = LabelledTexts([np.arange(100) % 15 + 5], [1], ["x", "y"]).dataset(task)
+    dataset = LabelledTexts([np.arange(100) % 15 + 5], np.array([1]), task).dataset()
     torch.manual_seed(0)
     assert {tuple(dataset[0]) for _ in range(60)} == {(0,), (1,), (2,), (3,)}
     assert {len(window.input_ids) for window in dataset.windows} == {32, 12}
@@ -23,8 +24,8 @@ def test_a_long_document_gives_any_of_its_windows():
 
 def test_windows_keep_their_documents_labels_and_teachers():
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu", stride=0)).task
-    dataset = LabelledTexts([np.arange(5, 15), np.arange(100) % 15 + 5], [2, 1], ["x", "y", "z"]).dataset(task)
-    assert dataset.labels == [2, 1, 1, 1, 1]
+    dataset = LabelledTexts([np.arange(5, 15), np.arange(100) % 15 + 5], np.array([2, 1]), task).dataset()
+    assert dataset.labels.tolist() == [2, 1, 1, 1, 1]
     bounds = torch.tensor([0, *(len(window.input_ids) for window in dataset.windows)]).cumsum(0)
     owner = torch.arange(5).repeat_interleave(bounds.diff())
     dataset.teacher = TeacherSignals(torch.arange(5.0)[:, None], torch.arange(6), owner[None].half(), bounds)
@@ -42,7 +43,7 @@ def test_windows_keep_their_documents_labels_and_teachers():
 
 def test_crops_are_pieces_of_the_window():
     task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
-    dataset = LabelledTexts([np.arange(5, 25), np.array([], np.int32)], [1, 0], ["x", "y"]).dataset(task)
+    dataset = LabelledTexts([np.arange(5, 25), np.array([], np.int32)], np.array([1, 0]), task).dataset()
     dataset.crops = 1.0
     torch.manual_seed(0)
     whole, lengths = dataset.windows[0].input_ids, set()
@@ -63,12 +64,12 @@ def test_crops_are_pieces_of_the_window():
 
 
 def test_labels_that_the_model_does_not_have_are_refused(tmp_path):
-    task = Engine(tiny_classifier(), tiny_tokenizer(), EngineOptions(device="cpu")).task
     path = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"text": ["a", "news"], "label": ["x", "y"]}), path)
-    assert LabelledTexts.read(str(path), task, names=["z", "y", "x"]).labels == [2, 1]
+    task = classification_task(labels=("z", "y", "x"))
+    assert LabelledTexts.read(str(path), task, LabelledColumns()).targets.tolist() == [2, 1]
     with pytest.raises(InputError, match=r"corpus.parquet: labels \['y'\] are none of the model's"):
-        LabelledTexts.read(str(path), task, names=["x", "z"])
+        LabelledTexts.read(str(path), classification_task(labels=("x", "z")), LabelledColumns())
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,11 @@ def test_labels_that_the_model_does_not_have_are_refused(tmp_path):
 def test_a_corpus_without_texts_or_labels_is_refused(tmp_path, columns, message):
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(InputError, match=message):
-        read_labelled(str(tmp_path / "train.parquet"), "text", "label")
+        RawTexts.read(str(tmp_path / "train.parquet"), LabelledColumns())
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "text.parquet").write_text("not Parquet")
     for name in ("text.parquet", "nowhere.parquet"):
         with pytest.raises(InputError, match=f"{name}: cannot be read as Parquet"):
-            read_labelled(str(tmp_path / name), "text", "label")
+            RawTexts.read(str(tmp_path / name), LabelledColumns())

@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import TINY, tiny_tokenizer
-from trbert_model import InputError, TRBertConfig, TRBertForQuestionAnswering
+from tests.conftest import TINY, question_task, tiny_tokenizer
+from trbert_model import ConfigurationError, InputError, TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledQuestions, read_questions
-from trbert_model.losses import UNLABELLED, AnswerLosses, ClassificationLosses
-from trbert_model.objectives import Joint, OperatingPoints
-from trbert_model.tasks.question_answering import QuestionAnsweringTask
-from trbert_model.teacher import teacher_signals
+from trbert_model.labelled import LabelledColumns
+from trbert_model.tasks.classification.losses import UNLABELLED, SingleLabelLosses
+from trbert_model.tasks.question_answering.labelled import LabelledQuestions, read_questions
+from trbert_model.tasks.question_answering.losses import AnswerLosses
+from trbert_model.training.objectives import Joint, OperatingPoints
+from trbert_model.training.teacher import teacher_signals
 
 CONTEXTS = ["the good news of a game and the bad bank " * 8, "a fine game", "the bank and the news"]
 QUESTIONS = ["good game", "fine", "sport"]
@@ -30,9 +31,9 @@ def test_features_are_distilled_by_their_relative_squared_distance():
         )
         for n in (4, 2)
     )
-    plain = ClassificationLosses(3)
+    plain = SingleLabelLosses(3)
     batch = {"teacher": plain.signals(dense), "labels": torch.tensor([0, UNLABELLED])}
-    found = ClassificationLosses(3, features=0.5).distilled(output, batch, repeats=2)
+    found = SingleLabelLosses(3, features=0.5).distilled(output, batch, repeats=2)
     for i, j in enumerate((0, 1, 0, 1)):
         cross_entropy = -(dense.logits[j].softmax(0) * output.logits[i].log_softmax(0)).sum()
         distance = (output.pooler_output[i] - dense.pooler_output[j]).norm() / dense.pooler_output[j].norm()
@@ -41,11 +42,18 @@ def test_features_are_distilled_by_their_relative_squared_distance():
     assert plain.completed(batch, batch["teacher"])["labels"].tolist() == [0, int(dense.logits[1].argmax())]
 
 
+def test_layers_that_the_guide_does_not_judge_are_refused_by_name():
+    batch = {"guide": torch.zeros(2, 5)}
+    assert SingleLabelLosses(3).guide(batch, [0, 1]).shape == (2, 5)
+    with pytest.raises(ConfigurationError, match=r"layers \[2\]: the guide judges layers below 2.*guide_rate"):
+        SingleLabelLosses(3).guide(batch, [0, 2])
+
+
 @pytest.fixture
 def dataset():
-    task = QuestionAnsweringTask(tiny_tokenizer(), 24, stride=4)
-    corpus = LabelledQuestions(task.encode(QUESTIONS, CONTEXTS), ANSWERS, STARTS)
-    return corpus.dataset(task)
+    task = question_task(24, stride=4)
+    corpus = LabelledQuestions(task.encode(QUESTIONS, CONTEXTS), ANSWERS, STARTS, task)
+    return corpus.dataset()
 
 
 def model():
@@ -210,18 +218,24 @@ def test_a_teacher_says_of_a_window_what_it_says_of_it_alone(dataset):
 
 def test_metrics_of_a_corpus_of_questions(dataset):
     engine = Engine(model(), tiny_tokenizer(), EngineOptions(device="cpu", stride=4))
-    corpus = LabelledQuestions(engine.task.encode(QUESTIONS, CONTEXTS), ANSWERS, STARTS)
+    corpus = LabelledQuestions(engine.task.encode(QUESTIONS, CONTEXTS), ANSWERS, STARTS, engine.task)
     results = engine.score(corpus.documents)
     answers = corpus.predictions(results)
-    right = LabelledQuestions(corpus.documents, [[answer] if answer else [] for answer in answers], STARTS)
+    right = LabelledQuestions(corpus.documents, [[answer] if answer else [] for answer in answers], STARTS, engine.task)
     assert right.measure(results)["f1"] == right.measure(results)["exact_match"] == 1.0
     measured = corpus.measure(results)
     assert set(measured) == {"f1", "exact_match", "no_answer_f1"}
     assert measured["f1"] == pytest.approx(np.mean(corpus.scores(results)))
 
 
+def test_questions_take_no_documents_without_labels():
+    corpus = LabelledQuestions([], [], [], question_task())
+    with pytest.raises(ConfigurationError, match="documents without labels"):
+        corpus.with_unlabelled("u.parquet", LabelledColumns())
+
+
 def test_questions_that_cannot_be_read_are_named(tmp_path):
-    task = QuestionAnsweringTask(tiny_tokenizer(), 24)
+    task = question_task(24)
     (tmp_path / "a.json").write_text('{"data": [{"paragraphs": [{"context": "the news"}]}]}')
     with pytest.raises(InputError, match=r"a.json: cannot be read as SQuAD's JSON: KeyError\('qas'\)"):
         read_questions(str(tmp_path / "a.json"), "question", "context")
@@ -231,11 +245,11 @@ def test_questions_that_cannot_be_read_are_named(tmp_path):
     asked = '{"id": 7, "question": "%s", "answers": [{"text": "good", "answer_start": %d}]}'
     squad = '{"data": [{"paragraphs": [{"context": "the good news", "qas": [' + asked + "]}]}]}"
     (tmp_path / "c.json").write_text(squad % ("fine", 4))
-    corpus = LabelledQuestions.read(str(tmp_path / "c.json"), task)
+    corpus = LabelledQuestions.read(str(tmp_path / "c.json"), task, LabelledColumns())
     assert (corpus.answers, corpus.starts, corpus.ids) == ([["good"]], [[4]], ["7"])
     (tmp_path / "d.json").write_text(squad % ("fine", 3))
     with pytest.raises(InputError, match=r"d.json: question '7': 'good' is not at 3 of its context"):
-        LabelledQuestions.read(str(tmp_path / "d.json"), task)
+        LabelledQuestions.read(str(tmp_path / "d.json"), task, LabelledColumns())
     (tmp_path / "e.json").write_text(squad % ("good " * 30, 4))
     with pytest.raises(InputError, match=r"e.json: question '7': the question's 30 tokens leave too little"):
-        LabelledQuestions.read(str(tmp_path / "e.json"), task)
+        LabelledQuestions.read(str(tmp_path / "e.json"), task, LabelledColumns())

@@ -216,22 +216,22 @@ def test_samples_are_the_batch_repeated(layers):
     ids = [torch.randint(5, TINY["vocab_size"], (length,)) for length in (9, 1, 14)]
     chosen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
-    def at_random(reduction, logits, cu_seqlens):
-        keep = torch.rand(len(logits)) < 0.5
-        keep[cu_seqlens[:-1].long()] = True
-        chosen[reduction] += keep.split(cu_seqlens.diff().tolist())
+    def at_random(candidates):
+        keep = (torch.rand(len(candidates.logits)) < 0.5) | candidates.fixed
+        chosen[candidates.reduction] += keep.split(candidates.lengths.tolist())
         return keep
 
     with torch.inference_mode():
-        together = varlen(model.bert, ids, selection_policy=at_random, samples=3, output_hidden_states=True)
+        state = model.bert.before_reduction(**model_inputs(ids))
+        assert (state.layer, len(state.hidden)) == (layers[0], 24)
+        together = model.bert(state=state.repeated(3), selection_policy=at_random)
         for sample in range(3):
             mine = {r: torch.cat(chosen[r][3 * sample : 3 * sample + 3]) for r in (0, 1)}
-            alone = varlen(model.bert, ids, selection_policy=lambda r, logits, cu: mine[r])  # noqa: B023
+            alone = varlen(model.bert, ids, selection_policy=lambda seen: mine[seen.reduction])  # noqa: B023
             states = together.last_hidden_state.split(24)[sample]
             torch.testing.assert_close(states, alone.last_hidden_state, atol=1e-5, rtol=0)
             for kept, expected in zip(together.kept_tokens, alone.kept_tokens):
                 assert torch.equal(kept[3 * sample : 3 * sample + 3], expected)
-    assert all(len(states) == 24 for states in together.hidden_states[: layers[0]])
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -269,11 +269,12 @@ def test_the_first_segment_goes_on_if_the_configuration_says_so(tmp_path):
     assert second.fixed.tolist() == [True, False, False, False, True, False, False]
     model.config.question_layers = model.config.num_hidden_layers
 
-    def nothing(reduction, logits, cu_seqlens):
-        return torch.zeros_like(logits, dtype=torch.bool)
+    def nothing(candidates):
+        return torch.zeros_like(candidates.fixed)
 
     for samples in (1, 2):
-        output = model.bert(**batch, selection_policy=nothing, samples=samples)
+        state = model.bert.before_reduction(**batch).repeated(samples)
+        output = model(state=state, selection_policy=nothing)
         assert [kept.tolist() for kept in output.kept_tokens] == [[4, 3] * samples] * 2
 
 
@@ -299,7 +300,8 @@ def test_other_attention_is_refused(tmp_path):
             TRBertForSequenceClassification.from_pretrained(tmp_path, attn_implementation=name)
     assert TRBertForSequenceClassification.from_pretrained(tmp_path).config._attn_implementation == "trbert_varlen"
     model = tiny_classifier()
-    model.set_attn_implementation("sdpa")  # transformers warns and leaves it
+    with pytest.raises(ConfigurationError, match="trbert_varlen"):
+        model.set_attn_implementation("sdpa")
     assert model.config._attn_implementation == "trbert_varlen"
 
 
@@ -317,6 +319,7 @@ def test_configurations_that_cannot_work_are_refused():
         ({"reduction_layers": [2, 1]}, "increasing"),
         ({"reduction_layers": [4]}, "from 0 to 3"),
         ({"selector_thresholds": [0.5]}, "one threshold for each"),
+        ({"backbone": "electra"}, "backbone 'electra' is none of bert, roberta"),
         ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward"),
         ({"is_decoder": True}, "encoder"),
         ({"pooler_activation": "gelu"}, "pooler_activation"),
@@ -324,13 +327,6 @@ def test_configurations_that_cannot_work_are_refused():
     ]:
         with pytest.raises(ConfigurationError, match=message):
             TRBertConfig(**TINY | wrong)
-
-
-def test_multi_label_and_regression_heads_are_refused_by_name():
-    with pytest.raises(ConfigurationError, match="multi_label_classification"):
-        TRBertForSequenceClassification(TRBertConfig(**TINY, problem_type="multi_label_classification"))
-    with pytest.raises(ConfigurationError, match="regression"):
-        TRBertForSequenceClassification(TRBertConfig(**TINY, num_labels=1))
 
 
 def test_batches_that_cannot_work_are_refused():

@@ -5,13 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import tiny_classifier, tiny_tokenizer
+from tests.conftest import classification_task, tiny_classifier
 from trbert_model.flops import dense_flops, reduced_flops
-from trbert_model.labelled import TextWindows
-from trbert_model.losses import ClassificationLosses
-from trbert_model.objectives import Imitation, Joint, OperatingPoints, Reinforcement, SamplingPolicy
-from trbert_model.tasks.classification import ClassificationTask, Window
-from trbert_model.teacher import inputs_of, teacher_signals
+from trbert_model.reduction.sampling import SamplingPolicy
+from trbert_model.tasks.classification.labelled import TextWindows
+from trbert_model.tasks.classification.losses import SingleLabelLosses
+from trbert_model.tasks.classification.task import Window
+from trbert_model.training.objectives import Imitation, Joint, OperatingPoints, Reinforcement
+from trbert_model.training.teacher import inputs_of, teacher_signals
 from trbert_model.varlen import model_inputs
 
 RNG = np.random.default_rng(0)
@@ -19,15 +20,15 @@ DOCUMENTS = [RNG.integers(5, 20, n).astype(np.int32) for n in (12, 30, 7, 21)]
 LABELS = [0, 1, 2, 1]
 
 
-LOSSES = ClassificationLosses(3)
+LOSSES = SingleLabelLosses(3)
 
 
 class Windows(TextWindows):
     """Documents that are windows already."""
 
     def __init__(self, model):
-        self.task = ClassificationTask(tiny_tokenizer(), 32)
-        self.windows, self.labels = [Window(ids, len(ids)) for ids in DOCUMENTS], LABELS
+        self.task = classification_task()
+        self.windows, self.labels = [Window(ids, len(ids)) for ids in DOCUMENTS], np.array(LABELS)
         self.losses = LOSSES
         self.teacher = teacher_signals(model, self)
 
@@ -45,8 +46,8 @@ def recorded_policies(monkeypatch):
     made = []
     original = SamplingPolicy.__call__
 
-    def record(self, reduction, logits, cu_seqlens):
-        keep = original(self, reduction, logits, cu_seqlens)
+    def record(self, candidates):
+        keep = original(self, candidates)
         made.append(keep.clone())
         return keep
 
@@ -77,7 +78,7 @@ def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
             mine = [keeps[reduction][sample * 4 + i] for reduction in (0, 1)]
             output = model(
                 **model_inputs([DOCUMENTS[i]]),
-                selection_policy=lambda reduction, logits, cu: mine[reduction],  # noqa: B023
+                selection_policy=lambda candidates: mine[candidates.reduction],  # noqa: B023
                 output_selections=True,
             )
             label = F.one_hot(torch.tensor(LABELS[i]), 3).float()
@@ -110,7 +111,7 @@ def test_a_guided_sample_keeps_what_the_guide_ranks_highest(monkeypatch):
     objective(**data)
     guided, tokens = made[0].split([30, 30])[0], data["guide"][model.config.reduction_layers[0]]
     probability = torch.sigmoid(model(**model_inputs([DOCUMENTS[1]]), output_selections=True).selections[0].logits)
-    assert guided.sum() == max(int(probability.sum().round()), 1)
+    assert guided.sum() == int((1 + probability[1:].sum()).round()), "[CLS] goes on whatever its probability"
     others = guided.clone()
     others[0] = False
     assert tokens[others].min() >= tokens[~guided].max()
@@ -191,7 +192,7 @@ def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
         single_cut(),
         samples=0,
         length_penalty=0.5,
-        selection_policy=lambda reduction, logits, cu_seqlens: torch.zeros_like(logits, dtype=torch.bool),
+        selection_policy=lambda candidates: torch.zeros_like(candidates.fixed),
     )
     measured = nothing(**batch(model))
     assert float(measured["kept_0"]) == 0.0

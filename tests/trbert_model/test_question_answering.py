@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import tiny_tokenizer
+from tests.conftest import question_task, tiny_tokenizer
 from trbert_model import ConfigurationError
-from trbert_model.tasks.question_answering import (
-    QuestionAnsweringTask,
-    exact_match,
-    f1,
-    normalized,
-    whole_characters,
-)
+from trbert_model.tasks.question_answering.metrics import exact_match, f1, normalized
+from trbert_model.tasks.question_answering.task import QuestionAnsweringTask, whole_characters
 
 TOKENIZER = tiny_tokenizer()
 NFC = "the café news. née É."
@@ -32,7 +27,7 @@ TEXTS = {
 
 
 def task(**options) -> QuestionAnsweringTask:
-    return QuestionAnsweringTask(TOKENIZER, **{"max_positions": 24, **options})
+    return question_task(**{"max_positions": 24, **options})
 
 
 def logits_for(windows, first: int, last: int, height: float = 20.0):

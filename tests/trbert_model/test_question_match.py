@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trbert_model.question_match import LEAST_COSINE, NEIGHBOUR_SCALES, REACH, SCALES, question_match
+from trbert_model.reduction.question import LEAST_COSINE, NEIGHBOUR_SCALES, REACH, SCALES, question_match
 from trbert_model.varlen import model_inputs
 
 SEQUENCES = [[2, 7, 8, 3, 9, 7, 9, 9, 8, 7, 3], [2, 7, 3, 8, 9, 3], [2, 5, 6, 7, 7, 3, 6, 9, 9, 9, 9, 5, 3]]

@@ -3,18 +3,16 @@
 import numpy as np
 import torch
 
-from tests.conftest import tiny_classifier, tiny_tokenizer
-from trbert_model.labelled import LabelledTexts
-from trbert_model.losses import UNLABELLED, ClassificationLosses
-from trbert_model.tasks.classification import ClassificationTask
-from trbert_model.teacher import TeacherSignals, guide, signals_digest, teacher_signals
+from tests.conftest import classification_task, tiny_classifier
+from trbert_model.tasks.classification.labelled import LabelledTexts
+from trbert_model.tasks.classification.losses import UNLABELLED, SingleLabelLosses
+from trbert_model.training.teacher import TeacherSignals, guide, signals_digest, teacher_signals
 from trbert_model.varlen import model_inputs, top_tokens
 
 
 def as_dataset(windows, labels):
     """Windows (with their first and last token put aside, which the task adds) as a dataset."""
-    corpus = LabelledTexts([window[1:-1] for window in windows], labels, ["x", "y", "z"])
-    return corpus.dataset(ClassificationTask(tiny_tokenizer(), 32))
+    return LabelledTexts([window[1:-1] for window in windows], np.array(labels), classification_task()).dataset()
 
 
 def test_top_tokens_are_the_highest_scored_and_the_first():
@@ -29,7 +27,7 @@ def test_the_guide_is_the_originals_saliency():
     model = tiny_classifier(num_hidden_layers=6, reduction_layers=[1, 3]).requires_grad_(False)
     model.enable_input_require_grads()
     documents, labels = [np.arange(5, 14), np.arange(6, 20)], torch.tensor([0, 2])
-    found, scores = guide(model, {**model_inputs(documents), "labels": labels}, ClassificationLosses(3))
+    found, scores = guide(model, {**model_inputs(documents), "labels": labels}, SingleLabelLosses(3))
     together = scores.split([9, 14], dim=1)
     for place, document in enumerate(documents):
         output = model(

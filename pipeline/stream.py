@@ -1,0 +1,158 @@
+"""The Ray Data pipeline of a run, from shards to committed splits, and what watches over it while it streams."""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+
+from trbert_model.terminal import get_logger, printable
+
+from .commit import publish_splits
+from .corpus import Shard
+from .deaths import read_deaths, write_deaths
+from .encode import read_shards, shard_groups
+from .errors import PipelineError
+from .job import Job
+from .ledger import kill_process, start_ledger
+from .placement import Placement
+from .predict import SplitPredictor
+from .ray_internals import OverError
+from .ray_start import data_context
+from .report import RunStatistics
+from .stopping import StopRequest
+from .watch import LOOK_SECONDS, StopWatch
+
+logger = get_logger(__name__)
+
+# Ray Data fuses neighbouring stages that ask for the same resources, and reading would then run inside the actors
+# (340 ms of idle GPU between splits); so every stage asks for something else. Actors take 1 CPU or more.
+READER_CPUS = 0.5
+COMMIT_CPUS = 0.25
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When a run gives up.
+
+    loads_an_actor: none of which succeeded: nobody can load the model. idle_seconds: without a sign of progress: an
+    actor that has the model is not at work any more. look_seconds: between two looks at both.
+    """
+
+    loads_an_actor: int = 4
+    idle_seconds: float = 120.0
+    look_seconds: float = LOOK_SECONDS
+
+
+class Stream:
+    """The pipeline of a job over the shards that are pending.
+
+    failure: why nothing more is to be expected of it, once that is so.
+    """
+
+    def __init__(self, job: Job, placement: Placement, statistics: RunStatistics, patience: Patience = Patience()):
+        self.job, self.placement, self.statistics, self.patience = job, placement, statistics, patience
+        self.failure: str | None = None
+        self._deaths = read_deaths(job.output)
+        self._ledger = start_ledger(self._deaths)
+
+    def run(self, pending: list[tuple[Shard, frozenset[int]]], take: Callable[[dict], None], stop: StopRequest) -> None:
+        """Feed the shards in and have the committed splits' rows taken as they come, until they all have or the run
+        was stopped and its grace is over."""
+        done = threading.Event()
+        reporter = threading.Thread(target=self._report_progress, args=(done,), daemon=True)
+        reporter.start()
+        try:
+            with (
+                StopWatch(stop, self._ledger, say, self._look, look_seconds=self.patience.look_seconds) as watch,
+                data_context(lambda: watch.is_over),
+                contextlib.closing(self._rows(pending)) as rows,
+            ):
+                try:
+                    for row in rows:
+                        take(row)
+                except OverError as error:
+                    logger.debug("%r", error)  # why is said; the run's verdict tells what is missing
+        finally:
+            done.set()
+            reporter.join()
+        self._keep_deaths()
+
+    def _rows(self, pending: list[tuple[Shard, frozenset[int]]]) -> Generator[dict[str, Any], None, None]:
+        """The rows that come out of the pipeline; closing it ends the pipeline."""
+        for table in self.dataset(pending).iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            yield from table.to_pylist()
+
+    def dataset(self, pending: list[tuple[Shard, frozenset[int]]]) -> ray.data.Dataset:
+        """The pipeline as Ray Data's, not started yet."""
+        job, placement, ledger = self.job, self.placement, self._ledger
+        groups = shard_groups(pending)
+        return (
+            ray.data.from_items(groups, override_num_blocks=len(groups))
+            .map_batches(
+                read_shards,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=READER_CPUS,
+                fn_kwargs={"options": job.encode_options(), "ledger": ledger},
+            )
+            .map_batches(
+                SplitPredictor,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=placement.cpus_per_actor,
+                num_gpus=placement.gpus_per_actor or None,
+                # With one task in flight an actor idled 500 ms between splits, with two 10 ms.
+                compute=ray.data.ActorPoolStrategy(size=placement.num_actors, max_tasks_in_flight_per_actor=2),
+                fn_constructor_kwargs=job.predictor_arguments(placement) | {"ledger": ledger},
+            )
+            .map_batches(
+                publish_splits,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=COMMIT_CPUS,
+                fn_kwargs={"output": job.output, "ledger": ledger, "identity_key": job.identity_key},
+            )
+        )
+
+    def _look(self) -> str | None:
+        """Every few seconds: keep what is known of deaths, end what hangs; why nothing more is to be expected."""
+        self._keep_deaths()
+        config, patience = self.job.config, self.patience
+        if timeout := config.document_timeout:
+            for work, process in self._ledger.overdue(timeout, config.storage_retry_seconds):
+                say(f"{work} has given no sign of progress for {timeout:g} s or more: ending its process")
+                kill_process(process)
+        loads = self._ledger.loads()
+        if loads.for_good:
+            self.failure = f"the model changed during the run ({loads.reason})"
+        elif loads.tries > patience.loads_an_actor * self.placement.num_actors and not (
+            loads.idle is not None and loads.idle < patience.idle_seconds
+        ):
+            self.failure = f"no actor can load the model ({loads.reason or 'they die while they do'})"
+        return self.failure
+
+    def _keep_deaths(self) -> None:
+        found = self._ledger.deaths()
+        if found is None:
+            return
+        self.statistics.deaths, self.statistics.hung, known = found
+        if known != self._deaths:
+            self._deaths = known
+            try:
+                write_deaths(self.job.output, known)
+            except PipelineError as error:
+                logger.warning("what is known of deaths is not kept: %s", error)
+
+    def _report_progress(self, done: threading.Event) -> None:
+        while not done.wait(self.job.config.progress_interval or None):
+            say(self.statistics.progress_line())
+
+
+def say(line: str) -> None:
+    """A line for whoever watches the run, on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)

@@ -1,0 +1,141 @@
+"""BERT, and DistilBERT as a BERT without token types.
+
+The layers are transformers' own `BertEmbeddings` and `BertLayer`, run on one (1, total tokens, hidden) tensor.
+"""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertSelfAttention
+
+from ..varlen import VarlenBatch, varlen_attention
+
+if TYPE_CHECKING:
+    from ..configuration import TRBertConfig
+
+# DistilBERT's names to BERT's, inside a layer; the original TR-BERT keeps both families' names.
+_DISTILBERT_LAYER = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
+# DistilBERT's configuration under BERT's names.
+_DISTILBERT_FIELDS = {
+    "n_heads": "num_attention_heads",
+    "activation": "hidden_act",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+
+
+class BertBackbone:
+    """See `Backbone`."""
+
+    names: tuple[str, ...] = ("bert", "distilbert")
+    pair_separators = 1
+    pad_token_id = 0
+    ignored = re.compile(r"^(cls\.|vocab_|bert\.embeddings\.(position_ids|token_type_ids)$)")
+    lora_targets = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"
+
+    def position_offset(self, pad_token_id: int) -> int:
+        return 0
+
+    def embeddings(self, config: "TRBertConfig") -> Any:
+        return BertEmbeddings(config)
+
+    def embed(self, embeddings: Any, batch: VarlenBatch) -> Tensor:
+        return embeddings(
+            input_ids=batch.input_ids.unsqueeze(0),
+            token_type_ids=batch.token_type_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+        ).squeeze(0)
+
+    def layer(self, config: "TRBertConfig", index: int) -> nn.Module:
+        return BertLayer(config, layer_idx=index)
+
+    def run_layer(
+        self, layer: nn.Module, hidden: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        return layer(hidden.unsqueeze(0), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
+
+    def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray) -> np.ndarray:
+        """Projections 4·H²·n, feed-forward 2·H·I·n, attention 2·H·n² multiply-adds."""
+        n = np.asarray(tokens, dtype=np.float64)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        return 2 * ((4 * hidden**2 + 2 * hidden * intermediate) * n + 2 * hidden * n**2)
+
+    def fuse(self, layer: Any) -> None:
+        if not isinstance(layer.attention.self, FusedSelfAttention):
+            layer.attention.self = FusedSelfAttention(layer.attention.self)
+
+    def tensor_name(self, name: str) -> str:
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("distilbert.transformer.", "bert.encoder.").replace("distilbert.", "bert.")
+        name = re.sub(r"^transformer\.layer\.", "bert.encoder.layer.", name)
+        name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
+        name = re.sub(r"^pre_classifier\.", "bert.pooler.dense.", name)
+        name = re.sub(r"\.encoder\.(linear_[12])\.(\d+)\.", r".encoder.selectors.\2.\1.", name)
+        if match := re.match(r"(bert\.encoder\.layer\.\d+\.)(.+)(\.(?:weight|bias))$", name):
+            name = match[1] + _DISTILBERT_LAYER.get(match[2], match[2]) + match[3]
+        return name
+
+    def config_fields(self, raw: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        words = tensors["bert.embeddings.word_embeddings.weight"]
+        distilbert = "dim" in raw
+        if distilbert:
+            # DistilBERT has no token types; zero embeddings for BERT's two say the same.
+            tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, words.shape[1])
+            raw = raw | {_DISTILBERT_FIELDS[name]: value for name, value in raw.items() if name in _DISTILBERT_FIELDS}
+            raw |= {"pooler_activation": "relu", "classifier_dropout": raw.get("seq_classif_dropout", 0.2)}
+        return {
+            "vocab_size": words.shape[0],
+            "hidden_size": words.shape[1],
+            "num_hidden_layers": 1 + max(int(m[1]) for m in map(re.compile(r".*\.layer\.(\d+)\.").match, tensors) if m),
+            "num_attention_heads": raw["num_attention_heads"],
+            "intermediate_size": tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+            "max_position_embeddings": tensors["bert.embeddings.position_embeddings.weight"].shape[0],
+            "type_vocab_size": tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
+            "hidden_act": raw.get("hidden_act", "gelu"),
+            "hidden_dropout_prob": raw.get("hidden_dropout_prob", 0.1),
+            "attention_probs_dropout_prob": raw.get("attention_probs_dropout_prob", 0.1),
+            "layer_norm_eps": raw.get("layer_norm_eps", 1e-12),
+            "pad_token_id": raw.get("pad_token_id", self.pad_token_id),
+            "classifier_dropout": raw.get("classifier_dropout"),
+            "pooler_activation": raw.get("pooler_activation", "tanh"),
+        }
+
+
+class FusedSelfAttention(nn.Module):
+    """BERT's self-attention with query, key and value as one matrix product, for inference."""
+
+    def __init__(self, attention: BertSelfAttention):
+        super().__init__()
+        parts = (attention.query, attention.key, attention.value)
+        self.weight = nn.Buffer(torch.cat([part.weight.detach() for part in parts]))
+        self.bias = nn.Buffer(torch.cat([part.bias.detach() for part in parts]))
+        self.heads: int = attention.num_attention_heads
+        self.scaling: float = attention.scaling
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+        qkv = F.linear(hidden_states, self.weight, self.bias).unflatten(-1, (3, self.heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        output, _ = varlen_attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            cu_seqlens=kwargs["cu_seqlens"],
+            max_seqlen=kwargs["max_seqlen"],
+        )
+        return output.flatten(2), None

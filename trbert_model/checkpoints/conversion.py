@@ -1,0 +1,216 @@
+"""Checkpoints of transformers' BERT, DistilBERT, RoBERTa and XLM-R and of the original TR-BERT, as TR-BERT models.
+
+What a checkpoint is, is told by its tensors, because the original's directories and old transformers ones name their
+classes inconsistently. Weights are read from safetensors only: nothing is unpickled.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones import BACKBONES
+from ..configuration import TRBertConfig
+from ..errors import CheckpointError, ConfigurationError
+from ..modeling import TRBertModel, TRBertPreTrainedModel
+from ..tasks.multiple_choice.head import TRBertForMultipleChoice
+from ..tasks.registry import TASKS, task_of
+from .files import saved_files
+
+MULTIPLE_CHOICE, NO_TASK = "multiple-choice", "none"
+# What a checkpoint can become: a task's model, or one that no job scores with.
+KINDS = (*TASKS, MULTIPLE_CHOICE, NO_TASK)
+# What an adapter holds whole, beside low-rank updates of the layers' matrices (`Backbone.lora_targets`).
+MODULES_TO_SAVE = [*(module for task in TASKS.values() for module in task.head_modules), "pooler"]
+MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
+MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of selectors that know the question
+
+
+def convert_checkpoint(
+    src: str | Path,
+    *,
+    task: str | None = None,
+    head: dict[str, Any] | None = None,
+    reduction_layers: list[int] | None = None,
+    selector_size: int | None = None,
+    question_aware: bool = False,
+    max_positions: int | None = None,
+) -> TRBertPreTrainedModel:
+    """Read a checkpoint directory as a TR-BERT model, in eval mode and fp32.
+
+    Selectors come from the checkpoint if it has them (the original's format); otherwise they are fresh and keep
+    every token, so that the converted model answers as its source did until they are trained.
+
+    Args:
+        src: a directory with config.json and safetensors weights: transformers BERT, DistilBERT, RoBERTa or XLM-R, or
+            the original TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a model saved by
+            this package, whose selectors are replaced by fresh ones.
+        task: one of `KINDS`; default: the head the checkpoint has, where one with a single output is a regression's
+            unless the checkpoint says that it chooses.
+        head: give the model a fresh head for the task, whatever head the checkpoint has, with these fields in its
+            configuration (`Task.learnt_head`).
+        reduction_layers: zero-based layers with a selector; default: the paper's. The original's checkpoints fix
+            their own.
+        selector_size: width of fresh selectors' hidden layer; default: 32, the paper's.
+        question_aware: fresh selectors know the question (`TRBertConfig.question_aware`).
+        max_positions: extend the position table to so many, the new ones beginning as copies of the old in their
+            order (Longformer's way): to be trained, for until then a token far behind looks like one at the front.
+
+    Raises:
+        ConfigurationError: fewer positions than the checkpoint has.
+        CheckpointError: no safetensors weights, another architecture, tensors missing or left over, or a task the
+            checkpoint has no head for.
+    """
+    src = Path(src)
+    raw_config, tensors = _read(src)
+    kind = str(raw_config.get("model_type", "bert"))
+    backbone = _backbone(raw_config, kind)
+    if backbone is None:  # others may mean something else by the same names
+        raise CheckpointError(
+            f"{src}: a {kind} checkpoint, not a BERT, DistilBERT, RoBERTa, XLM-R or original TR-BERT to convert"
+        )
+    family = BACKBONES[backbone]
+    if kind == TRBertConfig.model_type:
+        tensors = {name: value for name, value in tensors.items() if ".selectors." not in name}
+    selectors_stored = any(".linear_1." in name for name in tensors)
+    if selectors_stored and reduction_layers is not None:
+        raise CheckpointError(f"{src}: its selectors belong to its own layers; reduction_layers cannot be chosen")
+    state = {new: value for name, value in tensors.items() if not family.ignored.match(new := family.tensor_name(name))}
+    if not any(name.startswith("bert.encoder.layer.") for name in state):
+        raise CheckpointError(f"{src}: no {backbone} encoder among its tensors (first: {sorted(tensors)[:3]})")
+
+    if max_positions is not None:
+        pad = raw_config.get("pad_token_id")
+        offset = family.position_offset(family.pad_token_id if pad is None else pad)
+        _extend_positions(state, max_positions, offset, src)
+    found = _found_task(raw_config, state, asked=task)
+    if head is not None:
+        state = {name: value for name, value in state.items() if name.startswith("bert.")}
+    task = task or found
+    if task not in KINDS:
+        raise CheckpointError(f"task {task!r} is none of {', '.join(KINDS)}")
+    if head is None and task not in (found, NO_TASK):
+        raise CheckpointError(
+            f"{src}: it has no head for {task} (its head: {found}); fine-tune it for the task, or train with "
+            "jobs/train.py, which gives it a fresh one"
+        )
+
+    config = _config(raw_config, state, backbone, task, head, reduction_layers)
+    if selector_size is not None and not selectors_stored:
+        config.selector_size = selector_size
+    config.question_aware = question_aware and not selectors_stored
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same fresh selectors and head at every conversion
+        model = _model_class(task)(config)
+        for selector in model.base_model.encoder.selectors:
+            selector.start_afresh()
+        if config.question_aware:
+            config.selector_thresholds = [0.0] * len(config.reduction_layers)  # all tokens go on
+    if task == NO_TASK:
+        state = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
+    if model.base_model.pooler is None:
+        state = {name: value for name, value in state.items() if not name.startswith("bert.pooler.")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    fresh = ["pooler."] if head is not None or task == NO_TASK else []
+    fresh += [f"{module}." for module in TASKS[task].head_modules] if head is not None else []
+    fresh += [] if selectors_stored else ["encoder.selectors."]
+    missing = [name for name in missing if not any(part in name for part in fresh)]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{src}: not a complete checkpoint for {task}: missing {missing[:5]}, left over {unexpected[:5]}"
+        )
+    return model.eval()
+
+
+def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrainedModel:
+    """A backbone checkpoint and an adapter that `jobs/train.py --adapter-rank` saved → the trained model.
+
+    Raises:
+        CheckpointError: the adapter is incomplete or was trained on another backbone's shapes.
+    """
+    from peft import PeftModel
+
+    adapter = Path(adapter)
+    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise CheckpointError(f"{adapter}: no {name} there; an adapter is what jobs/train.py --adapter-rank saves")
+    trained = TRBertConfig.from_pretrained(adapter)
+    task = task_of(trained)
+    model = convert_checkpoint(
+        backbone,
+        task=task.name,
+        head=task.fresh_head(trained),
+        reduction_layers=trained.reduction_layers,
+        selector_size=trained.selector_size,
+        question_aware=trained.question_aware,
+        max_positions=trained.usable_positions,
+    )
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{adapter}: does not fit the backbone {backbone}: {error}") from error
+    model.config.selector_thresholds = trained.selector_thresholds
+    return model.eval()
+
+
+def _read(src: Path) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and all tensors of a checkpoint directory, as fp32."""
+    with saved_files(src) as files:
+        config = json.loads((src / "config.json").read_text())
+        tensors = files.weights()
+    return config, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _backbone(raw: dict, kind: str) -> str | None:
+    """The backbone of a checkpoint of some `model_type`, or of a TR-BERT."""
+    if kind == TRBertConfig.model_type:
+        return raw.get("backbone", "bert") if raw.get("backbone", "bert") in BACKBONES else None
+    return next((name for name, family in BACKBONES.items() if kind in family.names), None)
+
+
+def _found_task(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
+    """The task of the head a checkpoint has. Choosing among options and regression have the same tensors, so that
+    the checkpoint's class or the caller must say."""
+    chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in raw.get("architectures") or [])
+    if chooses and state.get("classifier.weight", torch.empty(0)).shape[:1] == (1,):
+        return MULTIPLE_CHOICE
+    has = (name for name, task in TASKS.items() if all(f"{module}.weight" in state for module in task.head_modules))
+    return next(has, NO_TASK)
+
+
+def _model_class(task: str) -> type[TRBertPreTrainedModel]:
+    if task in TASKS:
+        return TASKS[task].model_class()
+    return TRBertForMultipleChoice if task == MULTIPLE_CHOICE else TRBertModel
+
+
+def _extend_positions(state: dict[str, Tensor], positions: int, offset: int, src: Path) -> None:
+    """offset: rows of the table in front of the first position's."""
+    name = "bert.embeddings.position_embeddings.weight"
+    head, table = state[name][:offset], state[name][offset:]
+    if positions < len(table):
+        raise ConfigurationError(f"max_positions {positions}: {src} has {len(table)} positions already")
+    state[name] = torch.cat([head, table.repeat(-(-positions // len(table)), 1)[:positions]])
+
+
+def _config(
+    raw: dict,
+    state: dict[str, Tensor],
+    backbone: str,
+    task: str,
+    head: dict[str, Any] | None,
+    reduction_layers: list[int] | None,
+) -> TRBertConfig:
+    fields = BACKBONES[backbone].config_fields(raw, state) | {
+        "backbone": backbone,
+        "reduction_layers": reduction_layers,
+    }
+    selector = state.get("bert.encoder.selectors.0.linear_1.weight")
+    if selector is not None:
+        fields["selector_size"] = selector.shape[0]
+    if head is None and task in TASKS:
+        head = TASKS[task].saved_head(raw, state)
+    fields |= head or {}
+    return TRBertConfig(**fields)

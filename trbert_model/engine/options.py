@@ -1,0 +1,57 @@
+"""How an engine runs: precision, device, batches, thresholds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..configuration import TRBertConfig
+from ..errors import ConfigurationError
+from ..tasks.base import TaskOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16: its GPUs, or instructions of its CPU. A CPU without such takes some 70
+    times as long as in fp32 (torch 2.13, matrix products on an AMD EPYC with AVX2 only)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
+
+
+@dataclass(frozen=True)
+class EngineOptions(TaskOptions):
+    """How a model runs, beside what its task takes.
+
+    max_tokens_per_batch: tokens in one varlen batch; default by device.
+    device: "cpu", "cuda" or "cuda:N"; default: CUDA if there is one.
+    dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
+    reduce: False runs the dense model.
+    thresholds: keep probabilities from which on a token stays, one a reduction; default: the model's own.
+    """
+
+    max_tokens_per_batch: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    reduce: bool = True
+    thresholds: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.thresholds is not None and not all(0 <= threshold <= 1 for threshold in self.thresholds):
+            raise ConfigurationError(f"thresholds {self.thresholds} must be probabilities from 0 to 1")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ConfigurationError(f"max_tokens_per_batch {self.max_tokens_per_batch} must be at least 1")
+
+
+def check_thresholds(config: TRBertConfig, thresholds: Sequence[float]) -> None:
+    """Raises ConfigurationError if they are not one a reduction."""
+    if len(thresholds) != len(config.reduction_layers):
+        raise ConfigurationError(
+            f"thresholds {tuple(thresholds)} must be one for each of the model's reduction layers "
+            f"{config.reduction_layers}"
+        )

@@ -1,0 +1,226 @@
+"""Documents in, one result a document out, in order: the one way to run a TR-BERT.
+
+Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens; no padding, no sorting. Memory is
+bounded by that budget, not by the documents' lengths or number.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.loading import load_model
+from ..configuration import TRBertConfig
+from ..errors import InputError, TRBertError
+from ..flops import dense_flops, reduced_flops
+from ..modeling import TRBertPreTrainedModel, fuse_for_inference
+from ..reduction.policies import ThresholdPolicy
+from ..reduction.state import SelectionPolicy
+from ..tasks.base import DocumentResults
+from ..tasks.registry import task_of_model
+from ..terminal import get_logger
+from ..varlen import VarlenBatch
+from .options import DTYPES, EngineOptions, check_thresholds
+
+logger = get_logger(__name__)
+
+
+class OutOfMemoryError(TRBertError, RuntimeError):
+    """A single window does not fit the device's memory."""
+
+
+@dataclass
+class EngineStatistics:
+    """Since the engine was made: batches computed, seconds in the model, batches halved for want of memory."""
+
+    batches: int = 0
+    model_seconds: float = 0.0
+    halved_batches: int = 0
+
+
+@dataclass
+class _Open:
+    """A document of which windows are still to be computed: they and their outputs so far."""
+
+    document: Any
+    windows: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Pending:
+    """A batch being packed: its windows, and the document each belongs to."""
+
+    windows: list[Any] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+
+class Engine:
+    """Runs a model over documents.
+
+    Args:
+        model: a task's model; moved to the device and dtype, set to eval mode and fused in place.
+        tokenizer: its fast tokenizer.
+        options: default: `EngineOptions()`.
+    """
+
+    def __init__(
+        self,
+        model: TRBertPreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: EngineOptions | None = None,
+    ):
+        # oneDNN keeps what it prepared for each of the last 1,024 matrix shapes, and varlen batches hardly ever repeat
+        # one: an actor grew by some 500 MiB within minutes. 32 are enough for the layers of a batch. Read when the
+        # process multiplies its first matrices.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        options = self.options = options or EngineOptions()
+        self.config: TRBertConfig = model.config
+        if options.thresholds is not None:
+            check_thresholds(self.config, options.thresholds)
+        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = options.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.dtype = dtype
+        self.model = model.to(device=self.device, dtype=DTYPES[dtype]).eval()
+        fuse_for_inference(self.model)
+        for selector in self.model.bert.encoder.selectors:
+            selector.float()
+        self.task = task_of_model(model).of(tokenizer, self.config, options)
+        # On CPU layers run on groups of sequences anyway (modeling.LAYER_TOKENS): more tokens only help the layers
+        # after a reduction, which have few left. Of 1,024 to 16,384 the fastest lay around 4,096.
+        self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 4096)
+        thresholds = self.config.selector_thresholds if options.thresholds is None else options.thresholds
+        self._thresholds = ThresholdPolicy(thresholds)
+        self.statistics = EngineStatistics()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, options: EngineOptions | None = None) -> "Engine":
+        """Load a model directory as `jobs/train.py` and `jobs/convert.py` write it.
+
+        Raises:
+            CheckpointError: not a TR-BERT classification model, weights missing, tokens the embeddings do not have.
+        """
+        model, tokenizer = load_model(directory)
+        return cls(model, tokenizer, options)
+
+    def score_columns(self, *columns: Sequence[str], policy: SelectionPolicy | None = None) -> DocumentResults:
+        """Tokenise and score rows of texts, given by column: the texts, or the questions and their contexts."""
+        documents, failures = self.task.encode_rows(list(zip(*columns, strict=True)))
+        if failures:
+            raise InputError(f"row {min(failures)}: {failures[min(failures)]}")
+        return self.score(documents, policy)
+
+    def score(self, documents: Iterable[Any], policy: SelectionPolicy | None = None) -> DocumentResults:
+        """Score documents of any length, as the task's `encode_rows` gives them.
+
+        Args:
+            policy: chooses the tokens that go on, instead of the thresholds.
+        """
+        policy = policy or self._thresholds
+        outputs: list[Any] = []
+        totals: list[np.ndarray] = []  # tokens, windows, FLOPs, dense FLOPs, kept tokens...
+        reductions = len(self.config.reduction_layers) if self.options.reduce else 0
+
+        pending, waiting = _Pending(), deque[_Open]()  # the documents that `outputs` does not have yet
+
+        def compute(complete: int) -> None:
+            """Compute the batch; the first `complete` documents have no windows beside those computed then."""
+            first = len(outputs)
+            for document, window, output, sums in self._compute(pending, policy):
+                entry = waiting[document - first]
+                entry.windows.append(window)
+                entry.outputs.append(output)
+                totals[document] += sums
+            while len(outputs) < complete:
+                entry = waiting.popleft()
+                outputs.append(self.task.combine(entry.document, entry.windows, entry.outputs))
+
+        number = -1
+        for number, document in enumerate(documents):
+            waiting.append(_Open(document))
+            totals.append(np.zeros(4 + reductions))
+            for window in self.task.windows(document):
+                if pending.windows and pending.tokens + len(window.input_ids) > self.max_tokens_per_batch:
+                    compute(complete=number)
+                    pending = _Pending()
+                pending.windows.append(window)
+                pending.documents.append(number)
+                pending.tokens += len(window.input_ids)
+        if pending.windows:
+            compute(complete=number + 1)
+
+        sums = np.array(totals).reshape(len(totals), 4 + reductions)
+        return DocumentResults(
+            outputs=self.task.gathered(outputs),
+            num_tokens=sums[:, 0].astype(np.int64),
+            num_windows=sums[:, 1].astype(np.int64),
+            flops=sums[:, 2],
+            dense_flops=sums[:, 3],
+            kept_tokens=sums[:, 4:].astype(np.int64),
+        )
+
+    def _compute(self, pending: _Pending, policy: SelectionPolicy) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
+        """Run one batch: of each window its document, itself, its output, and what it adds to the document's totals."""
+        started = time.perf_counter()
+        outputs, kept = self._forward(pending.windows, policy)
+        self.statistics.model_seconds += time.perf_counter() - started
+        lengths = np.array([len(window.input_ids) for window in pending.windows])
+        spent = reduced_flops(self.config, lengths, kept) if self.options.reduce else dense_flops(self.config, lengths)
+        dense = dense_flops(self.config, lengths)
+        for i, (document, window) in enumerate(zip(pending.documents, pending.windows)):
+            yield document, window, outputs[i], np.array([lengths[i], 1, spent[i], dense[i], *kept[i]])
+
+    def _forward(self, windows: list[Any], policy: SelectionPolicy) -> tuple[list[Any], np.ndarray]:
+        """Windows → the task's output of each, and kept tokens (windows, reductions), halving while memory runs out."""
+        try:
+            return self._forward_once(windows, policy)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Out of the except block, so that the failed batch's tensors are no longer held by its traceback.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tokens = sum(len(window.input_ids) for window in windows)
+        if len(windows) == 1:
+            raise OutOfMemoryError(f"a single window of {tokens} tokens does not fit {self.device}: {message}")
+        self.statistics.halved_batches += 1
+        logger.warning("out of memory on %s with %d tokens in a batch; halving it", self.device, tokens)
+        half = len(windows) // 2
+        first, second = self._forward(windows[:half], policy), self._forward(windows[half:], policy)
+        return first[0] + second[0], np.concatenate([first[1], second[1]])
+
+    @torch.inference_mode()
+    def _forward_once(self, windows: list[Any], policy: SelectionPolicy) -> tuple[list[Any], np.ndarray]:
+        self.statistics.batches += 1
+        batch = VarlenBatch.from_sequences(
+            [window.input_ids for window in windows], self.task.token_types(windows), device=self.device
+        )
+        output = self.model(
+            batch.input_ids,
+            token_type_ids=batch.token_type_ids,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            reduce=self.options.reduce,
+            selection_policy=policy,
+        )
+        kept = [counts.cpu().numpy() for counts in output.kept_tokens]
+        outputs = self.task.window_outputs(output, [len(window.input_ids) for window in windows])
+        return outputs, np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # torch's CPU allocator has no exception of its own

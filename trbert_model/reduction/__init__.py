@@ -1,0 +1,1 @@
+"""What leaves the network, and when: the state between two layers, selectors, and the policies that decide."""

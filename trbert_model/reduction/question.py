@@ -1,0 +1,180 @@
+"""Selectors that know the question, by where a window's passage speaks of what the question asks about.
+
+Before the upper layers have run, a token's state hardly says whether the question is about it. Its surroundings do
+(docs/experiments.md, "Where answers stand").
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..varlen import places_in, sequence_of
+
+if TYPE_CHECKING:
+    from ..configuration import TRBertConfig
+
+# Distances, in tokens, at which a word of the question still counts 1/e: a phrase, a sentence or two, a paragraph.
+SCALES = (6.0, 24.0, 96.0)
+# Distances at which a token still counts 1/e for its neighbours: a name, a phrase; and how far is looked.
+NEIGHBOUR_SCALES = (1.0, 4.0)
+REACH = 12
+# The cosine of two tokens' embeddings from which on one counts for the other, in proportion (docs/experiments.md,
+# "Where answers stand").
+LEAST_COSINE = 0.4
+
+
+@dataclass
+class QuestionMatch:
+    """How near each token is to each of its question's words, and which tokens are near each other.
+
+    near: fp32 (tokens, words, scales), the highest likeness · e^(−distance/scale) of a place in the window's passage,
+    the likeness 1 where the word itself stands and less where one like it does, 0 if none does; asked: bool (tokens,),
+    the question's own; sequence, place: int64 (tokens,), a token's window and its place there; words: (sequences,
+    words, hidden), the embeddings of the question's tokens; valid: bool (sequences, words), which of them there are;
+    longest: tokens of the longest window.
+    """
+
+    near: Tensor
+    asked: Tensor
+    sequence: Tensor
+    place: Tensor
+    words: Tensor
+    valid: Tensor
+    longest: int
+
+    def at(self, tokens: Tensor) -> "QuestionMatch":
+        """Of some tokens, int64 indices (tokens,)."""
+        return dataclasses.replace(
+            self,
+            near=self.near[tokens],
+            asked=self.asked[tokens],
+            sequence=self.sequence[tokens],
+            place=self.place[tokens],
+        )
+
+    def repeated(self, times: int) -> "QuestionMatch":
+        """Of a varlen batch laid end to end with itself."""
+        shifts = torch.arange(times, device=self.sequence.device) * len(self.valid)
+        return QuestionMatch(
+            near=self.near.repeat(times, 1, 1),
+            asked=self.asked.repeat(times),
+            sequence=(self.sequence + shifts[:, None]).flatten(),
+            place=self.place.repeat(times),
+            words=self.words.repeat(times, 1, 1),
+            valid=self.valid.repeat(times, 1),
+            longest=self.longest,
+        )
+
+    def coverage(self, weights: Tensor) -> Tensor:
+        """Of a question's words, each with its weight, (sequences, words), the share that stands near a token: fp32
+        (tokens, scales), from 0 to 1."""
+        weights = torch.where(self.valid, weights, 0.0).double()  # in doubles, the padding of a batch leaves no trace
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
+        return (weights[self.sequence].unsqueeze(-1) * self.near).sum(1).float()
+
+    def asked_mean(self, values: Tensor) -> Tensor:
+        """Means over the question's own tokens of values of all, (tokens, size) → fp32 (sequences, size)."""
+        sums = torch.zeros(len(self.valid), values.shape[1], dtype=torch.float64, device=values.device)
+        sums = sums.index_add(0, self.sequence, values.double() * self.asked[:, None])
+        return (sums / self.valid.sum(1, keepdim=True).clamp(min=1)).float()
+
+    def around(self, values: Tensor) -> Tensor:
+        """Sums of the passage's values around each token, those at a distance counted e^(−distance/scale), over twice
+        the scale: (tokens,) → fp32 (tokens, neighbour scales). Tokens that are not there count 0."""
+        places = torch.zeros(len(self.valid), self.longest + 2 * REACH, dtype=torch.float64, device=values.device)
+        values = values.masked_fill(self.asked, 0.0).double()
+        places = places.index_put((self.sequence, self.place + REACH), values)
+        distance = torch.arange(-REACH, REACH + 1, device=values.device, dtype=torch.float64).abs()
+        kernels = torch.stack([(-distance / scale).exp() / (2 * scale) for scale in NEIGHBOUR_SCALES], dim=1)
+        return (places.unfold(1, len(distance), 1)[self.sequence, self.place] @ kernels).float()
+
+
+def question_match(
+    input_ids: Tensor, token_type_ids: Tensor, cu_seqlens: Tensor, word_embeddings: Tensor
+) -> QuestionMatch:
+    """Match the segments 0, the questions, of a varlen batch with the rest of their windows, token by token.
+
+    Args:
+        input_ids, token_type_ids: (total tokens,), segment 0 in front of segment 1; word_embeddings: (vocabulary,
+            hidden).
+    """
+    device, lengths = input_ids.device, cu_seqlens.diff().long()
+    sequence, place = sequence_of(cu_seqlens, len(input_ids)), places_in(cu_seqlens, len(input_ids))
+    in_question = token_type_ids == 0
+    counts = torch.zeros_like(lengths).index_add_(0, sequence, in_question.long())
+    longest, most_words = int(lengths.max()), int(counts.max())
+    padded = torch.full((len(lengths), longest), -1, device=device, dtype=input_ids.dtype)
+    padded[sequence, place] = input_ids
+    passage = torch.zeros_like(padded, dtype=torch.bool)
+    passage[sequence, place] = ~in_question
+    valid = torch.arange(most_words, device=device) < counts[:, None]
+    words = padded[:, :most_words]
+    states = word_embeddings.detach()[padded.clamp(min=0)].float()
+    likeness = _likeness(words, padded, states) * (passage.unsqueeze(1) & valid.unsqueeze(2))
+    position, strength = torch.arange(longest, device=device, dtype=torch.float32), likeness.log()
+    near = []
+    for scale in SCALES:
+        ramp = position / scale
+        left = (strength + ramp).cummax(2).values - ramp
+        right = (strength - ramp).flip(2).cummax(2).values.flip(2) + ramp
+        near.append(torch.maximum(left, right)[sequence, :, place])
+    embedded = states[:, :most_words]
+    return QuestionMatch(torch.stack(near, 2).exp(), in_question, sequence, place, embedded, valid, longest)
+
+
+def _likeness(words: Tensor, tokens: Tensor, states: Tensor) -> Tensor:
+    """How alike each sequence's words, int64 (sequences, words), and tokens, (sequences, tokens), are, from 0 to 1:
+    fp32 (sequences, words, tokens). states: the tokens' embeddings, fp32; the first ones are the words'."""
+    with torch.autocast(states.device.type, enabled=False):
+        lengths = states.norm(dim=2).clamp(min=1e-12)
+        cosine = states[:, : words.shape[1]] @ states.transpose(1, 2)
+        cosine = cosine / lengths[:, : words.shape[1], None] / lengths[:, None]
+    alike = ((cosine - LEAST_COSINE) / (1 - LEAST_COSINE)).clamp(0, 1)
+    return torch.where(words.unsqueeze(2) == tokens.unsqueeze(1), 1.0, alike)
+
+
+class QuestionTokenSelector(nn.Module):
+    """A selector that knows the question: (tokens, hidden) and their match → keep logits (tokens,), in fp32.
+
+    It sees of a token how much of the question stands near it, with a learnt weight for each of its words, and whether
+    it and its neighbours are of the kind that is asked for: a product of what the question asks with what they are,
+    both learnt. A token's state by itself is not seen: selectors learn by heart what was answered with in training.
+    """
+
+    def __init__(self, config: "TRBertConfig"):
+        super().__init__()
+        features = len(SCALES) + len(NEIGHBOUR_SCALES)
+        self.word_weight = nn.Linear(config.hidden_size, 1, bias=False)
+        self.asks = nn.Linear(config.hidden_size, config.selector_size, bias=False)
+        self.answers = nn.Linear(config.hidden_size, config.selector_size, bias=False)
+        self.evidence = nn.Linear(features, 1)
+        self.linear_1 = nn.Linear(features, config.selector_size)
+        self.linear_2 = nn.Linear(config.selector_size, 1, bias=False)
+
+    @staticmethod
+    def flops(config: "TRBertConfig") -> int:
+        """FLOPs on one token, without the comparison of the question's words with it (2·H·words, under 0.1% of a
+        MiniLM-L6)."""
+        hidden, size, features = config.hidden_size, config.selector_size, len(SCALES) + len(NEIGHBOUR_SCALES)
+        kind = 2 * hidden * size + size + (2 * REACH + 1) * len(NEIGHBOUR_SCALES)
+        return 2 * (kind + features + features * size + size)
+
+    def start_afresh(self) -> None:
+        """All words alike, and the nearer the better: a good choice to begin with."""
+        nn.init.zeros_(self.word_weight.weight)
+        nn.init.constant_(self.evidence.weight, 2.0)
+        nn.init.constant_(self.evidence.bias, -3.0)  # few tokens are near an answer
+
+    def forward(self, hidden: Tensor, match: QuestionMatch) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            words = self.word_weight(match.words.float()).squeeze(-1)
+            coverage = match.coverage((words - words.detach().amax(1, keepdim=True)).exp())
+            asked = match.asked_mean(self.asks(hidden))
+            kind = match.around((self.answers(hidden) * asked[match.sequence]).sum(-1))
+            features = torch.cat([coverage, kind], dim=1)
+            return (self.evidence(features) + self.linear_2(F.gelu(self.linear_1(features)))).squeeze(-1)

@@ -1,0 +1,57 @@
+"""The classification head: labels, or numbers, from a sequence's first token."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import ModelOutput
+
+from ...configuration import TRBertConfig
+from ...modeling import TRBertModel, TRBertPreTrainedModel, head_dropout
+from ...reduction.state import Selection
+from .losses import losses_of
+
+
+@dataclass
+class TRBertSequenceClassifierOutput(ModelOutput):
+    """loss: (); logits: (sequences, labels); the others as in `TRBertModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    pooler_output: Tensor | None = None
+    kept_tokens: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    selections: tuple[Selection, ...] | None = None
+
+
+class TRBertForSequenceClassification(TRBertPreTrainedModel):
+    """Labels of a sequence, or numbers, from its first token; `config.problem_type` says which, as in transformers.
+
+    `forward` takes `labels`, as transformers does: int64 (sequences,), one label each, or float (sequences, labels), 1
+    for every label that it has, or numbers; and `TRBertModel.forward`'s arguments.
+    """
+
+    def __init__(self, config: TRBertConfig):
+        super().__init__(config)
+        self.losses = losses_of(config)
+        self.bert = TRBertModel(config)
+        self.dropout = head_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, *args, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
+    ) -> TRBertSequenceClassifierOutput:
+        output = self.bert(*args, **{**kwargs, "token_states": False})
+        logits = self.classifier(self.dropout(output.pooler_output))
+        return TRBertSequenceClassifierOutput(
+            loss=None if labels is None else self.losses.to_labels(logits, labels).mean(),
+            logits=logits,
+            pooler_output=output.pooler_output,
+            kept_tokens=output.kept_tokens,
+            hidden_states=output.hidden_states,
+            selections=output.selections,
+        )
+
+
+AutoModelForSequenceClassification.register(TRBertConfig, TRBertForSequenceClassification)

@@ -1,0 +1,141 @@
+"""What classification minimises in training, by what a classifier says of a document."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import ConfigurationError
+from ...losses import mean_entropy
+from ...varlen import top_tokens
+from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, problem_type_of
+
+if TYPE_CHECKING:
+    from ...configuration import TRBertConfig
+
+# The label of a document that has none, where it could have one; where it could have several, or numbers, NaN.
+UNLABELLED = -1
+
+
+@dataclass
+class ClassificationLosses(ABC):
+    """Batches have `labels`, see the classes below, and `teacher`, float32 (windows, labels + hidden): the dense
+    model's logits and what its classifier sees.
+
+    features: how much it counts in `distilled` that the classifier sees what the dense model's sees: the squared
+    distance over the squared length. The logits of a few labels say little about a document, these say all that the
+    dense model makes of it.
+    """
+
+    guided_by_saliency: ClassVar[bool] = True
+    num_labels: int
+    features: float = 0.0
+
+    @abstractmethod
+    def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sequence's logits, (sequences, labels), to its labels: (sequences,)."""
+
+    @abstractmethod
+    def to_logits(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of each sequence's logits to other logits, (sequences, labels) both: (sequences,)."""
+
+    @abstractmethod
+    def where_missing(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """The labels, and in the place of those that nobody knows the ones that these logits say."""
+
+    def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        labels = batch["labels"]
+        return self.to_labels(output.logits, labels.repeat(repeats, *[1] * (labels.dim() - 1)))
+
+    def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        logits, features = batch["teacher"].tensor_split([self.num_labels], dim=1)
+        loss = self.to_logits(output.logits, logits.repeat(repeats, 1))
+        if not self.features:
+            return loss
+        distance = (output.pooler_output.float() - features.repeat(repeats, 1)).square().sum(-1)
+        return loss + self.features * distance / features.square().sum(-1).clamp(min=1e-6).repeat(repeats)
+
+    def signals(self, output: Any) -> Tensor:
+        return torch.cat([output.logits.float(), output.pooler_output.float()], dim=1)
+
+    def rows(self, lengths: Tensor) -> Tensor:
+        return torch.ones_like(lengths, dtype=torch.int64)
+
+    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
+        known = len(batch["guide"])
+        if above := [layer for layer in layers if layer >= known]:
+            raise ConfigurationError(
+                f"reduction layers {above}: the guide judges layers below {known} of this model; do without it "
+                "(guide_rate 0, imitation_epochs 0, joint_imitation 0)"
+            )
+        return batch["guide"][list(layers)]
+
+    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
+        ranked = zip(self.guide(batch, layers), counts.T)
+        return torch.stack([top_tokens(scores, batch["cu_seqlens"], count) for scores, count in ranked]).float()
+
+    def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
+        return mean_entropy(logits, targets)
+
+    def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
+        return {**batch, "labels": self.where_missing(batch["labels"], signals[:, : self.num_labels])}
+
+
+class SingleLabelLosses(ClassificationLosses):
+    """Cross-entropy; labels: int64 (windows,)."""
+
+    def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def to_logits(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return -(teacher.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+    def where_missing(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return torch.where(labels == UNLABELLED, logits.argmax(-1), labels)
+
+
+class MultiLabelLosses(ClassificationLosses):
+    """Each label's binary cross-entropy, their mean; labels: float32 (windows, labels), 1 for those it has."""
+
+    def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+
+    def to_logits(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return self.to_labels(logits, teacher.sigmoid())
+
+    def where_missing(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return torch.where(labels.isnan(), (logits > 0).to(labels.dtype), labels)
+
+
+@dataclass
+class RegressionLosses(ClassificationLosses):
+    """Squared errors, their mean, in units of `scale`, float32 (numbers,), such as each number's variance in a corpus:
+    so that the price of a token does not hang on the units. labels: float32 (windows, numbers)."""
+
+    scale: Tensor | None = None
+
+    def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        squares = (logits.float() - labels.view_as(logits)).square()
+        return (squares if self.scale is None else squares / self.scale.to(squares.device)).mean(-1)
+
+    def to_logits(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return self.to_labels(logits, teacher)
+
+    def where_missing(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return torch.where(labels.isnan(), logits, labels)
+
+
+LOSSES: dict[str, type[ClassificationLosses]] = {
+    SINGLE_LABEL: SingleLabelLosses,
+    MULTI_LABEL: MultiLabelLosses,
+    REGRESSION: RegressionLosses,
+}
+
+
+def losses_of(config: "TRBertConfig") -> ClassificationLosses:
+    """The losses of a model's head."""
+    return LOSSES[problem_type_of(config)](config.num_labels)

@@ -1,0 +1,196 @@
+"""Document classification: texts → token ids → windows → window logits → a document's labels or numbers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import pyarrow as pa
+
+from ...errors import ConfigurationError
+from ..base import DEFAULTS, Task, TaskOptions, lists
+from ..text import BareTokenizer, encode_apart, pieces, token_ids
+from .labellings import Labelling, check_problem_type, labelling_of, problem_type_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ...configuration import TRBertConfig
+    from ...labelled import LabelledColumns
+    from ...modeling import TRBertPreTrainedModel
+    from .labelled import LabelledTexts
+
+
+@dataclass
+class Window:
+    """A piece of a document that fits the model's positions.
+
+    input_ids: int32 (tokens,), [CLS] and [SEP] included; new_tokens: how many of its tokens no earlier window had,
+    the weight of its logits in the document's.
+    """
+
+    input_ids: np.ndarray
+    new_tokens: int
+
+
+@dataclass
+class ClassificationTask(Task):
+    """How documents become sequences, and sequences' outputs a document's.
+
+    tokenizer: a fast BERT tokenizer, kept as a `BareTokenizer`; max_positions: tokens a sequence may have, [CLS] and
+    [SEP] included; labelling: how logits are read; options: `overflow`, and `stride`, by default an eighth of a window.
+    """
+
+    tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
+    max_positions: int
+    labelling: Labelling
+    options: TaskOptions = DEFAULTS
+
+    name = "classification"
+    architecture = "TRBertForSequenceClassification"
+    text_options = ("text_column",)
+    head_modules = ("classifier",)
+    labels_whole_documents = True
+    asks = False
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: "TRBertConfig", options: TaskOptions) -> "ClassificationTask":
+        options = options.bare()
+        return cls(tokenizer, config.usable_positions, labelling_of(config, options), options)
+
+    @classmethod
+    def check(cls, config: "TRBertConfig") -> None:
+        names = config.id2label
+        if sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+            raise ConfigurationError(f"id2label {names} must give each label from 0 to {len(names) - 1} a name")
+        check_problem_type(config)
+
+    def __post_init__(self):
+        self.overflow = self.options.overflow
+        self.shared = (self.max_positions - 2) // 8 if self.options.stride is None else self.options.stride
+        if self.shared >= self.max_positions - 2:
+            raise ConfigurationError(
+                f"stride {self.shared} must be less than the {self.max_positions - 2} tokens of a window"
+            )
+        self.tokenizer = BareTokenizer.of(self.tokenizer)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, by index."""
+        return self.labelling.labels
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""
+        if self.overflow == "truncate":
+            return self._first_tokens(texts)
+        cut = [list(pieces(text, self.tokenizer)) for text in texts]
+        ids = iter(token_ids(self.tokenizer, [piece for of_text in cut for piece in of_text]))
+        return [np.concatenate([next(ids) for _ in of_text]) for of_text in cut]
+
+    def _first_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As many tokens of each text as a sequence takes."""
+        capacity = self.max_positions - 2
+        cut = [pieces(text, self.tokenizer) for text in texts]
+        documents = token_ids(self.tokenizer, [next(of_text) for of_text in cut])
+        for i, rest in enumerate(cut):
+            # Hardly ever: a piece of white space, or of an endless word, has fewer tokens than a sequence takes.
+            while len(documents[i]) < capacity and (piece := next(rest, None)) is not None:
+                documents[i] = np.concatenate([documents[i], *token_ids(self.tokenizer, [piece])])
+        return [ids[:capacity] for ids in documents]
+
+    def windows(self, tokens: np.ndarray) -> Iterator[Window]:
+        """A document's windows, from its token ids."""
+        capacity = self.max_positions - 2
+        cls, sep = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
+        start = 0
+        while True:
+            end = min(start + capacity, len(tokens))
+            new = end - start - (self.shared if start else 0)
+            # An empty document still is one window, of weight 1, so that every document has a result.
+            yield Window(np.concatenate([cls, tokens[start:end], sep]).astype(np.int32), max(new, 1))
+            if end == len(tokens) or self.overflow == "truncate":
+                return
+            start = end - self.shared
+
+    def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> tuple[list[np.ndarray], dict[int, str]]:
+        documents, failures = encode_apart(self.tokenize, [text for (text,) in rows])
+        return [self.nothing() if document is None else document for document in documents], failures
+
+    def nothing(self) -> np.ndarray:
+        """A document without tokens."""
+        return np.zeros(0, np.int32)
+
+    def problem(self, document: np.ndarray) -> tuple[str, str] | None:
+        """Why a document cannot be scored, as a reason and a sentence."""
+        return None if len(document) else ("no_tokens", "the tokenizer finds no token in the text")
+
+    def to_column(self, documents: Sequence[np.ndarray]) -> pa.Array:
+        """list<int32>."""
+        return lists(documents)
+
+    def from_column(self, column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+        for chunk in column.chunks:
+            for document in chunk:
+                yield document.values.to_numpy()
+
+    def token_types(self, windows: Sequence[Window]) -> None:
+        """All of a document's tokens are of BERT's first type."""
+        return None
+
+    def window_outputs(self, output: Any, lengths: list[int]) -> list[np.ndarray]:
+        """A model's output → each window's logits, float32 (labels,)."""
+        return list(output.logits.float().cpu().numpy())
+
+    def combine(self, document: np.ndarray, windows: Sequence[Window], outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The windows' mean logits, weighted by their new tokens, float64 (labels,).
+
+        Also of several labels: in training a window stands for its document with all of its labels, so what it says is
+        already about the document.
+        """
+        return np.average(np.asarray(outputs, np.float64), axis=0, weights=[window.new_tokens for window in windows])
+
+    def gathered(self, combined: list[np.ndarray]) -> np.ndarray:
+        """Documents' logits, float32 (documents, labels)."""
+        return np.array(combined, np.float32).reshape(len(combined), len(self.labels))
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        return self.labelling.names
+
+    def result_columns(self, outputs: np.ndarray, documents: Iterable[np.ndarray]) -> dict[str, pa.Array]:
+        return self.labelling.columns(outputs)
+
+    def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
+        return self.labelling.counts(columns)
+
+    @classmethod
+    def model_class(cls) -> "type[TRBertPreTrainedModel]":
+        from .head import TRBertForSequenceClassification
+
+        return TRBertForSequenceClassification
+
+    @classmethod
+    def fresh_head(cls, config: "TRBertConfig") -> dict[str, Any]:
+        return {"id2label": config.id2label, "label2id": config.label2id, "problem_type": problem_type_of(config)}
+
+    @classmethod
+    def saved_head(cls, raw: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
+        named = {int(i): label for i, label in raw.get("id2label", {}).items()}
+        labels = {"id2label": named, "label2id": {label: i for i, label in named.items()}}
+        count = {"num_labels": weights["classifier.weight"].shape[0]}
+        return {**(labels if named else count), "problem_type": raw.get("problem_type")}
+
+    @classmethod
+    def learnt_head(cls, uri: str, columns: "LabelledColumns", problem_type: str | None) -> dict[str, Any]:
+        from .labelled import RawTexts
+
+        raw = RawTexts.read(uri, columns, problem_type)
+        names = dict(enumerate(raw.names(columns.label_column)))
+        label2id = {name: i for i, name in names.items()}
+        return {"id2label": names, "label2id": label2id, "problem_type": raw.problem_type}
+
+    def read_corpus(self, uri: str, columns: "LabelledColumns") -> "LabelledTexts":
+        from .labelled import LabelledTexts
+
+        return LabelledTexts.read(uri, self, columns)

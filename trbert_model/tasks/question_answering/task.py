@@ -1,0 +1,379 @@
+"""Extractive question answering: question and context → windows → start and end logits → one answer a question.
+
+All positions of all windows of a question share one softmax, in training and here, so scores are comparable across
+windows. The first token of each window stands for "no answer".
+"""
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import pyarrow as pa
+
+from ...errors import ConfigurationError
+from ..base import DEFAULTS, Task, TaskOptions, lists
+from ..text import BareTokenizer, encode_apart, pieces, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...configuration import TRBertConfig
+    from ...labelled import LabelledColumns
+    from ...modeling import TRBertPreTrainedModel
+    from .labelled import LabelledQuestions
+
+# A window must have room for a passage beside its question.
+_LEAST_CONTEXT_TOKENS = 16
+# A context's fields, as a column has them.
+_CONTEXT = ("text", "ids", "starts", "ends")
+_SPAN = pa.struct(
+    [("answer", pa.string()), ("score", pa.float32()), ("start_char", pa.int32()), ("end_char", pa.int32())]
+)
+# Joiners and selectors that belong to the character before them although they are no combining marks.
+_EXTENDERS = {"\u200d", "\ufe0e", "\ufe0f", "\u20e3"}
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """A context, its token ids, int32 (tokens,), and the characters where each begins and ends, int32 (tokens,)."""
+
+    text: str
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def tokens(self, start: int, end: int) -> tuple[int, int] | None:
+        """The first and last token of the characters from `start` to before `end`; None if no token lies in them."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.starts, end, side="left")) - 1
+        return (first, last) if first <= last else None
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question's token ids, int32 (tokens,), and its context, which several questions may share."""
+
+    ids: np.ndarray
+    context: EncodedContext
+
+
+@dataclass(frozen=True)
+class QuestionWindow:
+    """[CLS] question [SEP] passage [SEP], with a second [SEP] before the passage for RoBERTa.
+
+    input_ids, token_type_ids: int32 (tokens,); passage: where the passage begins in the window; first: its first
+    token's place among the context's tokens; count: its tokens; new_tokens: those that no earlier window had.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    passage: int
+    first: int
+    count: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """An answer: characters of the context, `context[start:end]`, and its probability."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The most probable spans of a question, best first, and the probability that the context has no answer."""
+
+    spans: tuple[Span, ...]
+    null_score: float
+
+    def best(self, threshold: float | None) -> Span | None:
+        """The first span, or None where "no answer" is more probable than it by more than the threshold."""
+        if not self.spans or (threshold is not None and self.null_score - self.spans[0].score > threshold):
+            return None
+        return self.spans[0]
+
+
+@dataclass
+class QuestionAnsweringTask(Task):
+    """How questions become sequences, and sequences' outputs answers.
+
+    tokenizer: a fast BERT tokenizer, kept as a `BareTokenizer`; max_positions: tokens a sequence may have; options:
+    `overflow`, `stride`, by default a quarter of the room for the passage and at most 128, and what is told of answers;
+    pair_separators: [SEP] tokens between a question and its passage.
+    """
+
+    tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
+    max_positions: int
+    options: TaskOptions = DEFAULTS
+    pair_separators: int = 1
+
+    name = "question-answering"
+    architecture = "TRBertForQuestionAnswering"
+    text_options = ("question_column", "context_column")
+    head_modules = ("qa_outputs",)
+    labels_whole_documents = False
+    asks = True
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: "TRBertConfig", options: TaskOptions) -> "QuestionAnsweringTask":
+        return cls(tokenizer, config.usable_positions, options.bare(), config.pair_separators)
+
+    def __post_init__(self):
+        self.overflow, self.stride = self.options.overflow, self.options.stride
+        self.max_answer_tokens, self.n_best = self.options.max_answer_tokens, self.options.n_best
+        self.tokenizer = BareTokenizer.of(self.tokenizer)
+
+    def encode(self, questions: Sequence[str], contexts: Sequence[str]) -> list[EncodedQuestion]:
+        """Token ids and offsets; a context that occurs more than once is tokenised once and shared."""
+        known = {context: self._encode_context(context) for context in dict.fromkeys(contexts)}
+        ids = self._encode_questions(questions)
+        return [EncodedQuestion(question, known[context]) for question, context in zip(ids, contexts)]
+
+    def _encode_questions(self, questions: Sequence[str]) -> list[np.ndarray]:
+        if self.tokenizer.spaces_count():  # so that a question's first word is known in the middle of a passage
+            questions = [f" {question.lstrip()}" if question.strip() else "" for question in questions]
+        return token_ids(self.tokenizer, questions)
+
+    def _encode_context(self, text: str) -> EncodedContext:
+        ids: list[np.ndarray] = []
+        offsets: list[np.ndarray] = []
+        start = 0
+        for piece in pieces(text, self.tokenizer):
+            encoding = self.tokenizer.backend_tokenizer.encode_batch([piece], add_special_tokens=False)[0]
+            ids.append(np.asarray(encoding.ids, np.int32))
+            offsets.append(np.asarray(encoding.offsets, np.int32).reshape(-1, 2) + start)
+            start += len(piece)
+        where = np.concatenate(offsets)
+        return EncodedContext(text, np.concatenate(ids), where[:, 0], where[:, 1])
+
+    def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> tuple[list[EncodedQuestion], dict[int, str]]:
+        """As `Task.encode_rows`: rows of a question and a context each."""
+        contexts = list(dict.fromkeys(context for _, context in rows))
+        encoded, bad_contexts = encode_apart(lambda some: [self._encode_context(text) for text in some], contexts)
+        ids, bad_questions = encode_apart(self._encode_questions, [question for question, _ in rows])
+        places = {context: place for place, context in enumerate(contexts)}
+        documents, failures = [], {}
+        for row, (question, (_, text)) in enumerate(zip(ids, rows)):
+            context = encoded[places[text]]
+            if question is None or context is None:
+                failures[row] = bad_questions.get(row) or bad_contexts[places[text]]
+                documents.append(self.nothing())
+            else:
+                documents.append(EncodedQuestion(question, context))
+        return documents, failures
+
+    def nothing(self) -> EncodedQuestion:
+        """A question without tokens about a context without tokens."""
+        none = np.zeros(0, np.int32)
+        return EncodedQuestion(none, EncodedContext("", none, none, none))
+
+    def problem(self, document: EncodedQuestion) -> tuple[str, str] | None:
+        """Why a question cannot be answered, as a reason and a sentence."""
+        if not len(document.ids) or not len(document.context.ids):
+            what = "context" if len(document.ids) else "question"
+            return "no_tokens", f"the tokenizer finds no token in the {what}"
+        if self.room(document) <= self._shared(document):
+            return "question_too_long", (
+                f"the question's {len(document.ids)} tokens leave too little of {self.max_positions} positions for the "
+                "context"
+            )
+        return None
+
+    def _shared(self, question: EncodedQuestion) -> int:
+        """Tokens that a question's windows share."""
+        return min(128, self.room(question) // 4) if self.stride is None else self.stride
+
+    def room(self, question: EncodedQuestion) -> int:
+        """Tokens of the context that fit beside a question; less than 1 if the question is too long."""
+        room = self.max_positions - 2 - self.pair_separators - len(question.ids)
+        return room if room >= min(_LEAST_CONTEXT_TOKENS, self.max_positions // 4) else 0
+
+    def windows(self, question: EncodedQuestion) -> Iterator[QuestionWindow]:
+        """A question's windows over its context.
+
+        Raises:
+            ConfigurationError: the question leaves no room for a passage, or the stride is as long as the room.
+        """
+        room = self.room(question)
+        shared = self._shared(question)
+        if room < 1 or shared >= room:
+            raise ConfigurationError(
+                f"a question of {len(question.ids)} tokens leaves {max(room, 0)} of {self.max_positions} positions for "
+                f"the context, with a stride of {shared}"
+            )
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        head = np.concatenate([[cls], question.ids, [sep] * self.pair_separators])
+        total, start = len(question.context.ids), 0
+        while True:
+            end = min(start + room, total)
+            ids = np.concatenate([head, question.context.ids[start:end], [sep]]).astype(np.int32)
+            types = np.zeros(len(ids), np.int32)
+            types[len(head) :] = 1
+            new = end - start - (shared if start else 0)
+            yield QuestionWindow(ids, types, len(head), start, end - start, max(new, 1))
+            if end == total or self.overflow == "truncate":
+                return
+            start = end - shared
+
+    def to_column(self, documents: Sequence[EncodedQuestion]) -> pa.Array:
+        """struct<question, context>; a context that several questions share is there once."""
+        places: dict[int, int] = {}
+        contexts: list[EncodedContext] = []
+        for document in documents:
+            if id(document.context) not in places:
+                places[id(document.context)] = len(contexts)
+                contexts.append(document.context)
+        columns = [pa.array([context.text for context in contexts], pa.large_string())]
+        columns += [lists([getattr(context, name) for context in contexts]) for name in _CONTEXT[1:]]
+        indices = pa.array([places[id(document.context)] for document in documents], pa.int32())
+        shared = pa.DictionaryArray.from_arrays(indices, pa.StructArray.from_arrays(columns, names=list(_CONTEXT)))
+        questions = lists([document.ids for document in documents])
+        return pa.StructArray.from_arrays([questions, shared], names=["question", "context"])
+
+    def from_column(self, column: pa.ChunkedArray) -> Iterator[EncodedQuestion]:
+        for chunk in column.chunks:
+            questions, shared = chunk.field("question"), chunk.field("context")
+            contexts: dict[int, EncodedContext] = {}
+            for question, place in zip(questions, shared.indices.to_pylist()):
+                if place not in contexts:
+                    text, *arrays = (shared.dictionary.field(name)[place] for name in _CONTEXT)
+                    contexts[place] = EncodedContext(text.as_py(), *(array.values.to_numpy() for array in arrays))
+                yield EncodedQuestion(question.values.to_numpy(), contexts[place])
+
+    def token_types(self, windows: Sequence[QuestionWindow]) -> list[np.ndarray]:
+        """Each window's token types."""
+        return [window.token_type_ids for window in windows]
+
+    def window_outputs(self, output: Any, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """A model's output → each window's start and end logits, float32 (tokens,)."""
+        bounds = np.cumsum(lengths)[:-1]
+        starts, ends = (np.split(x.float().cpu().numpy(), bounds) for x in (output.start_logits, output.end_logits))
+        return list(zip(starts, ends))
+
+    def gathered(self, combined: list[Answer]) -> list[Answer]:
+        """Questions' answers."""
+        return combined
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        return (*_SPAN.names, "null_score", *(("spans",) if self.options.spans else ()))
+
+    def result_columns(self, outputs: Sequence[Answer], documents: Iterable[EncodedQuestion]) -> dict[str, pa.Array]:
+        """answer: string, null if there is none; score: float32, its probability; start_char, end_char: int32, its
+        place in the context; null_score: float32, the probability of no answer; spans: all that were found, best first,
+        on request."""
+
+        def row(span: Span | None, text: str) -> dict[str, Any]:
+            if span is None:
+                return dict.fromkeys(_SPAN.names)
+            values = (text[span.start : span.end], span.score, span.start, span.end)
+            return dict(zip(_SPAN.names, values, strict=True))
+
+        best, every = [], []
+        for answer, document in zip(outputs, documents, strict=True):
+            text = document.context.text
+            best.append(row(answer.best(self.options.no_answer_threshold), text))
+            if self.options.spans:
+                every.append([row(span, text) for span in answer.spans])
+        chosen = pa.array(best, _SPAN)
+        columns = {name: chosen.field(name) for name in _SPAN.names}
+        columns["null_score"] = pa.array([answer.null_score for answer in outputs], pa.float32())
+        if self.options.spans:
+            columns["spans"] = pa.array(every, pa.list_(_SPAN))
+        return columns
+
+    def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
+        """Questions by whether they have an answer."""
+        none = columns["answer"].null_count
+        counted = {"answered": len(columns["answer"]) - none, "no answer": none}
+        return {name: count for name, count in counted.items() if count}
+
+    @classmethod
+    def model_class(cls) -> "type[TRBertPreTrainedModel]":
+        from .head import TRBertForQuestionAnswering
+
+        return TRBertForQuestionAnswering
+
+    @classmethod
+    def fresh_head(cls, config: "TRBertConfig") -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def learnt_head(cls, uri: str, columns: "LabelledColumns", problem_type: str | None) -> dict[str, Any]:
+        return {}
+
+    def read_corpus(self, uri: str, columns: "LabelledColumns") -> "LabelledQuestions":
+        from .labelled import LabelledQuestions
+
+        return LabelledQuestions.read(uri, self, columns)
+
+    def combine(
+        self,
+        document: EncodedQuestion,
+        windows: Sequence[QuestionWindow],
+        outputs: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> Answer:
+        """The answer from start and end logits of each window's tokens, float (tokens,) each."""
+        context, logits = document.context, outputs
+        starts = [np.asarray(s, np.float64) for s, _ in logits]
+        ends = [np.asarray(e, np.float64) for _, e in logits]
+        of_start = _log_sum([_scored(s, window) for s, window in zip(starts, windows)])
+        of_end = _log_sum([_scored(e, window) for e, window in zip(ends, windows)])
+        null = _log_sum([s[:1] for s in starts]) - of_start + _log_sum([e[:1] for e in ends]) - of_end
+        found: dict[tuple[int, int], float] = {}
+        for window, s, e in zip(windows, starts, ends):
+            passage = slice(window.passage, window.passage + window.count)
+            for first, last, log_probability in self._spans(s[passage] - of_start, e[passage] - of_end):
+                start, end = context.starts[window.first + first], context.ends[window.first + last]
+                span = _without_spaces(context.text, int(start), int(end))
+                if span[0] > span[1]:
+                    continue
+                # Windows overlap: the same characters found twice are one answer.
+                found[span] = found.get(span, 0.0) + float(np.exp(log_probability))
+        best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[: self.n_best]
+        spans = tuple(Span(start, whole_characters(context.text, end), score) for (start, end), score in best)
+        return Answer(spans, float(np.exp(null)))
+
+    def _spans(self, start: np.ndarray, end: np.ndarray) -> Iterator[tuple[int, int, float]]:
+        """The best spans of a window: first and last token of the passage, log-probability."""
+        if not len(start):
+            return
+        reach = min(self.max_answer_tokens, len(start))
+        padded = np.concatenate([end, np.full(reach, -np.inf)])
+        scores = start[:, None] + np.lib.stride_tricks.sliding_window_view(padded, reach)[: len(start)]
+        count = min(2 * self.n_best, scores.size)
+        for flat in np.argpartition(-scores, count - 1, axis=None)[:count]:
+            first, length = divmod(int(flat), reach)
+            if np.isfinite(scores[first, length]):
+                yield first, first + length, float(scores[first, length])
+
+
+def whole_characters(text: str, end: int) -> int:
+    """An end moved past the marks that belong to the character before it: tokenizers strip accents, and the last
+    letter's would be cut off where the text holds them apart."""
+    while end < len(text) and (unicodedata.combining(text[end]) or text[end] in _EXTENDERS):
+        end += 1
+    return end
+
+
+def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space around it, which some tokenizers' tokens hold; its end before its start if there
+    is nothing else in it."""
+    found = text[start:end]
+    return end - len(found.lstrip()), start + len(found.rstrip())
+
+
+def _scored(logits: np.ndarray, window: QuestionWindow) -> np.ndarray:
+    """The positions that take part in the softmax: "no answer" and the passage."""
+    return np.concatenate([logits[:1], logits[window.passage : window.passage + window.count]])
+
+
+def _log_sum(parts: Sequence[np.ndarray]) -> float:
+    values = np.concatenate(parts)
+    highest = values.max()
+    return float(highest + np.log(np.exp(values - highest).sum()))

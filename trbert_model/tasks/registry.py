@@ -1,0 +1,55 @@
+"""The tasks there are."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError
+from .base import Task
+from .classification.task import ClassificationTask
+from .question_answering.task import QuestionAnsweringTask
+
+if TYPE_CHECKING:
+    from ..configuration import TRBertConfig
+    from ..modeling import TRBertPreTrainedModel
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, QuestionAnsweringTask)}
+
+
+def task_named(name: str) -> type[Task]:
+    """A task by its name.
+
+    Raises:
+        ConfigurationError: there is none of this name.
+    """
+    if name not in TASKS:
+        raise ConfigurationError(f"task {name!r} is none of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def task_of(config: "TRBertConfig") -> type[Task]:
+    """The task of a saved model, by the architecture that its configuration names.
+
+    Raises:
+        ConfigurationError: it is none of the tasks'.
+    """
+    return _task_among(config.architectures or [])
+
+
+def task_of_model(model: "TRBertPreTrainedModel") -> type[Task]:
+    """The task of a model with a head.
+
+    Raises:
+        ConfigurationError: it is none of the tasks'.
+    """
+    return _task_among([type(model).__name__])
+
+
+def _task_among(architectures: Sequence[str]) -> type[Task]:
+    for task in TASKS.values():
+        if task.architecture in architectures:
+            return task
+    known = " nor ".join(task.architecture for task in TASKS.values())
+    raise ConfigurationError(
+        f"its architecture is {architectures or None}, neither {known}; "
+        "convert it with jobs/convert.py or train it with jobs/train.py"
+    )

@@ -1,0 +1,33 @@
+"""Low-rank adapters of a model that is trained."""
+
+import copy
+from typing import Any
+
+from ..backbones import BACKBONES
+from ..checkpoints.conversion import MODULES_TO_SAVE
+from .config import TrainingConfig
+
+# A task's model, or peft's wrapper around one, which passes everything on.
+Model = Any
+
+
+def merged_copy(model: Model) -> Model:
+    """A copy of the model, its adapter merged into the weights if it has one."""
+    duplicate = copy.deepcopy(model)
+    return duplicate.merge_and_unload() if hasattr(duplicate, "merge_and_unload") else duplicate
+
+
+def with_adapter(model: Model, config: TrainingConfig) -> Model:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.adapter_rank,
+        lora_alpha=2 * (config.adapter_rank or 0),
+        lora_dropout=0.0,
+        target_modules=BACKBONES[model.config.backbone].lora_targets,
+        modules_to_save=MODULES_TO_SAVE,
+    )
+    adapted = get_peft_model(model, lora)
+    # A path of this machine means nothing elsewhere, and peft would look a name up on the model hub.
+    adapted.peft_config["default"].base_model_name_or_path = None
+    return adapted

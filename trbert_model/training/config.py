@@ -1,0 +1,137 @@
+"""The options of a training run."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..engine.options import computes_bfloat16
+from ..errors import ConfigurationError
+from ..labelled import LabelledColumns
+from ..options import option
+from ..tasks.classification.task import ClassificationTask
+from ..tasks.registry import TASKS, task_named
+
+STAGES = ("fine_tune", "imitation", "selectors", "joint")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(LabelledColumns):
+    """Everything a training run depends on."""
+
+    task: str = option(ClassificationTask.name, " or ".join(TASKS))
+    problem_type: str | None = option(
+        None,
+        "what a classifier gives: single_label_classification, multi_label_classification or regression (default: by "
+        "the label column: lists of labels are several, floating-point numbers and lists of them are to be regressed)",
+    )
+    train: str = option("", "Parquet file or URI with the training documents; for questions also SQuAD's JSON")
+    backbone: str = option("", "directory of a BERT or DistilBERT checkpoint, or of a model this command fine-tuned")
+    output: str = option("", "directory for the trained model; a killed run resumes from its stages/")
+    evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
+    reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
+    selector_size: int = option(32, "width of a selector's hidden layer")
+    question_aware: bool = option(
+        True, "the selectors know the question, and its tokens stay for two thirds of the layers; not so in the paper"
+    )
+    max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
+    speedup: float | None = option(
+        3.0, "FLOPs speed-up over the dense model that the saved thresholds give; none: 0.5, as in the paper"
+    )
+    speed_range: tuple[float, ...] | None = option(
+        None, "least and greatest FLOPs speed-up to train for (default: the one of `speedup`)"
+    )
+    length_penalty: float = option(0.5, "λ of the selectors' stage: the price of keeping every token")
+    joint_length_penalty: float = option(0.5, "λ of the joint stage")
+    samples: int = option(4, "random selections of a document in a step of reinforcement")
+    guide_rate: float = option(0.5, "share of the selectors' steps in which a sample follows the guide")
+    distillation: bool = option(True, "in the joint stage, learn the dense model's probabilities, not the labels")
+    feature_distillation: float = option(
+        0.0,
+        "with distillation, learn also what the dense model's classifier sees, with this weight (classification)",
+    )
+    joint_imitation: float = option(
+        0.0,
+        "in the joint stage, weight of the selectors' imitation loss, of which the layers below them learn too: so the "
+        "first layers learn to see where the answer to a question is",
+    )
+    unreduced: float = option(
+        0.15,
+        "in the joint stage, share of the documents that are learnt with all their tokens, so that the model works "
+        "without reduction too; 0 in the paper",
+    )
+    crops: float = option(
+        0.0,
+        "in the joint stage, share of the documents of which a random piece is learnt, as the dense model judges it: "
+        "against overfitting (classification, with distillation)",
+    )
+    unlabelled: str | None = option(
+        None,
+        "Parquet file or URI with more documents for the stages after the fine-tune, which learn from the dense model: "
+        "such as the corpus to score (classification, with distillation)",
+    )
+    adapter_rank: int | None = option(
+        None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
+    )
+    batch_size: int = option(16, "documents in a step")
+    fine_tune_epochs: float = option(3.0, "epochs of the dense fine-tune; 0 takes a fine-tuned backbone as it is")
+    imitation_epochs: float = option(0.5, "epochs of the selectors' imitation of the guide")
+    selectors_epochs: float = option(0.5, "epochs of the selectors' reinforcement")
+    joint_epochs: float = option(1.0, "epochs of everything together")
+    learning_rate: float = option(1e-4, "of the dense fine-tune")
+    joint_learning_rate: float = option(5e-5, "of everything but the selectors in the joint stage")
+    selector_learning_rate: float = option(1e-3, "of the selectors")
+    warmup: float = option(0.1, "share of a stage's steps in which the learning rate rises")
+    attention_dropout: float = option(0.0, "torch's CPU flash attention knows none; more than 0 trains slower")
+    teacher_cache: str | None = option(
+        None, "directory that runs with the same dense model and corpus share their teacher in (default: the output's)"
+    )
+    seed: int = option(0, "of everything random")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast; auto: bfloat16 where the machine computes in it")
+
+    def __post_init__(self):
+        for name in ("train", "backbone", "output"):
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} is required")
+        task = task_named(self.task)
+        if self.speedup is not None and self.speedup <= 1:
+            raise ConfigurationError(f"speedup {self.speedup} must be more than 1")
+        if self.speed_range is not None and not (
+            len(self.speed_range) == 2 and 1 < self.speed_range[0] < self.speed_range[1]
+        ):
+            raise ConfigurationError(
+                f"speed_range {self.speed_range} must be two rising numbers above 1, such as 1.5,6"
+            )
+        if not 0 <= self.crops <= 1:
+            raise ConfigurationError(f"crops {self.crops} must be between 0 and 1")
+        if not 0 <= self.unreduced < 1:
+            raise ConfigurationError(f"unreduced {self.unreduced} must be at least 0 and less than 1")
+        for name in ("crops", "unlabelled", "feature_distillation"):
+            if getattr(self, name) and not (task.labels_whole_documents and self.distillation):
+                raise ConfigurationError(f"{name} {getattr(self, name)}: only for classification with distillation")
+        if self.crops and self.joint_imitation:
+            raise ConfigurationError(f"joint_imitation {self.joint_imitation}: not with crops, which have no guide")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, float32, bfloat16")
+        least = {
+            "batch_size": 1,
+            "feature_distillation": 0,
+            "joint_imitation": 0,
+            "samples": 0,
+            "length_penalty": 0,
+            "joint_length_penalty": 0,
+            "guide_rate": 0,
+        }
+        for name in (*least, *(f"{stage}_epochs" for stage in STAGES)):
+            if not getattr(self, name) >= least.get(name, 0):  # NaN is neither
+                raise ConfigurationError(f"{name} {getattr(self, name)} must be at least {least.get(name, 0)}")
+        if self.selectors_epochs and self.samples < 2:
+            raise ConfigurationError(f"samples {self.samples}: reinforcement compares at least 2 (selectors_epochs 0?)")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What is computed in beside fp32, on this machine."""
+        half = self.dtype == "bfloat16" or (self.dtype == "auto" and computes_bfloat16())
+        return torch.bfloat16 if half else None
+
+    def epochs(self, stage: str) -> float:
+        return getattr(self, f"{stage}_epochs")

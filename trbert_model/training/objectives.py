@@ -1,0 +1,311 @@
+"""What each stage of training minimises, as modules around the model, in the order of the stages.
+
+A stage's loss may take several passes through the model. As a module of its own it can be trained by transformers'
+Trainer on one device or replicated over many: all that a step computes happens in the one forward that is replicated.
+Every forward takes the tensors of `WindowDataset.collate`'s batch, some of whose examples may have several windows,
+and returns `{"loss": (), **measurements}`; measurements are () too, and `dense_passes` among them says what the step
+cost: in units of the dense model's forward pass over the same windows, a gradient counted as two more.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flops import dense_flops, layer_flops, reduced_flops
+from ..losses import TaskLosses
+from ..modeling import TRBertModel
+from ..reduction.policies import TopTokensPolicy
+from ..reduction.sampling import SamplingPolicy
+from ..reduction.state import SelectionPolicy
+from ..varlen import sequence_sums
+from .teacher import inputs_of
+
+
+class Objective(nn.Module):
+    """A stage's loss around a task's model or peft's wrapper around one."""
+
+    def __init__(self, model: Any, losses: TaskLosses):
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    @property
+    def trunk(self) -> TRBertModel:
+        """The model without the task's head, and without peft's wrapper."""
+        return next(module for module in self.model.modules() if isinstance(module, TRBertModel))
+
+    def imitation_loss(self, output: Any, batch: dict[str, Tensor], counts: Tensor) -> Tensor:
+        """The selectors' loss to what they are to imitate, of the tokens that each of them judged, summed over the
+        reductions; counts: int64 (windows, reductions), how many tokens are to go on."""
+        targets = self.losses.keep_targets(batch, self.model.config.reduction_layers, counts)
+        examples = batch["example"].repeat_interleave(batch["cu_seqlens"].diff().long())
+        losses = []
+        for selection, target in zip(output.selections, targets):
+            judged = selection.places[~selection.fixed]
+            losses.append(self.losses.imitation(selection.logits[~selection.fixed], target[judged], examples[judged]))
+        return torch.stack(losses).sum()
+
+    def _cost(self, lengths: Tensor, kept: Tensor, samples: int = 1) -> float:
+        """FLOPs of a pass with these kept tokens, (samples · sequences, reductions), over those of the dense pass."""
+        config, tokens = self.model.config, lengths.cpu().numpy()
+        spent = reduced_flops(config, np.tile(tokens, samples), kept.cpu().numpy()).sum()
+        shared = config.reduction_layers[0] * layer_flops(config, tokens).sum() * (samples - 1)
+        return float((spent - shared) / dense_flops(config, tokens).sum())
+
+
+class FineTune(Objective):
+    """The dense model on the task."""
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        loss = self.losses.labelled(self.model(**inputs_of(batch), reduce=False), batch).mean()
+        return {"loss": loss, "task_loss": loss.detach(), "dense_passes": torch.tensor(3.0)}
+
+
+class OperatingPoints(nn.Module):
+    """Where the keep logits are cut for each of several speed-ups while the selectors still change.
+
+    Each document of a step is reduced as for a speed-up drawn at random, so that one model learns all of them; after
+    each step the cuts follow the tokens that they let through.
+
+    Args:
+        fractions: kept fractions, (points, reductions); none for the original's single cut at p = 0.5.
+        cuts: keep logits to start with, (points, reductions).
+    """
+
+    GAIN = 0.1  # in the logits' standard deviations, for a kept fraction e times too high
+
+    def __init__(self, fractions: Sequence[Sequence[float]], cuts: Sequence[Sequence[float]], reductions: int):
+        super().__init__()
+        points = max(len(fractions), 1)
+        self.follows = bool(fractions)
+        self.fractions = nn.Buffer(torch.tensor(fractions or [[0.5] * reductions]))
+        # For choosing at random with probability p, and for choosing what is above the cut: the same cut keeps
+        # different numbers.
+        self.cuts = nn.Buffer(torch.tensor(cuts or [[0.0] * reductions]).repeat(2, 1, 1))
+        assert self.cuts.shape == (2, points, reductions)
+
+    def draw(self, sequences: int, device: torch.device) -> Tensor:
+        """A point for each sequence, int64 (sequences,)."""
+        return torch.randint(len(self.fractions), (sequences,), device=device)
+
+    def counts(self, points: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens of sequences of these lengths that go on at these points, int64 (sequences, reductions)."""
+        return (lengths[:, None] * self.fractions[points]).round().long().clamp(min=1)
+
+    def cuts_at(self, points: Tensor, *, sampled: bool) -> Tensor:
+        """(sequences, reductions)."""
+        return self.cuts[0 if sampled else 1, points]
+
+    def follow(self, points: Tensor, lengths: Tensor, kept: Tensor, spreads: Tensor, *, sampled: bool) -> None:
+        """Move the cuts of the points that were used towards their kept fractions.
+
+        points: (sequences,); lengths: (sequences,); kept: (sequences, reductions); spreads: the keep logits' standard
+        deviations, (reductions,).
+        """
+        if not self.follows:
+            return
+        table = self.cuts[0 if sampled else 1]
+        tokens = torch.zeros(len(table), device=table.device).index_add_(0, points, lengths.float())
+        alive = torch.zeros_like(table).index_add_(0, points, kept.float())
+        used = tokens > 0
+        ratio = (alive[used] / tokens[used, None]).clamp(min=1e-4) / self.fractions[used]
+        table[used] += self.GAIN * spreads * ratio.log().clamp(-2, 2)
+
+
+class Imitation(Objective):
+    """Each selector alone, by the task's imitation loss: the tokens that the guide ranks highest go on, or, of a
+    question, those near its answer.
+
+    The selectors meet the tokens that they themselves rank highest, as they will when they are used.
+    """
+
+    def __init__(self, model: Any, losses: TaskLosses, points: OperatingPoints):
+        super().__init__(model, losses)
+        self.points = points
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        self.model.eval()  # the states to be judged are those of inference
+        lengths, points = batch["cu_seqlens"].diff(), _points_of(self.points, batch)
+        counts = self.points.counts(points, lengths)
+        output = self.model(**inputs_of(batch), selection_policy=TopTokensPolicy(counts), output_selections=True)
+        loss = self.imitation_loss(output, batch, counts)
+        kept = torch.stack(output.kept_tokens, 1)
+        cost = torch.tensor(self._cost(lengths, kept))
+        return {"loss": loss, "imitation_loss": loss.detach(), "dense_passes": cost}
+
+
+class Reinforcement(Objective):
+    """The selectors alone, by policy gradient (the paper's section 3.3): several random selections of each document,
+    rewarded with −task loss − λ · mean kept fraction, against their mean.
+
+    Args:
+        samples: selections of each document in a step; they share everything before the first reduction.
+        length_penalty: λ.
+        guided_steps: for this many steps one of the samples keeps the tokens that the guide ranks highest, as many as
+            the probabilities add up to.
+        distillation: the task loss is the cross-entropy to the dense model's probabilities, not to the labels.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        losses: TaskLosses,
+        points: OperatingPoints,
+        *,
+        samples: int,
+        length_penalty: float,
+        guided_steps: int = 0,
+        distillation: bool = False,
+    ):
+        super().__init__(model, losses)
+        self.points, self.samples, self.length_penalty = points, samples, length_penalty
+        self.guided_steps, self.distillation = guided_steps, distillation
+        self.step = nn.Buffer(torch.zeros((), dtype=torch.int64))
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        loss, measured = self.policy_loss(batch, _points_of(self.points, batch))
+        return {"loss": loss, **measured}
+
+    def policy_loss(self, batch: dict[str, Tensor], points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The selectors' loss, which has no gradient in anything but them, and what was seen on the way.
+
+        points: of each window, (windows,); the same for all windows of an example.
+        """
+        self.model.eval()
+        lengths, count, example = batch["cu_seqlens"].diff(), self.samples, batch["example"]
+        windows, examples = len(lengths), _examples(batch)
+        cuts = self.points.cuts_at(points, sampled=True).repeat(count, 1)
+        guided = torch.zeros(count * windows, dtype=torch.bool, device=lengths.device)
+        guided[:windows] = bool(self.step < self.guided_steps)
+        self.step.add_(1)
+        guide = None
+        if guided.any():
+            guide = self.losses.guide(batch, self.model.config.reduction_layers).repeat(1, count)
+        policy = SamplingPolicy(cuts, guided, guide)
+        # An example's windows are rewarded together.
+        owner = torch.cat([example + examples * sample for sample in range(count)])
+        with torch.no_grad():
+            state = self.trunk.before_reduction(**inputs_of(batch)).repeated(count)
+            output = self.model(state=state, selection_policy=policy, output_selections=True)
+            task_loss = self.task_losses(output, batch, count)
+            kept = torch.stack(output.kept_tokens, 1)
+            fractions = (kept / lengths.repeat(count)[:, None]).mean(1)
+            reward = -task_loss - self.length_penalty * _means(fractions, owner, examples * count)
+            advantage = (reward - reward.view(count, -1).mean(0).repeat(count))[owner]
+        # Guided selections would move the cuts by what the guide keeps.
+        free = ~guided
+        self.points.follow(
+            points.repeat(count)[free], lengths.repeat(count)[free], kept[free], policy.spreads(), sampled=True
+        )
+
+        log_probability, entropy = torch.zeros_like(fractions), torch.zeros((), device=lengths.device)
+        for reduction, selection in enumerate(output.selections):
+            logits = self.trunk.encoder.selectors[reduction](selection.hidden, selection.match)
+            logits = logits - cuts[:, reduction][selection.sequence]
+            chosen = torch.where(selection.keep, F.logsigmoid(logits), F.logsigmoid(-logits))
+            sums = sequence_sums(chosen * ~selection.fixed, selection.cu_seqlens)
+            log_probability = log_probability + sums / selection.lengths
+            probability = torch.sigmoid(logits.detach()[~selection.fixed])
+            entropy += F.binary_cross_entropy(probability, probability) / len(output.selections)
+        measured = {
+            "reward": reward.mean(),
+            "task_loss": task_loss.mean(),
+            "policy_entropy": entropy,
+            "dense_passes": torch.tensor(self._cost(lengths, kept, count)),
+            **_kept_measurements(kept[free], lengths.repeat(count)[free]),
+        }
+        return -(advantage * log_probability).mean(), measured
+
+    def task_losses(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+        """The task's loss of each example, to the dense model's probabilities or to the labels."""
+        return (self.losses.distilled if self.distillation else self.losses.labelled)(output, batch, repeats)
+
+
+class Joint(Reinforcement):
+    """Everything together: the task's loss of the model as it reduces, and the selectors' policy gradient.
+
+    Args: as `Reinforcement`'s, with distillation unless it is said otherwise, and
+        samples: 0: no policy gradient.
+        imitation: weight of the selectors' imitation loss, of which the layers below them learn too, to let them see
+            what they are to imitate.
+        unreduced: share of the examples whose task loss is that of the model with all their tokens.
+        dense: gives the probabilities that the batches lack; frozen.
+        selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
+    """
+
+    def __init__(
+        self,
+        *reinforcement: Any,
+        imitation: float = 0.0,
+        unreduced: float = 0.0,
+        selection_policy: SelectionPolicy | None = None,
+        dense: nn.Module | None = None,
+        **settings: Any,
+    ):
+        super().__init__(*reinforcement, **{"distillation": True, **settings})
+        self.imitation, self.unreduced = imitation, unreduced
+        self.selection_policy, self.dense = selection_policy, dense
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        points, lengths = _points_of(self.points, batch), batch["cu_seqlens"].diff()
+        loss, cost = torch.zeros((), device=lengths.device), torch.zeros(())
+        if self.dense is not None:
+            self.dense.eval()
+            with torch.no_grad():
+                batch["teacher"] = self.losses.signals(self.dense(**inputs_of(batch), reduce=False)).float()
+            cost = cost + 1
+        measured: dict[str, Tensor] = {}
+        if self.samples:
+            loss, measured = self.policy_loss(batch, points)
+            cost = cost + measured["dense_passes"]
+            self.model.train(self.training)
+        # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
+        # many, those that it will be used with.
+        cuts = self.points.cuts_at(points, sampled=not self.points.follows)
+        reduced = (torch.rand(_examples(batch), device=lengths.device) >= self.unreduced)[batch["example"]]
+        cuts = torch.where(reduced[:, None], cuts, -torch.inf)
+        selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
+        output = self.model(
+            **inputs_of(batch),
+            selection_policy=self.selection_policy or selectors,
+            output_selections=bool(self.imitation),
+        )
+        kept = torch.stack(output.kept_tokens, 1)
+        if self.selection_policy is None and self.points.follows:
+            self.points.follow(points[reduced], lengths[reduced], kept[reduced], selectors.spreads(), sampled=False)
+        task_loss = self.task_losses(output, batch).mean()
+        loss = loss + task_loss
+        if self.imitation:
+            imitation_loss = self.imitation_loss(output, batch, self.points.counts(points, lengths))
+            loss = loss + self.imitation * imitation_loss
+            measured["imitation_loss"] = imitation_loss.detach()
+        measured |= {
+            "task_loss": task_loss.detach(),
+            "dense_passes": cost + 3 * self._cost(lengths, kept),
+            **_kept_measurements(kept[reduced], lengths[reduced]),
+        }
+        return {"loss": loss, **measured}
+
+
+def _points_of(points: OperatingPoints, batch: dict[str, Tensor]) -> Tensor:
+    """A point for each example, as one for each of its windows, int64 (windows,)."""
+    return points.draw(_examples(batch), batch["example"].device)[batch["example"]]
+
+
+def _examples(batch: dict[str, Tensor]) -> int:
+    return int(batch["example"].max()) + 1
+
+
+def _means(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Means of each group's values, (groups,)."""
+    sums = torch.zeros(groups, device=values.device).index_add(0, group, values)
+    return sums / group.bincount(minlength=groups)
+
+
+def _kept_measurements(kept: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Kept fractions of all tokens but [CLS], which always stays."""
+    others = (kept - 1).sum(0) / (lengths - 1).sum().clamp(min=1)
+    return {f"kept_{reduction}": fraction for reduction, fraction in enumerate(others)}

@@ -1,0 +1,351 @@
+"""Training a TR-BERT: the paper's four stages, each resumable, on transformers' Trainer.
+
+1. `fine_tune`: the plain BERT on the task, reduction off. A fine-tuned backbone skips it.
+2. `imitation`: everything but the selectors frozen; they learn the tokens that the guide ranks highest, or, for
+   questions, how near a token is to a right answer (`losses`). Before it the dense model's logits and guide, where
+   they are needed, are computed once for the corpus (`teacher`).
+3. `selectors`: everything but the selectors frozen; they learn by reinforcement (Ye et al., section 3.3).
+4. `joint`: everything, with the task's loss of the reduced model against the dense model's logits.
+
+With `speed_range` each document of a step is reduced for a speed-up drawn from that range, so that one model serves
+all of them, and its thresholds choose (`calibration`); with `speedup` alone all are reduced for that one; without
+either, λ decides, as in the paper, and the threshold is 0.5. Each stage starts from the last one's result; what each
+minimises is in `objectives`.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..calibration import cuts_for, keep_logits, kept_fractions_for, schedules, thresholds_of
+from ..checkpoints.conversion import convert_checkpoint
+from ..engine import Engine, EngineOptions
+from ..errors import ConfigurationError
+from ..labelled import LabelledCorpus
+from ..reduction.state import SelectionPolicy
+from ..tasks.base import TaskOptions
+from ..tasks.registry import task_named
+from ..terminal import get_logger
+from .adapters import Model, merged_copy, with_adapter
+from .config import STAGES, TrainingConfig
+from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
+from .processes import is_main_process, replicas, world_size
+from .teacher import TeacherSignals, deep_layer, signals_digest, teacher_signals
+from .trainer import StageTrainer
+
+logger = get_logger(__name__)
+
+# Tokens that thresholds are set with; fewer where training begins, which moves them to what they should let through.
+_CALIBRATION_TOKENS = 60_000
+_STARTING_TOKENS = 15_000
+
+
+def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = None) -> dict:
+    """Run all stages and save the model, its tokenizer and, with `adapter_rank`, the adapter alone.
+
+    Args:
+        selection_policy: chooses the tokens of the joint stage and its evaluation instead of the selectors, for
+            comparisons with simpler rules.
+
+    In a process group of torch.distributed it trains data-parallel; the output must be a directory that all
+    processes share.
+
+    Returns the measurements, also written to `output/training.json`: each stage's accuracy and FLOPs speed-up on
+    `evaluation` where one is given, its cost in dense forward passes a document, and a digest of the parameters that
+    each process ended with.
+
+    Raises:
+        ConfigurationError: options that do not go together, or stages in the output that were trained with others.
+        InputError: a corpus that cannot be read or has other labels.
+        TrainingError: a stage's selectors keep everything, or nothing; processes that ended with other parameters.
+    """
+    torch.manual_seed(config.seed)
+    if config.batch_size % world_size():
+        raise ConfigurationError(f"batch_size {config.batch_size} must be a multiple of the {world_size()} workers")
+    output = Path(config.output)
+    tokenizer = AutoTokenizer.from_pretrained(config.backbone, local_files_only=True)
+    model = _model(config)
+    if is_main_process():
+        _bind_stages(output / "stages", config)
+    task = task_named(config.task).of(tokenizer, model.config, TaskOptions())
+    corpus = task.read_corpus(config.train, config)
+    evaluation = task.read_corpus(config.evaluation, config) if config.evaluation else None
+    if config.adapter_rank:
+        model = with_adapter(model, config)
+    run = _Run(config, model, tokenizer, corpus, evaluation)
+    run.execute(selection_policy)
+    if is_main_process():
+        _save(model, tokenizer, config, output)
+        (output / "training.json").write_text(json.dumps(run.measurements, indent=1) + "\n")
+    return run.measurements
+
+
+def _model(config: TrainingConfig) -> Model:
+    """The backbone with the selectors asked for, and a fresh head unless it is taken as fine-tuned."""
+    layers = None if config.reduction_layers is None else list(config.reduction_layers)
+    task = task_named(config.task)
+    learnt = task.learnt_head(config.train, config, config.problem_type)
+    model: Model = convert_checkpoint(
+        config.backbone,
+        task=task.name,
+        head=learnt if config.fine_tune_epochs else None,
+        reduction_layers=layers,
+        selector_size=config.selector_size,
+        question_aware=config.question_aware and task.asks,
+        max_positions=config.max_positions,
+    )
+    model.config.attention_probs_dropout_prob = config.attention_dropout
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.dropout.p = config.attention_dropout
+    below = deep_layer(model.config)
+    if config.imitation_epochs and model.config.reduction_layers and model.config.reduction_layers[-1] >= below:
+        raise ConfigurationError(
+            f"reduction layers {model.config.reduction_layers} cannot be taught by imitation: the guide judges layers "
+            f"below {below} of this model"
+        )
+    return model
+
+
+class _Run:
+    """A training run under way: what its stages share."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: LabelledCorpus,
+        evaluation: LabelledCorpus | None,
+    ):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.evaluation = evaluation
+        self.measurements: dict = {"config": dataclasses.asdict(config), "stages": {}}
+        self.learn_from(corpus)
+
+    def learn_from(self, corpus: LabelledCorpus) -> None:
+        """Train with these documents from now on."""
+        self.corpus, self.dataset = corpus, corpus.dataset(self.config.feature_distillation)
+        self.documents = corpus.documents
+        self.lengths = np.array([len(window.input_ids) for window in self.dataset.windows])
+
+    def execute(self, selection_policy: SelectionPolicy | None) -> None:
+        config, model = self.config, self.model
+        reinforced: dict[str, Any] = {"samples": config.samples}
+        self.stage("fine_tune", FineTune(model, self.dataset.losses))
+        self.evaluate("fine_tune", reduce=False)
+        if not any(config.epochs(stage) for stage in STAGES[1:]):
+            return
+        if config.unlabelled:
+            self.learn_from(self.corpus.with_unlabelled(config.unlabelled, config))
+        losses = self.dataset.losses
+        guided = config.imitation_epochs or config.joint_imitation or (config.selectors_epochs and config.guide_rate)
+        if (guided and losses.guided_by_saliency) or (config.joint_epochs and config.distillation):
+            self.dataset.teacher = self.teacher()
+        if config.imitation_epochs:
+            targets, _ = self.fractions()
+            zeros = [[0.0] * len(targets[0])] * len(targets)
+            self.stage("imitation", Imitation(model, losses, OperatingPoints(targets, zeros, len(targets[0]))))
+            self.set_thresholds()
+            self.evaluate("imitation")
+        if config.selectors_epochs:
+            guided = round(config.guide_rate * self.steps(config.selectors_epochs))
+            penalty = config.length_penalty
+            self.stage(
+                "selectors",
+                Reinforcement(model, losses, self.points(), length_penalty=penalty, guided_steps=guided, **reinforced),
+            )
+            self.set_thresholds()
+            self.evaluate("selectors")
+        if config.joint_epochs:
+            if selection_policy is not None:
+                reinforced["samples"] = 0
+            # The backbone is the dense model's until this stage, and a resumed stage begins with it too.
+            dense = copy.deepcopy(model).requires_grad_(False) if config.crops else None
+            self.dataset.crops = config.crops
+            joint = Joint(
+                model,
+                losses,
+                self.points(),
+                length_penalty=config.joint_length_penalty,
+                distillation=config.distillation,
+                imitation=config.joint_imitation,
+                unreduced=config.unreduced,
+                selection_policy=selection_policy,
+                dense=dense,
+                **reinforced,
+            )
+            self.stage("joint", joint)
+            self.set_thresholds()
+            self.evaluate("joint", policy=selection_policy)
+            self.evaluate("joint_without_reduction", reduce=False)
+
+    def sample(self, tokens: int) -> list[Any]:
+        """Some of the training documents, of about so many tokens together."""
+        return self.documents[:: max(1, int(self.lengths.sum()) // tokens)]
+
+    def fractions(self) -> tuple[list[list[float]], list[float] | None]:
+        """The kept fractions to train for, one list a point, and those of the saved thresholds."""
+        config, model_config = self.config, self.model.config
+        final = None if config.speedup is None else kept_fractions_for(config.speedup, model_config, self.lengths)
+        if config.speed_range is None:
+            return [final or kept_fractions_for(2.0, model_config, self.lengths)], final
+        speeds = np.geomspace(config.speed_range[0], config.speed_range[1], 6)
+        points = [
+            kept_fractions_for(float(speed), model_config, self.lengths, exponents)
+            for speed in speeds
+            for exponents in schedules(len(model_config.reduction_layers))
+        ]
+        return points, final
+
+    def points(self) -> OperatingPoints:
+        """The points to train for, cut where the selectors' logits are now."""
+        reductions = len(self.model.config.reduction_layers)
+        if self.config.speed_range is None and self.config.speedup is None:
+            return OperatingPoints([], [], reductions)
+        fractions, _ = self.fractions()
+        engine, documents = self.engine(), self.sample(_STARTING_TOKENS)
+        first = keep_logits(engine, documents)
+        cuts = [cuts_for(engine, documents, each, first) for each in fractions]
+        return OperatingPoints(fractions, cuts, reductions)
+
+    def set_thresholds(self) -> None:
+        """The thresholds of the speed-up asked for, on training documents."""
+        _, fractions = self.fractions()
+        if fractions is None:
+            self.model.config.selector_thresholds = [0.5] * len(self.model.config.reduction_layers)
+        else:
+            thresholds = thresholds_of(cuts_for(self.engine(), self.sample(_CALIBRATION_TOKENS), fractions))
+            self.model.config.selector_thresholds = thresholds
+            logger.info("kept fractions %s, thresholds %s", np.round(fractions, 3), np.round(thresholds, 3))
+
+    def engine(self, *, reduce: bool = True) -> Engine:
+        """A copy of the model as it scores."""
+        options = EngineOptions(reduce=reduce, dtype="float32")
+        return Engine(merged_copy(self.model), self.tokenizer, options)
+
+    def evaluate(self, name: str, *, reduce: bool = True, policy: SelectionPolicy | None = None) -> None:
+        if self.evaluation is not None and is_main_process():
+            measured = evaluate(self.engine(reduce=reduce), self.evaluation, policy)
+            self.measurements["stages"].setdefault(name, {}).update(measured)
+            logger.info("%s: %s", name, measured)
+
+    def teacher(self) -> TeacherSignals:
+        """The dense model's signals, computed once for a dense model and corpus."""
+        cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
+        autocast = self.config.autocast
+        path = cache / f"teacher-{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
+        if not path.is_file() and is_main_process():
+            self.model.requires_grad_(False)
+            teacher_signals(self.model, self.dataset, autocast=autocast).save(path)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        return TeacherSignals.load(path)
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of a stage, in one process."""
+        return round(epochs * len(self.dataset) / self.config.batch_size)
+
+    def stage(self, name: str, objective: Objective) -> None:
+        """Train a stage, from its last checkpoint if a killed run left one; not at all if it is complete."""
+        config = self.config
+        if not config.epochs(name):
+            return
+        directory = Path(config.output) / "stages" / name
+        self.model.requires_grad_(False)
+        for parameter in _trainable(self.model, name, adapter=bool(config.adapter_rank)):
+            parameter.requires_grad_(True)
+        arguments = TrainingArguments(
+            output_dir=str(directory),
+            per_device_train_batch_size=config.batch_size // world_size(),
+            num_train_epochs=config.epochs(name),
+            learning_rate=config.learning_rate if name == "fine_tune" else config.selector_learning_rate,
+            warmup_steps=config.warmup,
+            max_grad_norm=1.0,
+            bf16=config.autocast is torch.bfloat16,
+            seed=config.seed,
+            save_steps=50,
+            save_total_limit=1,
+            logging_steps=10,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # DataParallel would scatter tokens and cu_seqlens independently of each other
+        trainer = StageTrainer(
+            model=objective,
+            args=arguments,
+            train_dataset=self.dataset,
+            data_collator=self.dataset.collate,
+            joint_learning_rate=config.joint_learning_rate if name == "joint" else None,
+        )
+        checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
+        if checkpoint and state and state.global_step >= state.max_steps:
+            # Trainer would take one more step.
+            objective.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            state = trainer.state
+        self.measurements["replicas"] = replicas(self.model)
+        history = [entry["dense_passes"] for entry in state.log_history if "dense_passes" in entry]
+        if history:
+            self.measurements["stages"].setdefault(name, {})["dense_passes_per_document"] = float(np.mean(history))
+
+
+def _bind_stages(stages: Path, config: TrainingConfig) -> None:
+    """Stages resume; those of other options must not be taken for this run's."""
+    record, options = stages / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if record.is_file() and json.loads(record.read_text()) != options:
+        raise ConfigurationError(
+            f"{stages}: trained with other options; remove it, or choose another output, to train anew"
+        )
+    stages.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(options, indent=1))
+
+
+def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | None = None) -> dict[str, float]:
+    """The task's metrics and the FLOPs speed-up on a labelled corpus."""
+    results = engine.score(corpus.documents, policy)
+    return {
+        "documents": len(corpus.documents),
+        **corpus.measure(results),
+        "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
+    }
+
+
+def _trainable(model: Model, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
+    """The parameters a stage trains: the selectors, everything else, or, jointly, both."""
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # peft's untouched copy of a module trained whole
+            continue
+        selector = ".selectors." in name
+        adapted = not adapter or "lora_" in name or ".modules_to_save." in name
+        if adapted and (stage == "joint" or selector == (stage != "fine_tune")):
+            yield parameter
+
+
+def _save(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, output: Path) -> None:
+    if config.adapter_rank:
+        adapter = output / "adapter"
+        model.save_pretrained(adapter)
+        model.config.architectures = [type(merged_copy(model)).__name__]
+        model.config.save_pretrained(adapter)
+    merged = merged_copy(model)
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,139 @@
+"""What the dense model knows and the selectors are to learn: its outputs, and how much each token matters to it.
+
+Both are computed once for all windows of a corpus, by window and never by the order of training, so that later stages
+and later runs that start from the same dense model share them.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..configuration import TRBertConfig
+from ..losses import TaskLosses
+from ..terminal import get_logger
+
+logger = get_logger(__name__)
+
+
+class TeacherSignals:
+    """The dense model's view of every window of a corpus.
+
+    Args:
+        targets: float32 (rows, columns), as `TaskLosses.signals` gives them.
+        target_bounds: int64 (windows + 1,): window i's rows are `target_bounds[i]:target_bounds[i + 1]` of them.
+        guide: float16 (layers, total tokens): of each token, at the input of each layer below `deep_layer`, its
+            saliency over the highest one of its window; no layers for a task that is not guided by it.
+        bounds: int64 (windows + 1,): window i's tokens are `bounds[i]:bounds[i + 1]` of `guide`.
+    """
+
+    def __init__(self, targets: Tensor, target_bounds: Tensor, guide: Tensor, bounds: Tensor):
+        self.targets, self.target_bounds, self.guide, self.bounds = targets, target_bounds, guide, bounds
+
+    def of_windows(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Targets (rows of these windows, columns) and guide float32 (layers, tokens of these windows)."""
+        rows = [self.targets[self.target_bounds[place] : self.target_bounds[place + 1]] for place in places]
+        parts = [self.guide[:, self.bounds[place] : self.bounds[place + 1]] for place in places]
+        return torch.cat(rows), torch.cat(parts, dim=1).float()
+
+    @classmethod
+    def load(cls, path: Path) -> "TeacherSignals":
+        """What `save` wrote."""
+        return cls(**load_file(path))
+
+    def save(self, path: Path) -> None:
+        """Write them whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(vars(self), partial)
+        partial.rename(path)
+
+
+def teacher_signals(
+    model: Any, dataset: Any, tokens_per_batch: int = 4096, *, autocast: torch.dtype | None = None
+) -> TeacherSignals:
+    """Run the dense model, a task's model or peft's wrapper around one, over a `labelled.WindowDataset`'s windows."""
+    was_training, losses = model.training, dataset.losses
+    model.eval()
+    if losses.guided_by_saliency:
+        model.enable_input_require_grads()  # the guide's gradient must pass layers whose weights are all frozen
+    device = next(model.parameters()).device
+    all_lengths = torch.tensor([len(window.input_ids) for window in dataset.windows])
+    targets, guides, start = [], [], 0
+    while start < len(all_lengths):
+        end = start + 1
+        while end < len(all_lengths) and int(all_lengths[start : end + 1].sum()) <= tokens_per_batch:
+            end += 1
+        # Each window an example of its own: what it says must not depend on those it is drawn with.
+        batch = dataset.collate([[place] for place in range(start, end)])
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            found, scores = _signals(model, {name: value.to(device) for name, value in batch.items()}, losses)
+        lengths = batch["cu_seqlens"].diff().tolist()
+        # Over each window's highest: only the order counts, and raw saliencies would vanish in half precision.
+        parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
+        guides.append(torch.cat(parts, dim=1).half())
+        targets.append(found.float().cpu())
+        if end * 10 // len(all_lengths) > start * 10 // len(all_lengths):
+            logger.info("teacher: %d of %d windows", end, len(all_lengths))
+        start = end
+    if losses.guided_by_saliency:
+        model.disable_input_require_grads()
+    model.train(was_training)
+    bounds, target_bounds = (F.pad(counts.cumsum(0), (1, 0)) for counts in (all_lengths, losses.rows(all_lengths)))
+    return TeacherSignals(torch.cat(targets), target_bounds, torch.cat(guides, dim=1), bounds)
+
+
+def _signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """The dense model's outputs, and the guide if it is the saliency."""
+    if losses.guided_by_saliency:
+        return guide(model, batch, losses)
+    with torch.no_grad():
+        found = losses.signals(model(**inputs_of(batch), reduce=False))
+    return found, torch.empty(0, len(batch["input_ids"]))
+
+
+def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """The dense model's outputs and how much each token matters to its loss, fp32 (layers below `deep_layer`, tokens).
+
+    abs⟨∂loss/∂h_d, h_d − h_i⟩ with h_k the input of layer k (thunlp/TR-BERT counts layer outputs from one, which is
+    the same), d = `deep_layer`, for every layer i below it. The loss of a document without a label is that to the
+    model's own most probable one.
+    """
+    deep = deep_layer(model.config)
+    with torch.enable_grad():
+        output = model(**inputs_of(batch), reduce=False, output_hidden_states=True)
+        loss = losses.labelled(output, losses.completed(batch, losses.signals(output)))
+        # A sum, so that a document's gradients don't depend on the batch's size.
+        (gradient,) = torch.autograd.grad(loss.sum(), output.hidden_states[deep])
+    states = output.hidden_states
+    scores = [(gradient * (states[deep] - states[layer])).sum(-1).abs().float().detach() for layer in range(deep)]
+    return losses.signals(output).detach(), torch.stack(scores)
+
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's arguments among a batch's tensors."""
+    return {name: batch[name] for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")}
+
+
+def deep_layer(config: TRBertConfig) -> int:
+    """Where the guide's gradient is taken: three quarters up, but below the top, where only [CLS] has a gradient."""
+    return min(math.ceil(config.num_hidden_layers * 3 / 4), config.num_hidden_layers - 1)
+
+
+def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:
+    """What tells the signals of one dense model, on one corpus and in one precision, from others."""
+    digest = hashlib.sha256(f"2;{autocast};".encode())  # 2: what is saved has changed once
+    for name, weight in sorted(model.state_dict().items()):
+        if ".selectors." not in name:
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    for place, window in enumerate(dataset.windows):
+        digest.update(np.asarray(window.input_ids, dtype=np.int32).tobytes() + f";{dataset.target(place)};".encode())
+    return digest.hexdigest()[:16]
