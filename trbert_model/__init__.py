@@ -1,7 +1,7 @@
 """TR-BERT: BERT with dynamic token reduction (Ye et al., NAACL 2021), on batches without padding.
 
-The names below are imported when they are first used: a process that only tokenises imports this package too, and
-starts in a fraction of the time and memory without torch and transformers.
+The names below are imported on first use. Processes that only tokenise import this package too, and start much faster
+and with less memory without torch and transformers.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""The choice between speed and accuracy: thresholds for a speed-up, and the table of what each choice gives.
+"""Calibration: selector thresholds for a given speed-up, and the speed and accuracy measured with them.
 
-`calibration.json` lies beside a model's `config.json` and holds a table for each model digest, dtype and window
-length it was measured with. `jobs/evaluate.py` writes it, `jobs/score.py --speedup/--max-drop` picks from it.
+A model directory's `calibration.json` holds one table for each model digest, dtype and window length that it was
+measured with. `jobs/evaluate.py` writes it, and `jobs/score.py --speedup/--max-drop` chooses from it.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ logger = get_logger(__name__)
 
 FILE = "calibration.json"
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-# A point this much slower than another is as fast for whoever chooses.
+# Speed-ups whose ratio is at least this count as equal.
 _AS_FAST = 0.99
 
 
 def schedules(reductions: int) -> list[tuple[float, ...]]:
-    """The exponents tried: kept fractions r^e, falling evenly, late, and, where there are more than three reductions,
-    early (else falling even later).
+    """Exponents e of the kept fractions r^e to try, one tuple per schedule.
 
-    The paper's two selectors were trained with (1, 2); a first reduction that keeps more leaves the choice to
-    selectors that have seen more layers. Of five, those behind the first ones see enough.
+    The kept fractions fall evenly, later, and in the third schedule later still, or earlier if there are more than
+    three reductions. The paper's two selectors were trained with (1, 2). If the first reduction keeps more, selectors
+    after more layers make the choice; with five reductions, those after the first ones are deep enough.
     """
     even = np.arange(1, reductions + 1, dtype=float)
     if reductions == 1:
@@ -49,13 +49,14 @@ def schedules(reductions: int) -> list[tuple[float, ...]]:
 def kept_fractions_for(
     speedup: float, config: TRBertConfig, lengths: np.ndarray, exponents: Sequence[float] | None = None
 ) -> list[float]:
-    """Kept fractions r^e that spend 1/speedup of the dense FLOPs on sequences of these lengths.
+    """Kept fractions r^e with which sequences of these lengths cost 1/speedup of the dense model's FLOPs.
 
     Args:
-        exponents: e of each reduction; default: 1, 2, …
+        lengths: (sequences,), in tokens.
+        exponents: e of each reduction. Default: 1, 2, …
 
     Raises:
-        ConfigurationError: the layers before the first reduction alone cost more than that.
+        ConfigurationError: keeping one token after each reduction still costs more than that.
     """
     powers = np.arange(1, len(config.reduction_layers) + 1) if exponents is None else np.asarray(exponents)
     dense = dense_flops(config, lengths).sum()
@@ -78,15 +79,20 @@ def kept_fractions_for(
 
 @dataclass(frozen=True)
 class KeepLogits:
-    """What one reduction's selector said of documents: the keep logits it judged, falling, fp32; how many tokens the
-    documents have, and how many were fixed, of which it says nothing."""
+    """The keep logits of one reduction over a set of documents.
+
+    Attributes:
+        falling: fp32, the keep logits of all tokens that are not fixed, in descending order.
+        tokens: number of tokens in the documents.
+        fixed: number of fixed tokens.
+    """
 
     falling: Tensor
     tokens: int
     fixed: int
 
     def cut_for(self, fraction: float) -> float:
-        """Above which `fraction` of all tokens are."""
+        """The cutoff above which `fraction` of all tokens are kept, fixed tokens included."""
         if not len(self.falling):
             return 0.0
         keep = min(max(round(fraction * self.tokens) - self.fixed, 1), len(self.falling) - 1)
@@ -94,7 +100,7 @@ class KeepLogits:
 
 
 def keep_logits(engine: Engine, documents: Sequence[Any], cuts: Sequence[float] = ()) -> KeepLogits:
-    """What the reduction after those with these cuts says of documents; without any, the first."""
+    """The keep logits of the first reduction without a cutoff in `cuts`, after applying those cutoffs."""
     recorder = _Recorder(cuts)
     results = engine.score(documents, recorder)
     falling = torch.cat(recorder.logits).sort(descending=True).values
@@ -104,12 +110,12 @@ def keep_logits(engine: Engine, documents: Sequence[Any], cuts: Sequence[float] 
 def cuts_for(
     engine: Engine, documents: Sequence[Any], fractions: Sequence[float], first: KeepLogits | None = None
 ) -> list[float]:
-    """Keep logits above which these documents' tokens are `fractions` of all, one a reduction.
+    """Keep-logit cutoffs, one per reduction, that keep these fractions of the documents' tokens.
 
-    One reduction after the other, because what a selector sees depends on the ones before it.
+    The reductions are processed in order, because a selector's input depends on the reductions before it.
 
     Args:
-        first: `keep_logits` of the first reduction, if known: it is the same whatever the fractions.
+        first: `keep_logits` of the first reduction, if known. It does not depend on the fractions.
     """
     cuts: list[float] = []
     for fraction in fractions:
@@ -119,7 +125,7 @@ def cuts_for(
 
 
 class _Recorder:
-    """A selection policy that cuts at the first reductions and records the next one's keep logits."""
+    """A selection policy that applies cutoffs at the first reductions and records the next one's keep logits."""
 
     def __init__(self, cuts: Sequence[float]):
         self.cuts = list(cuts)
@@ -132,22 +138,27 @@ class _Recorder:
         if candidates.reduction == len(self.cuts):
             self.logits.append(candidates.logits[~candidates.fixed].cpu())
             self.fixed += int(candidates.fixed.sum())
-        return torch.zeros_like(candidates.fixed)  # what comes after is not looked at
+        return torch.zeros_like(candidates.fixed)  # the output of later layers is not used
 
 
 def thresholds_of(cuts: Sequence[float]) -> list[float]:
-    """Keep logits → keep probabilities, as `TRBertConfig.selector_thresholds` has them."""
+    """Convert keep-logit cutoffs to keep probabilities, as in `TRBertConfig.selector_thresholds`."""
     return torch.sigmoid(torch.tensor(list(cuts))).tolist()
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What one choice of thresholds gave on the labelled documents.
+    """Speed and accuracy on the labelled documents with one set of thresholds.
 
-    thresholds, kept_fractions: one a reduction; kept_spread: the 5th and 95th percentile of the documents' own kept
-    fractions, one pair a reduction; flops_speedup, measured_speedup: over the dense model, all documents together;
-    metric, drop: in percent and percentage points, with 95% bootstrap intervals, the drop's over paired documents;
-    other_metrics: the task's others, in percent.
+    Attributes:
+        thresholds: keep probabilities, one per reduction.
+        kept_fractions: of all documents together, one per reduction.
+        kept_spread: 5th and 95th percentile of the kept fraction per document, one pair per reduction.
+        flops_speedup, measured_speedup: over the dense model, all documents together.
+        metric, metric_interval: in percent, with its 95% bootstrap interval.
+        drop, drop_interval: loss against the dense model in percentage points, with its 95% bootstrap interval over
+            paired documents.
+        other_metrics: the task's other metrics, in percent.
     """
 
     thresholds: tuple[float, ...]
@@ -175,12 +186,16 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A model's table: its own thresholds' point, and points by rising FLOPs speed-up, none of them beaten by another
-    in both speed and metric.
+    """A model's calibration table.
 
-    key: model digest, dtype and window length in tokens, the conditions it was measured under; corpus: the labelled
-    documents' name, and documents their number; metric: what was measured; dense_metric, dense_other_metrics: the dense
-    model's, in percent.
+    Attributes:
+        key: model digest, dtype and window length in tokens that it was measured with, see `calibration_key`.
+        corpus: name of the labelled corpus.
+        documents: number of documents in it.
+        metric: name of the metric.
+        dense_metric, dense_other_metrics: the dense model's metrics, in percent.
+        default: the point of the model's own thresholds.
+        points: the Pareto front of speed and metric, by rising FLOPs speed-up.
     """
 
     key: str
@@ -193,10 +208,14 @@ class Calibration:
     dense_other_metrics: dict[str, float] = field(default_factory=dict)
 
     def pick(self, *, speedup: float | None = None, max_drop: float | None = None) -> OperatingPoint:
-        """The most accurate point of at least this FLOPs speed-up, or the fastest that loses at most this many points.
+        """Choose the most accurate point with at least a given speed-up, or the fastest with at most a given drop.
+
+        Args:
+            speedup: lowest FLOPs speed-up.
+            max_drop: highest drop, in percentage points.
 
         Raises:
-            ConfigurationError: there is none; says what there is.
+            ConfigurationError: no point qualifies; the message names the nearest one.
         """
         if speedup is not None:
             fast = [point for point in self.points if point.flops_speedup >= speedup * _AS_FAST]
@@ -217,12 +236,12 @@ class Calibration:
 
 
 def calibration_key(digest: str, dtype: str, window: int) -> str:
-    """A model digest (`trbert_model.checkpoints.files.model_digest`), a dtype and a window's tokens as one name."""
+    """The key of a calibration table: model digest (`checkpoints.files.model_digest`), dtype and tokens per window."""
     return f"{digest[:16]}-{dtype}-{window}"
 
 
 def read_calibration(directory: str | Path, key: str) -> Calibration | None:
-    """A model directory's table for these conditions; None if it has none.
+    """Read the table with this key from a model directory; None if there is none.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -242,10 +261,10 @@ def read_calibration(directory: str | Path, key: str) -> Calibration | None:
 
 
 def with_table(directory: str | Path, table: Calibration) -> bytes:
-    """The directory's `calibration.json` with a table added, or put in the place of the one for its conditions.
+    """The contents of the directory's `calibration.json` with a table added, or replaced if its key exists.
 
     Raises:
-        CheckpointError: the file that is there is damaged.
+        CheckpointError: the existing file is damaged.
     """
     path = Path(directory) / FILE
     try:
@@ -264,9 +283,10 @@ def calibrate(
     name: str,
     speedups: Sequence[float] = SPEEDUPS,
 ) -> Calibration:
-    """Measure the dense model, the default thresholds and, for each speed-up in reach, thresholds of each schedule.
+    """Measure the dense model, the default thresholds, and the thresholds of each schedule for each speed-up.
 
-    The engine must reduce. Time is the model's own, dense and reduced on the same documents in the same process.
+    Speed-ups that cannot be reached are skipped. The engine must have reduction enabled. Only time in the model is
+    counted, dense and reduced on the same documents in the same process.
     """
     config, documents = engine.config, corpus.documents
     dense, dense_seconds = _timed(engine, documents, keep_all)
@@ -324,7 +344,7 @@ def _timed(engine: Engine, documents: Sequence[Any], policy: SelectionPolicy) ->
 
 
 def pareto_front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """The points that no other beats in metric while being as fast, by rising speed."""
+    """The points that no other point of the same or a higher speed beats in metric, by rising FLOPs speed-up."""
     front: list[OperatingPoint] = []
     for point in sorted(points, key=lambda point: (-point.flops_speedup, -point.metric)):
         if front and point.metric <= front[-1].metric:
@@ -336,7 +356,7 @@ def pareto_front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """The 95% bootstrap interval of a mean over documents, seeded."""
+    """The 95% bootstrap interval of a mean over documents, with a fixed seed."""
     rng = np.random.default_rng(0)
     values = np.asarray(values, dtype=np.float64)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]

@@ -15,26 +15,25 @@ class TRBertConfig(BertConfig):
     Configuration of a TR-BERT (Ye et al., NAACL 2021): a BERT with a token selector in front of some of its layers.
 
     Args:
-        backbone (`str`): whose layers: `"bert"` (DistilBERT's too) or `"roberta"` (XLM-R's too).
+        backbone (`str`): family of the layers: `"bert"` (also for DistilBERT) or `"roberta"` (also for XLM-R).
         reduction_layers (`list[int]`, *optional*):
-            Increasing zero-based layer indices. The selector of layer `i` decides, on the input of layer `i`, which
-            tokens go on; 0 selects on the embeddings. Default: the paper's `[1, num_hidden_layers // 2]`. An empty
-            list is a plain BERT.
+            Increasing zero-based layer indices. The selector of layer `i` decides from the input of layer `i` which
+            tokens to keep; 0 selects on the embeddings. Default: the paper's `[1, num_hidden_layers // 2]`. An empty
+            list gives a plain BERT.
         selector_size (`int`): width of the selectors' hidden layer.
-        selector_thresholds (`list[float]`, *optional*): one a reduction layer; a token goes on if its keep
-            probability is at least the threshold, where a run is given no others. Default: 0.5 everywhere, as in the
+        selector_thresholds (`list[float]`, *optional*): one per reduction layer; a token is kept if its keep
+            probability is at least the threshold. A run may override them. Default: 0.5 everywhere, as in the
             original.
-        question_aware (`bool`): the selectors know the question, which is segment 0: of the other tokens they see how
-            much of it stands near them and whether they are of the kind it asks for (`QuestionTokenSelector`). Not so
-            in the original.
-        question_layers (`int`, *optional*): layers that the tokens of such a question always go through; later
-            selectors judge them like others. Default: two thirds of the layers.
+        question_aware (`bool`): selectors use the question, which is segment 0: how much of it occurs near each other
+            token, and whether the token is of the kind it asks for (`QuestionTokenSelector`). Not in the original.
+        question_layers (`int`, *optional*): with `question_aware`, selectors before this layer always keep the
+            question's tokens; later ones judge them like others. Default: two thirds of the layers.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
 
     Raises:
-        ConfigurationError: an unknown backbone, layers out of range or out of order, thresholds that do not match them,
-            more question layers than layers, a decoder, a feed-forward in chunks (it does not work on batches without
-            padding).
+        ConfigurationError: an unknown backbone or pooler activation, layers out of range or out of order, thresholds
+            that do not match them, more question layers than layers, a decoder, or a chunked feed-forward (it does not
+            work on batches without padding).
     """
 
     model_type = "trbert"
@@ -87,12 +86,12 @@ class TRBertConfig(BertConfig):
 
     @property
     def usable_positions(self) -> int:
-        """Tokens that a sequence may have."""
+        """Maximum number of tokens in a sequence."""
         return self.max_position_embeddings - BACKBONES[self.backbone].position_offset(self.pad_token_id or 0)
 
     @property
     def pair_separators(self) -> int:
-        """[SEP] tokens between a question and its passage."""
+        """Number of [SEP] tokens between a question and its passage."""
         return BACKBONES[self.backbone].pair_separators
 
 

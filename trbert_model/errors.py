@@ -1,34 +1,34 @@
-"""The exceptions this package raises for input, options or checkpoints it cannot accept."""
+"""The exceptions of this package."""
 
 from .terminal import printable
 
 
 class TRBertError(Exception):
-    """Base class: the message names the offending thing and what to do about it."""
+    """Base class; the message names what is wrong and what to do about it."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ConfigurationError(TRBertError, ValueError):
-    """A model or engine option that cannot be honoured."""
+    """A model or engine option that is invalid or not supported."""
 
 
 class CheckpointError(TRBertError, ValueError):
-    """A checkpoint that is not a BERT, DistilBERT or TR-BERT this package can read."""
+    """A checkpoint, or a file in a model directory, that this package cannot read."""
 
 
 class ModelChangedError(CheckpointError):
-    """A model directory that holds another model than the run began with."""
+    """The model directory holds a different model than the one the run started with."""
 
 
 class InputError(TRBertError, ValueError):
-    """A batch the model cannot compute on."""
+    """A batch, text or corpus that cannot be used."""
 
 
 class TrainingError(TRBertError, RuntimeError):
-    """A training stage that cannot go on: its selectors have stopped choosing."""
+    """Training cannot continue: the selectors keep all tokens or none, or the workers' parameters differ."""
 
 
 class TokenizerError(TRBertError, RuntimeError):
-    """A tokenizer that fails on every text."""
+    """The tokenizer fails on every text."""

@@ -1,5 +1,8 @@
-"""FLOPs of a TR-BERT per sequence, counted as the paper counts them: the encoder's matrix products, two FLOPs a
-multiply-add. Embeddings, heads, normalisation and activations are left out, on both sides of every ratio."""
+"""FLOPs of a TR-BERT per sequence, counted as in the paper.
+
+Only the encoder's matrix products count, two FLOPs per multiply-add. Embeddings, heads, normalisation and activations
+are left out, for both the dense and the reduced model.
+"""
 
 import numpy as np
 
@@ -9,19 +12,24 @@ from .reduction.selectors import selector_class
 
 
 def layer_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
-    """FLOPs of one layer on sequences of `tokens` tokens, (sequences,) → float64 (sequences,)."""
+    """FLOPs of one layer on sequences with these numbers of tokens, (sequences,) → float64 (sequences,)."""
     return BACKBONES[config.backbone].layer_flops(config, tokens)
 
 
 def dense_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
-    """FLOPs of the model without reduction on sequences of `tokens` tokens, (sequences,) → (sequences,)."""
+    """FLOPs of the dense model on sequences with these numbers of tokens, (sequences,) → (sequences,)."""
     return config.num_hidden_layers * layer_flops(config, tokens)
 
 
 def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndarray) -> np.ndarray:
-    """FLOPs the model spent, selectors included.
+    """FLOPs of the model with reduction, selectors included.
 
-    tokens: (sequences,); kept_tokens: (sequences, reductions), tokens alive after each → float64 (sequences,).
+    Args:
+        tokens: (sequences,), tokens of each sequence.
+        kept_tokens: (sequences, reductions), tokens kept after each reduction.
+
+    Returns:
+        float64 (sequences,).
     """
     selector = selector_class(config).flops(config)
     alive = np.asarray(tokens, dtype=np.float64)

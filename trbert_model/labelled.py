@@ -1,4 +1,4 @@
-"""Labelled corpora for training and evaluation: read, encoded, cut into windows, laid into varlen batches."""
+"""Labelled corpora for training and evaluation, and their windows as varlen batches."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 Opener = Callable[[str], contextlib.AbstractContextManager[IO[bytes]]]
 
-_opener: ContextVar[Opener] = ContextVar("opener", default=fsspec.open)  # whose mode is to read bytes
+_opener: ContextVar[Opener] = ContextVar("opener", default=fsspec.open)  # opens for reading bytes
 
 
 @contextlib.contextmanager
 def corpora_opened_by(opener: Opener) -> Iterator[None]:
-    """Corpora that are read in the block are opened with `opener`, from their URIs, in the place of fsspec."""
+    """Within the context, open corpora with `opener`, which takes a URI, instead of fsspec."""
     token = _opener.set(opener)
     try:
         yield
@@ -40,13 +40,13 @@ def corpora_opened_by(opener: Opener) -> Iterator[None]:
 
 
 def open_corpus(uri: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """A corpus's file, opened for reading."""
+    """Open a corpus's file for reading bytes."""
     return _opener.get()(uri)
 
 
 @dataclass(frozen=True)
 class LabelledColumns:
-    """Where a labelled corpus has what; options of every command that reads one."""
+    """Column names of a labelled corpus; options of every command that reads one."""
 
     text_column: str = option("text", "column with the documents")
     label_column: str = option("label", "column with the labels")
@@ -55,9 +55,11 @@ class LabelledColumns:
 
 
 class LabelledCorpus(ABC):
-    """Documents as the engine takes them, and what is right about them.
+    """Documents with their labels or answers.
 
-    metric: the one of the task's metrics that counts, by name; higher is better.
+    Attributes:
+        documents: encoded as the engine takes them.
+        metric: name of the task's main metric; higher is better.
     """
 
     documents: list[Any]
@@ -65,28 +67,33 @@ class LabelledCorpus(ABC):
 
     @abstractmethod
     def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
-        """Each document's score by every metric of the task, 1 at best, float64 (documents,); NaN where a metric says
-        nothing about a document."""
+        """Each document's score by every metric of the task, float64 (documents,).
+
+        The best score is 1. Documents that a metric does not apply to have NaN.
+        """
 
     def scores(self, results: DocumentResults) -> np.ndarray:
         """Each document's score by `metric`."""
         return self.all_scores(results)[self.metric]
 
     def measure(self, results: DocumentResults) -> dict[str, float]:
-        """The mean over all documents by every metric."""
+        """The mean score by every metric, over the documents that it applies to."""
         return {name: float(np.nanmean(scores)) for name, scores in self.all_scores(results).items()}
 
     @abstractmethod
     def dataset(self, features: float = 0.0) -> "WindowDataset":
-        """The corpus for training; features: the weight of what the dense model's classifier sees, for tasks that
-        `labels_whole_documents`."""
+        """The corpus for training.
+
+        Args:
+            features: weight of the distillation loss on the classifier's input, for tasks with
+                `labels_whole_documents`.
+        """
 
     def with_unlabelled(self, uri: str, columns: LabelledColumns) -> "LabelledCorpus":
-        """The corpus and, after it, a Parquet file's documents, which nobody has labelled; for tasks that
-        `labels_whole_documents`.
+        """The corpus followed by the unlabelled documents of a Parquet file.
 
         Raises:
-            ConfigurationError: the task is none of these.
+            ConfigurationError: not a task with `labels_whole_documents`.
             InputError: the file cannot be read, the column is missing, or a text is null.
         """
         raise ConfigurationError(f"{uri}: documents without labels are only for tasks that label whole documents")
@@ -112,11 +119,15 @@ def strings(values: list[Any]) -> list[str]:
 
 
 class WindowDataset(Dataset, ABC):
-    """Examples for training: of each document the places of some of its `windows`, drawn anew each time.
+    """One training example per document: the indices of some of its windows, drawn again at each access.
 
-    windows: all documents' windows, as the task cuts them; losses: the task's; teacher: what the dense model says of
-    the windows, once it is known; crops: the share of examples of which only a random piece is shown, where the task
-    can (then what the dense model says of the windows is of no use).
+    Attributes:
+        windows: the windows of all documents, in order.
+        first_window: index of each document's first window, and at the end the number of windows.
+        losses: the task's losses.
+        teacher: the dense model's outputs for the windows, once they are computed.
+        crops: share of examples that show only a random piece of the window, if the task supports it. `teacher` is not
+            used then, because it describes whole windows.
     """
 
     losses: TaskLosses
@@ -126,7 +137,7 @@ class WindowDataset(Dataset, ABC):
     def __init__(self, documents: Sequence[Any], task: Any):
         self.task = task
         self.windows: list[Any] = []
-        self.first_window = [0]  # of each document
+        self.first_window = [0]
         for document in documents:
             self.windows += task.windows(document)
             self.first_window.append(len(self.windows))
@@ -135,22 +146,25 @@ class WindowDataset(Dataset, ABC):
         return len(self.first_window) - 1
 
     def shown(self, window: Any) -> Any:
-        """What training sees of a window."""
+        """The part of a window that training uses."""
         return window
 
     @abstractmethod
     def target(self, place: int) -> Any:
-        """What is right about a window."""
+        """The labels or answers of the window at index `place`."""
 
     @abstractmethod
     def targets(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """What the losses need to know of a batch beside its windows."""
+        """The tensors that the losses need in addition to the model's inputs."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> list[int]: ...
 
     def collate(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Examples → one varlen batch with `example`, int64 (windows,), the targets and the teacher's signals."""
+        """Collate examples into one varlen batch with targets and the teacher's signals.
+
+        `example`, int64 (windows,), is the index of each window's example.
+        """
         places = [place for example in examples for place in example]
         windows = [self.shown(self.windows[place]) for place in places]
         batch = model_inputs([window.input_ids for window in windows], self.task.token_types(windows))

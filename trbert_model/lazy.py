@@ -1,4 +1,4 @@
-"""A package's names, imported when they are first used: processes that need a few of them start without the rest."""
+"""Lazy imports of a package's public names, so that processes import only the modules they need."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package whose public names are found in these of its modules (PEP 562)."""
+    """`__getattr__` and `__dir__` for a package (PEP 562); `modules` maps each public name to its module."""
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -1,7 +1,7 @@
-"""TR-BERT in reading order: reduction loop, model. The tasks' heads are in `tasks`.
+"""The TR-BERT encoder and model, without task heads, which are in `tasks`.
 
-The layers are those of a `Backbone`; what is here is what runs the token selectors and their policy between them (Ye
-et al., NAACL 2021, section 3; thunlp/TR-BERT's AUTOBert classes).
+A `Backbone` provides the layers. This module runs the token selectors and their policy between them (Ye et al., NAACL
+2021, section 3; thunlp/TR-BERT's AUTOBert classes).
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from .reduction.selectors import selector_class
 from .reduction.state import Candidates, Selection, SelectionPolicy, TokenState
 from .varlen import ATTENTION_NAME, HALF_PRECISION, VarlenBatch, first_tokens, places_in
 
-# On CPUs a layer runs on groups of whole sequences of about this many tokens: larger activations leave the caches, and
-# those over 32 MB are mapped and unmapped by glibc at every operation.
+# On CPUs a layer runs on groups of whole sequences with about this many tokens in total: larger activations do not fit
+# the caches, and glibc maps and unmaps buffers over 32 MB at every operation.
 LAYER_TOKENS = 1024
-# In half precision their matrix products are oneDNN's, which compiles a kernel and lays the weights out anew for every
-# number of rows it has not seen lately: larger groups, filled up with rows of zeros to a multiple (twice as fast on 20
+# In half precision oneDNN computes the matrix products. It compiles a kernel and repacks the weights for every number
+# of rows that it has not seen recently, so groups are larger and padded with zeros to a multiple (twice as fast on 20
 # Newsgroups, reduced 3×, 2 cores with AMX).
 HALF_LAYER_TOKENS = 4096
 HALF_LAYER_MULTIPLE = 512
@@ -34,12 +34,17 @@ HALF_LAYER_MULTIPLE = 512
 
 @dataclass
 class TRBertModelOutput(ModelOutput):
-    """last_hidden_state: (total tokens, hidden), or (batch, length, hidden) with zeros at masked positions for padded
-    input; None if `token_states=False`. A skipped token's is the state it had when it left.
-    cls_hidden_state: (sequences, hidden). pooler_output: (sequences, hidden).
-    kept_tokens: one int64 (sequences,) a reduction layer, tokens alive after it.
-    hidden_states: the input of every layer that ran and the last one's output, (tokens alive, hidden) each, on request.
-    selections: one `Selection` a reduction layer, on request.
+    """Output of `TRBertModel`.
+
+    Attributes:
+        last_hidden_state: (total tokens, hidden), or (batch, length, hidden) with zeros at masked positions for padded
+            input; None if `token_states=False`. A dropped token has the state that it had when it was dropped.
+        cls_hidden_state: (sequences, hidden).
+        pooler_output: (sequences, hidden).
+        kept_tokens: for each reduction layer, the number of tokens kept, int64 (sequences,).
+        hidden_states: the input of every layer that ran and the output of the last, each (kept tokens, hidden), on
+            request.
+        selections: one `Selection` per reduction layer, on request.
     """
 
     last_hidden_state: Tensor | None = None
@@ -51,7 +56,7 @@ class TRBertModelOutput(ModelOutput):
 
 
 class TRBertEncoder(nn.Module):
-    """A backbone's layers with a selector in front of each reduction layer."""
+    """A backbone's layers with a selector before each reduction layer."""
 
     def __init__(self, config: TRBertConfig):
         super().__init__()
@@ -68,8 +73,10 @@ class TRBertEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_selections: bool = False,
     ) -> TRBertModelOutput:
-        """Go on from a state; without a policy through all layers with all tokens. The options are
-        `TRBertModel.forward`'s."""
+        """Run the remaining layers from a state, with all tokens if there is no policy.
+
+        The options are those of `TRBertModel.forward`.
+        """
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if policy else {}
         kept_tokens: list[Tensor] = []
         hidden_states: list[Tensor] = []
@@ -81,7 +88,7 @@ class TRBertEncoder(nn.Module):
                 if output_selections:
                     selections.append(Selection(**vars(candidates), keep=keep))
                 state = state.kept(keep, remember=token_states)
-                del candidates, keep  # they hold the states of all that has left
+                del candidates, keep  # they hold the states of the dropped tokens
                 kept_tokens.append(state.cu_seqlens.diff().long())
             if output_hidden_states:
                 hidden_states.append(state.hidden)
@@ -95,19 +102,19 @@ class TRBertEncoder(nn.Module):
         )
 
     def candidates(self, state: TokenState, reduction: int) -> Candidates:
-        """A state's tokens with what the reduction's selector says of them."""
+        """The tokens of a state with their keep logits from the reduction's selector."""
         match = state.match.at(state.places) if state.match is not None else None
         logits = self.selectors[reduction](state.hidden, match)
         fixed = torch.zeros_like(logits, dtype=torch.bool)
         if match is not None and state.layer < self.config.question_layers:
             fixed |= match.asked
-        fixed[first_tokens(state.cu_seqlens)] = True  # [CLS] always stays, so a sequence never dies out
+        fixed[first_tokens(state.cu_seqlens)] = True  # always keep [CLS], so that no sequence becomes empty
         return Candidates(
             reduction, state.hidden, logits, fixed, state.places, state.positions, state.cu_seqlens, match
         )
 
     def after_layer(self, state: TokenState) -> TokenState:
-        """Run one layer; on CPUs in inference, group by group of sequences."""
+        """Run the next layer; in inference on CPUs, on one group of sequences at a time."""
         hidden, positions, cu_seqlens = state.hidden, state.positions, state.cu_seqlens
         half = not hidden.is_cuda and (hidden.dtype in HALF_PRECISION or torch.is_autocast_enabled("cpu"))
 
@@ -130,7 +137,7 @@ class TRBertEncoder(nn.Module):
 
 
 class TRBertPooler(nn.Module):
-    """BERT's pooler, or DistilBERT's `pre_classifier`: the same layer under another activation."""
+    """BERT's pooler, or DistilBERT's `pre_classifier`: the same layer with a different activation."""
 
     def __init__(self, config: TRBertConfig):
         super().__init__()
@@ -149,11 +156,11 @@ class TRBertPreTrainedModel(BertPreTrainedModel):
     _supports_flash_attn = False
     _supports_sdpa = False
     _supports_flex_attn = False
-    # A plain BERT checkpoint has no selectors, and position_ids was a stored buffer once.
+    # Tensors in BERT checkpoints without a use here: pre-training heads, and buffers that were once saved.
     _keys_to_ignore_on_load_unexpected = [r"position_ids", r"cls\.", r"embeddings\.token_type_ids"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # from_pretrained would choose sdpa, which ignores cu_seqlens without a word and attends across sequences.
+        # from_pretrained would choose sdpa, which silently ignores cu_seqlens and attends across sequences.
         if requested_attention not in (None, ATTENTION_NAME):
             raise ConfigurationError(
                 f"attn_implementation={requested_attention!r}: TR-BERT computes on batches without padding and "
@@ -194,22 +201,23 @@ class TRBertModel(TRBertPreTrainedModel):
         output_hidden_states: bool = False,
         output_selections: bool = False,
     ) -> TRBertModelOutput:
-        """Compute on a padded batch, on a varlen batch when `cu_seqlens` is given, or go on from a `state`.
+        """Run the model on a padded batch, on a varlen batch if `cu_seqlens` is given, or from a `state`.
 
         Args:
             input_ids, attention_mask, token_type_ids: (batch, length), as for any transformers model; or, with
                 `cu_seqlens` of shape (sequences + 1,), input_ids and token_type_ids of shape (total tokens,).
-            position_ids: (total tokens,), with `cu_seqlens` only. Default: from 0 in each sequence, which is the only
-                way that RoBERTa counts.
-            max_seqlen: tokens of the longest sequence, with `cu_seqlens` only. Default: computed from it.
-            state: from `before_reduction`, instead of all these.
+            position_ids: (total tokens,), with `cu_seqlens` only. Default: from 0 in each sequence. The RoBERTa
+                backbone ignores them and always uses the default.
+            max_seqlen: tokens of the longest sequence, with `cu_seqlens` only. Default: computed from `cu_seqlens`.
+            state: from `before_reduction`, instead of all of the above.
             reduce: False runs the dense model.
-            selection_policy: chooses the tokens that go on. Default: the configuration's saved thresholds.
-            token_states: False leaves `last_hidden_state` out, and with it the cost of collecting skipped tokens.
+            selection_policy: chooses the tokens to keep. Default: the thresholds in the configuration.
+            token_states: False leaves out `last_hidden_state` and saves the cost of collecting dropped tokens.
             output_hidden_states, output_selections: fill these fields of the output.
 
         Raises:
-            InputError: an empty batch or sequence, or one longer than the model's positions.
+            InputError: no input, an empty batch, an empty sequence in a padded batch, or a sequence longer than the
+                model's positions.
         """
         padded_indices = None
         if state is None:
@@ -241,7 +249,7 @@ class TRBertModel(TRBertPreTrainedModel):
         return output
 
     def begin(self, batch: VarlenBatch, *, reduce: bool = True) -> TokenState:
-        """A batch's embeddings, in front of layer 0."""
+        """Embed a batch; returns the state before layer 0."""
         hidden = self.encoder.backbone.embed(self.embeddings, batch)
         match = None
         if self.config.question_aware and reduce:
@@ -254,7 +262,7 @@ class TRBertModel(TRBertPreTrainedModel):
     def before_reduction(
         self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
     ) -> TokenState:
-        """A varlen batch in front of the first reduction: what several selections of it share."""
+        """Run a varlen batch up to the first reduction, to share this part between several selections."""
         state = self.begin(_varlen_batch(input_ids, token_type_ids, position_ids, cu_seqlens))
         while state.layer < self.config.reduction_layers[0]:
             state = self.encoder.after_layer(state)
@@ -283,7 +291,7 @@ def _varlen_batch(
 
 
 def _unpack(values: Tensor, indices: Tensor, shape: torch.Size, fill: float) -> Tensor:
-    """(total tokens, ...) back to (batch, length, ...), `fill` where nothing was."""
+    """Unpack (total tokens, ...) to (batch, length, ...), with `fill` at masked positions."""
     padded = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
     return padded.index_copy(0, indices, values).unflatten(0, (shape[0], shape[1]))
 
@@ -293,7 +301,7 @@ def head_dropout(config: TRBertConfig) -> nn.Dropout:
 
 
 def fuse_for_inference(model: "TRBertPreTrainedModel") -> None:
-    """Fuse the layers, in place. Such a model is for computing, not for saving."""
+    """Fuse the layers in place and switch to eval mode. A fused model must not be saved."""
     encoder = model.base_model.encoder
     for layer in encoder.layer:
         encoder.backbone.fuse(layer)

@@ -1,4 +1,4 @@
-"""Options written once: a frozen dataclass whose fields carry their help texts, filled by a call, YAML or arguments."""
+"""Options as dataclasses whose fields carry their help texts, set by a call, a YAML file or the command line."""
 
 import argparse
 import dataclasses
@@ -21,15 +21,16 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 
 
 def parse_options(cls: type[Options], arguments: Sequence[str] | None, description: str) -> Options:
-    """A command line, and the YAML file its --config names, as an instance of an options class.
+    """Parse a command line, and the YAML file that its --config names, into an options class.
 
     Raises:
-        ConfigurationError: an unreadable file, unknown keys, values of the wrong type. argparse itself exits with 2.
+        ConfigurationError: an unreadable file, unknown keys, or values of the wrong type in the YAML file.
+        SystemExit: code 2, from argparse, if the command line is invalid.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; the command line goes first")
     hints = typing.get_type_hints(cls)
-    # A command's own options before those that it shares with others.
+    # A command's own options come before those that it shares with other commands.
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):  # type: ignore[arg-type]
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if field.default not in (None, "", ()) and not isinstance(field.default, bool):
@@ -62,7 +63,7 @@ def _from_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
-    """A YAML value as the option's type."""
+    """Convert a YAML value to the option's type."""
     if value is None and type(None) in typing.get_args(hint):
         return None
     kind = _kind(hint)
@@ -79,14 +80,14 @@ def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
 
 
 def _concrete(hint: Any) -> Any:
-    """`int | None` → int; other hints as they are."""
+    """`int | None` → int; other hints are unchanged."""
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
 
 
 def _kind(hint: Any) -> type:
-    """The class behind a hint: `tuple[str, ...] | None` → tuple."""
+    """The class of a hint: `tuple[str, ...] | None` → tuple."""
     concrete = _concrete(hint)
     return typing.get_origin(concrete) or concrete
 
@@ -95,5 +96,5 @@ def _comma_separated(item: type) -> Any:
     def parse(text: str) -> tuple:
         return tuple(item(part.strip()) for part in text.split(",") if part.strip())
 
-    parse.__name__ = f"comma-separated {item.__name__}"  # what argparse calls it in its error message
+    parse.__name__ = f"comma-separated {item.__name__}"  # argparse uses it in its error message
     return parse

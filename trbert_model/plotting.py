@@ -1,4 +1,4 @@
-"""A calibration table as a picture: its metric over FLOPs speed-up and over measured speed-up."""
+"""Plots of calibration tables."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ from .calibration import Calibration, OperatingPoint
 
 
 def draw_calibration(table: Calibration, path: str | Path) -> None:
-    """Two panels side by side, dense and default thresholds marked, with 95% intervals, as a PNG or SVG file."""
-    import matplotlib  # late: only who draws needs it
+    """Plot a table's metric over FLOPs speed-up and over measured speed-up, in a PNG or SVG file.
+
+    Shows 95% intervals, and marks the dense model and the default thresholds.
+    """
+    import matplotlib  # only needed here
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

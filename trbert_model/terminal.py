@@ -1,10 +1,10 @@
-"""What may reach a terminal: names, texts and errors of others can hold characters that do things to it."""
+"""Safe terminal output: names, texts and errors from outside may contain terminal control characters."""
 
 import logging
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: line breaks stay, whatever else is no printable character is written as Python does."""
+    """Replace unprintable characters by their Python escapes; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -17,7 +17,7 @@ class _Printable(logging.Filter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A module's logger whose messages and tracebacks are printable, whoever shows them."""
+    """A module's logger whose messages and tracebacks are made printable for every handler."""
     logger = logging.getLogger(name)
     if not any(isinstance(each, _Printable) for each in logger.filters):
         logger.addFilter(_Printable())

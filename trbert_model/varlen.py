@@ -1,8 +1,8 @@
-"""Varlen batches: many sequences laid end to end without padding, and attention over them.
+"""Varlen batches: sequences concatenated without padding, and attention over them.
 
-A varlen batch is described by `cu_seqlens`, an int32 tensor of shape (sequences + 1,) that starts with 0 and ends
-with the total number of tokens (torch's and flash-attention's term): sequence i is rows
-`cu_seqlens[i]:cu_seqlens[i + 1]` of every (total tokens, ...) tensor.
+As in torch and flash-attention, `cu_seqlens` is an int32 tensor of shape (sequences + 1,) that starts with 0 and ends
+with the total number of tokens. Sequence i is rows `cu_seqlens[i]:cu_seqlens[i + 1]` of every (total tokens, ...)
+tensor.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,12 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass
 class VarlenBatch:
-    """Sequences end to end.
+    """Sequences concatenated without padding.
 
-    input_ids, token_type_ids, position_ids: int64, (total tokens,); cu_seqlens: int32, (sequences + 1,);
-    max_seqlen: tokens of the longest sequence.
+    Attributes:
+        input_ids, token_type_ids, position_ids: int64 (total tokens,).
+        cu_seqlens: int32 (sequences + 1,).
+        max_seqlen: tokens of the longest sequence.
     """
 
     input_ids: Tensor
@@ -35,7 +37,11 @@ class VarlenBatch:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence, token_type_ids: Sequence | None = None, device=None) -> "VarlenBatch":
-        """Lay token id sequences (lists, arrays or 1-d tensors) end to end on `device`."""
+        """Concatenate token id sequences (lists, arrays or 1-d tensors) on `device`.
+
+        Raises:
+            InputError: an empty batch or sequence.
+        """
         if len(sequences) == 0:
             raise InputError("an empty batch: there is no sequence to compute on")
         ids = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
@@ -60,9 +66,13 @@ class VarlenBatch:
     def from_padded(
         cls, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> tuple["VarlenBatch", Tensor]:
-        """Pack (batch, length) tensors; masked positions leave, the others keep their column as position.
+        """Pack (batch, length) tensors without their masked positions; a token's position is its column.
 
-        Returns the batch and the indices, (total tokens,), of its tokens in the flattened padded tensor.
+        Returns:
+            The batch, and the indices of its tokens in the flattened padded tensor, int64 (total tokens,).
+
+        Raises:
+            InputError: an empty batch or sequence, or a mask of another shape.
         """
         if input_ids.numel() == 0:
             raise InputError(f"an empty batch: input_ids has shape {tuple(input_ids.shape)}")
@@ -88,7 +98,7 @@ class VarlenBatch:
 
 
 def model_inputs(sequences: Sequence, token_type_ids: Sequence | None = None) -> dict[str, Tensor]:
-    """Token id sequences as one varlen batch, by the names of a model's arguments."""
+    """Token id sequences as one varlen batch, in a dict of model arguments."""
     batch = VarlenBatch.from_sequences(sequences, token_type_ids)
     return {
         "input_ids": batch.input_ids,
@@ -104,25 +114,25 @@ def first_tokens(cu_seqlens: Tensor) -> Tensor:
 
 
 def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The sequence that each of the batch's tokens belongs to, int64 (tokens,)."""
+    """The index of each token's sequence, int64 (tokens,)."""
     places = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens.narrow(0, 1, len(cu_seqlens) - 1), places, right=True)
 
 
 def places_in(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Each token's place in its sequence, int64 (tokens,)."""
+    """Each token's position in its sequence, from 0, int64 (tokens,)."""
     first = first_tokens(cu_seqlens).index_select(0, sequence_of(cu_seqlens, tokens))
     return torch.arange(tokens, device=cu_seqlens.device) - first
 
 
 def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(tokens,) → (sequences,)."""
+    """The sum of each sequence's values, (tokens,) → (sequences,)."""
     sums = torch.zeros(len(cu_seqlens) - 1, dtype=values.dtype, device=values.device)
     return sums.index_add(0, sequence_of(cu_seqlens, len(values)), values)
 
 
 def top_tokens(scores: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
-    """The `counts[i]` highest-scored tokens of each sequence i, the first token always among them: bool, as scores."""
+    """Mask of the `counts[i]` highest-scored tokens of each sequence i, always with its first token, bool (tokens,)."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     scores = scores.clone()
     scores[first_tokens(cu_seqlens)] = torch.inf
@@ -147,11 +157,18 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of a varlen batch, as a transformers attention function.
 
-    query, key, value: (1, heads, total tokens, head size). Returns (1, total tokens, heads, head size) and None.
-    On CPUs there may be more rows than tokens: what comes after the last sequence is zeros in the output. Half
-    precision on CUDA without dropout runs torch's varlen kernel; everything else torch's SDPA, a sequence at a time, so
-    that no sequence is ever padded or sees another. SDPA runs in fp32 on CPUs: in bfloat16 it takes 1.8 times as long
-    there (torch 2.13, AMX), which undoes what bfloat16 gains in the rest of a layer.
+    Half precision on CUDA without dropout uses torch's varlen kernel. Everything else uses torch's SDPA, one sequence
+    at a time, without padding. On CPUs SDPA runs in fp32, because bfloat16 is slower there.
+
+    Args:
+        query, key, value: (1, heads, total tokens, head size). On CPUs there may be padding rows after the last
+            sequence; their output is zeros.
+
+    Returns:
+        (1, total tokens, heads, head size), and None for the attention weights.
+
+    Raises:
+        InputError: an attention mask, or a padded batch.
     """
     if attention_mask is not None or query.shape[0] != 1:
         raise InputError(
@@ -169,12 +186,12 @@ def varlen_attention(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
-    """torch's SDPA, a sequence at a time; same shapes as `varlen_attention`."""
+    """Run torch's SDPA on one sequence at a time; same shapes as `varlen_attention`."""
     shape = (1, query.shape[2], query.shape[1], query.shape[3])
     output = None if query.requires_grad else query.new_empty(shape)
     bounds = cu_seqlens.tolist()
     pieces = []
-    # Split once: the gradient of a slice is a tensor of zeros as long as the batch, for every sequence.
+    # Split once: each slice would have a gradient as large as the whole batch.
     sizes = [end - start for start, end in zip(bounds, bounds[1:])] + [shape[1] - bounds[-1]]
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
     for start, end, (q, k, v) in zip(bounds, bounds[1:], parts):
@@ -192,14 +209,14 @@ def _attention(
 def _flash_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
 ) -> Tensor:
-    """torch's flash-attention varlen kernel; same shapes as `varlen_attention`."""
+    """Run torch's flash-attention varlen kernel; same shapes as `varlen_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    # num_splits=1: split-KV chooses by the longest sequence of the batch, and a document's result would then depend
-    # on its neighbours (torch documents bitwise batch invariance for 1).
+    # num_splits=1: otherwise the number of splits depends on the longest sequence, and a document's result on the rest
+    # of the batch (torch documents bitwise batch invariance for 1).
     output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, num_splits=1)
-    assert isinstance(output, Tensor)  # no auxiliary output was asked for
+    assert isinstance(output, Tensor)  # no auxiliary output was requested
     return output.unsqueeze(0)
 
 

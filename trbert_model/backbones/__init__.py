@@ -1,4 +1,4 @@
-"""The encoders whose layers a TR-BERT can have. A new one is a file like `roberta` and a line here."""
+"""The encoder families that TR-BERT supports. To add one, write a module like `roberta` and register it here."""
 
 from .base import Backbone
 from .bert import BertBackbone

@@ -1,4 +1,4 @@
-"""What TR-BERT needs to know of a pre-trained encoder."""
+"""The interface between TR-BERT and a family of pre-trained encoders."""
 
 import re
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 
 class Backbone(Protocol):
-    """A family of encoders: its layers on varlen batches, and its checkpoints.
+    """A family of encoders: its layers on varlen batches, and the conversion of its checkpoints.
 
-    names: the `model_type`s of the transformers checkpoints it reads; pair_separators: [SEP] tokens between a question
-    and its passage; pad_token_id: of a checkpoint that names none; ignored: tensors of checkpoints, by their names
-    here, that no TR-BERT has: pre-training heads and buffers that were stored once; lora_targets: the layers' matrices
-    that an adapter updates.
+    Attributes:
+        names: the `model_type`s of the transformers checkpoints that it reads.
+        pair_separators: number of [SEP] tokens between a question and its passage.
+        pad_token_id: the default for checkpoints without one.
+        ignored: matches the converted names (`tensor_name`) of tensors that TR-BERT does not use: pre-training heads,
+            and buffers that old checkpoints contain.
+        lora_targets: regular expression for the names of the matrices that an adapter updates.
     """
 
     names: tuple[str, ...]
@@ -28,32 +31,38 @@ class Backbone(Protocol):
     lora_targets: str
 
     def position_offset(self, pad_token_id: int) -> int:
-        """Rows of the position table in front of a sequence's first token's."""
+        """Number of rows of the position table before the row of a sequence's first token."""
 
     def embeddings(self, config: "TRBertConfig") -> Any:
-        """The module with the embedding tables, of words as `word_embeddings`."""
+        """Create the module with the embedding tables; that of the tokens is its `word_embeddings`."""
 
     def embed(self, embeddings: Any, batch: VarlenBatch) -> Tensor:
-        """(total tokens, hidden)."""
+        """The embeddings of a batch, (total tokens, hidden)."""
 
     def layer(self, config: "TRBertConfig", index: int) -> nn.Module:
-        """A layer's module."""
+        """Create the module of a layer."""
 
     def run_layer(
         self, layer: nn.Module, hidden: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """A layer on (tokens, hidden) with the tokens' positions in their sequences, int64 (tokens,). On CPUs there may
-        be more rows than tokens."""
+        """Run a layer, (tokens, hidden) → (tokens, hidden).
+
+        Args:
+            hidden: on CPUs it may have padding rows after the last token.
+            positions: int64 (tokens,), each token's position in its sequence before any reduction.
+        """
 
     def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray) -> np.ndarray:
-        """FLOPs of a layer on sequences of `tokens` tokens, (sequences,) → float64 (sequences,)."""
+        """FLOPs of one layer on sequences with these numbers of tokens, (sequences,) → float64 (sequences,)."""
 
     def fuse(self, layer: nn.Module) -> None:
-        """Put a layer, in place, into the form that inference computes fastest in."""
+        """Fuse a layer's operations in place, for faster inference."""
 
     def tensor_name(self, name: str) -> str:
-        """The name here, `bert.…` or a head's, of a tensor of a checkpoint; of one with that name already the same."""
+        """Convert a checkpoint's tensor name to TR-BERT's (`bert.…` or a head's). Converted names are unchanged."""
 
     def config_fields(self, raw: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """`TRBertConfig`'s fields from a checkpoint's config.json and its tensors by their names here, to which it adds
-        tables that the checkpoint does without."""
+        """`TRBertConfig` fields from a checkpoint's config.json and its tensors by converted name.
+
+        Adds embedding tables that the checkpoint lacks to `tensors`.
+        """

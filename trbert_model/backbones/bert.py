@@ -1,6 +1,6 @@
 """BERT, and DistilBERT as a BERT without token types.
 
-The layers are transformers' own `BertEmbeddings` and `BertLayer`, run on one (1, total tokens, hidden) tensor.
+The layers are transformers' `BertEmbeddings` and `BertLayer`, run on one (1, total tokens, hidden) tensor.
 """
 
 import re
@@ -17,7 +17,7 @@ from ..varlen import VarlenBatch, varlen_attention
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
 
-# DistilBERT's names to BERT's, inside a layer; the original TR-BERT keeps both families' names.
+# DistilBERT's names inside a layer → BERT's. The original TR-BERT's checkpoints use the names of either family.
 _DISTILBERT_LAYER = {
     "attention.q_lin": "attention.self.query",
     "attention.k_lin": "attention.self.key",
@@ -28,7 +28,7 @@ _DISTILBERT_LAYER = {
     "ffn.lin2": "output.dense",
     "output_layer_norm": "output.LayerNorm",
 }
-# DistilBERT's configuration under BERT's names.
+# DistilBERT's configuration fields → BERT's.
 _DISTILBERT_FIELDS = {
     "n_heads": "num_attention_heads",
     "activation": "hidden_act",
@@ -68,7 +68,7 @@ class BertBackbone:
         return layer(hidden.unsqueeze(0), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
 
     def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray) -> np.ndarray:
-        """Projections 4·H²·n, feed-forward 2·H·I·n, attention 2·H·n² multiply-adds."""
+        """FLOPs of one layer: projections 4·H²·n, feed-forward 2·H·I·n and attention 2·H·n² multiply-adds."""
         n = np.asarray(tokens, dtype=np.float64)
         hidden, intermediate = config.hidden_size, config.intermediate_size
         return 2 * ((4 * hidden**2 + 2 * hidden * intermediate) * n + 2 * hidden * n**2)
@@ -92,7 +92,7 @@ class BertBackbone:
         words = tensors["bert.embeddings.word_embeddings.weight"]
         distilbert = "dim" in raw
         if distilbert:
-            # DistilBERT has no token types; zero embeddings for BERT's two say the same.
+            # DistilBERT has no token types; zero embeddings for BERT's two are equivalent.
             tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, words.shape[1])
             raw = raw | {_DISTILBERT_FIELDS[name]: value for name, value in raw.items() if name in _DISTILBERT_FIELDS}
             raw |= {"pooler_activation": "relu", "classifier_dropout": raw.get("seq_classif_dropout", 0.2)}

@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-R: BERT's layers under other names, with positions counted from behind the padding's."""
+"""RoBERTa and XLM-R: BERT's layers with other tensor names, and position ids that start after the padding's."""
 
 import re
 from typing import Any
@@ -13,8 +13,8 @@ from .bert import BertBackbone
 class RobertaBackbone(BertBackbone):
     """See `Backbone`.
 
-    A question and its passage differ for the selectors only: these encoders have one token type. Positions are counted
-    from a sequence's first token whatever stands in front of it, as transformers counts them.
+    These encoders have one token type, so only the selectors use a batch's token types. Positions start at a sequence's
+    first token, whatever padding precedes it, as in transformers. `position_ids` are ignored.
     """
 
     names: tuple[str, ...] = ("roberta", "xlm-roberta")

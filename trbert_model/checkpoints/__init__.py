@@ -1,1 +1,1 @@
-"""The one home of a model directory: which files count, their digest, loading it, and converting others' into it."""
+"""Model directories: their files and digest, loading, and conversion of other checkpoints."""

@@ -1,7 +1,7 @@
-"""Checkpoints of transformers' BERT, DistilBERT, RoBERTa and XLM-R and of the original TR-BERT, as TR-BERT models.
+"""Conversion of BERT, DistilBERT, RoBERTa, XLM-R and original TR-BERT checkpoints to TR-BERT models.
 
-What a checkpoint is, is told by its tensors, because the original's directories and old transformers ones name their
-classes inconsistently. Weights are read from safetensors only: nothing is unpickled.
+The tensors determine a checkpoint's head, because the original's checkpoints and old transformers ones name their
+classes inconsistently. Weights are read from safetensors only, nothing is unpickled.
 """
 
 import json
@@ -20,12 +20,12 @@ from ..tasks.registry import TASKS, task_of
 from .files import saved_files
 
 MULTIPLE_CHOICE, NO_TASK = "multiple-choice", "none"
-# What a checkpoint can become: a task's model, or one that no job scores with.
+# What a checkpoint can be converted to. Jobs can only score with the models of TASKS.
 KINDS = (*TASKS, MULTIPLE_CHOICE, NO_TASK)
-# What an adapter holds whole, beside low-rank updates of the layers' matrices (`Backbone.lora_targets`).
+# Modules that an adapter holds in full, in addition to low-rank updates of the layers (`Backbone.lora_targets`).
 MODULES_TO_SAVE = [*(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
-MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of selectors that know the question
+MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of question-aware selectors
 
 
 def convert_checkpoint(
@@ -38,36 +38,36 @@ def convert_checkpoint(
     question_aware: bool = False,
     max_positions: int | None = None,
 ) -> TRBertPreTrainedModel:
-    """Read a checkpoint directory as a TR-BERT model, in eval mode and fp32.
+    """Convert a checkpoint directory to a TR-BERT model, in eval mode and fp32.
 
-    Selectors come from the checkpoint if it has them (the original's format); otherwise they are fresh and keep
-    every token, so that the converted model answers as its source did until they are trained.
+    Selectors come from the checkpoint if it has them (the original's format). Otherwise they are newly initialised and
+    keep every token, so that the outputs are those of the source model until the selectors are trained.
 
     Args:
         src: a directory with config.json and safetensors weights: transformers BERT, DistilBERT, RoBERTa or XLM-R, or
             the original TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a model saved by
-            this package, whose selectors are replaced by fresh ones.
-        task: one of `KINDS`; default: the head the checkpoint has, where one with a single output is a regression's
-            unless the checkpoint says that it chooses.
-        head: give the model a fresh head for the task, whatever head the checkpoint has, with these fields in its
-            configuration (`Task.learnt_head`).
-        reduction_layers: zero-based layers with a selector; default: the paper's. The original's checkpoints fix
-            their own.
-        selector_size: width of fresh selectors' hidden layer; default: 32, the paper's.
-        question_aware: fresh selectors know the question (`TRBertConfig.question_aware`).
-        max_positions: extend the position table to so many, the new ones beginning as copies of the old in their
-            order (Longformer's way): to be trained, for until then a token far behind looks like one at the front.
+            this package, whose selectors are replaced by new ones.
+        task: one of `KINDS`. Default: the task of the checkpoint's head. A single output means regression, unless the
+            checkpoint's class is a multiple-choice model.
+        head: configuration fields of a new head for the task (`Task.learnt_head`), which replaces the checkpoint's.
+        reduction_layers: zero-based layers with a selector. Default: the paper's. Not allowed for the original's
+            checkpoints, which determine them.
+        selector_size: width of the hidden layer of new selectors. Default: 32, as in the paper.
+        question_aware: new selectors use the question (`TRBertConfig.question_aware`).
+        max_positions: extend the position table to this many positions. New ones are initialised with copies of the
+            existing ones, in order, as in Longformer. The model must then be trained: until then it cannot tell a new
+            position from the one that it was copied from.
 
     Raises:
-        ConfigurationError: fewer positions than the checkpoint has.
-        CheckpointError: no safetensors weights, another architecture, tensors missing or left over, or a task the
+        ConfigurationError: `max_positions` is less than the checkpoint has, or an option is invalid.
+        CheckpointError: no safetensors weights, another architecture, missing or unexpected tensors, or a task that the
             checkpoint has no head for.
     """
     src = Path(src)
     raw_config, tensors = _read(src)
     kind = str(raw_config.get("model_type", "bert"))
     backbone = _backbone(raw_config, kind)
-    if backbone is None:  # others may mean something else by the same names
+    if backbone is None:  # other architectures may use the same tensor names differently
         raise CheckpointError(
             f"{src}: a {kind} checkpoint, not a BERT, DistilBERT, RoBERTa, XLM-R or original TR-BERT to convert"
         )
@@ -102,12 +102,12 @@ def convert_checkpoint(
         config.selector_size = selector_size
     config.question_aware = question_aware and not selectors_stored
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same fresh selectors and head at every conversion
+        torch.manual_seed(0)  # the same new selectors and head at every conversion
         model = _model_class(task)(config)
         for selector in model.base_model.encoder.selectors:
             selector.start_afresh()
         if config.question_aware:
-            config.selector_thresholds = [0.0] * len(config.reduction_layers)  # all tokens go on
+            config.selector_thresholds = [0.0] * len(config.reduction_layers)  # keep all tokens
     if task == NO_TASK:
         state = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
     if model.base_model.pooler is None:
@@ -125,10 +125,10 @@ def convert_checkpoint(
 
 
 def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrainedModel:
-    """A backbone checkpoint and an adapter that `jobs/train.py --adapter-rank` saved → the trained model.
+    """Merge an adapter saved by `jobs/train.py --adapter-rank` into its backbone checkpoint.
 
     Raises:
-        CheckpointError: the adapter is incomplete or was trained on another backbone's shapes.
+        CheckpointError: the adapter is incomplete or does not fit the backbone's shapes.
     """
     from peft import PeftModel
 
@@ -156,7 +156,7 @@ def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrained
 
 
 def _read(src: Path) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and all tensors of a checkpoint directory, as fp32."""
+    """Read config.json and all tensors of a checkpoint directory, floating-point tensors as fp32."""
     with saved_files(src) as files:
         config = json.loads((src / "config.json").read_text())
         tensors = files.weights()
@@ -164,15 +164,17 @@ def _read(src: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _backbone(raw: dict, kind: str) -> str | None:
-    """The backbone of a checkpoint of some `model_type`, or of a TR-BERT."""
+    """The name of the backbone for a checkpoint's `model_type` `kind`; None if there is none."""
     if kind == TRBertConfig.model_type:
         return raw.get("backbone", "bert") if raw.get("backbone", "bert") in BACKBONES else None
     return next((name for name, family in BACKBONES.items() if kind in family.names), None)
 
 
 def _found_task(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
-    """The task of the head a checkpoint has. Choosing among options and regression have the same tensors, so that
-    the checkpoint's class or the caller must say."""
+    """The task of a checkpoint's head.
+
+    Multiple choice and regression have the same tensors, so the checkpoint's class or `asked` decides between them.
+    """
     chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in raw.get("architectures") or [])
     if chooses and state.get("classifier.weight", torch.empty(0)).shape[:1] == (1,):
         return MULTIPLE_CHOICE
@@ -187,7 +189,7 @@ def _model_class(task: str) -> type[TRBertPreTrainedModel]:
 
 
 def _extend_positions(state: dict[str, Tensor], positions: int, offset: int, src: Path) -> None:
-    """offset: rows of the table in front of the first position's."""
+    """Extend the position table in `state` by repeating it; offset: rows before the row of the first position."""
     name = "bert.embeddings.position_embeddings.weight"
     head, table = state[name][:offset], state[name][offset:]
     if positions < len(table):

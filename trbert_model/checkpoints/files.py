@@ -1,8 +1,8 @@
-"""A saved model's directory: which of its files count, and their digest.
+"""The model files in a directory, and their digest.
 
-A digest names what is loaded: nothing but the files that count is opened, whatever else lies in the directory and
-wherever their entries point, and a directory that changes meanwhile is refused. What has been loaded has memory of its
-own: files that are overwritten later change nothing in it, where weights mapped into memory would follow them.
+The digest identifies exactly what is loaded: only the model files are opened, whatever else the directory contains and
+whatever paths they name, and loading fails if they change meanwhile. Weights are read instead of memory-mapped, so
+overwriting the files later does not change a loaded model.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 
-if TYPE_CHECKING:  # what only the names of files are asked of starts without torch
+if TYPE_CHECKING:  # processes that only need file names start without torch
     from torch import Tensor
 
 WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # which of several files holds which weight
+INDEX = f"{WEIGHTS}.index.json"  # maps each weight to one of several files
 _SUFFIXES = (".json", ".safetensors", ".txt")
-# Of these, the ones that say something about the model and change nothing in its results.
+# Files with these suffixes that describe the model but do not affect its results.
 ABOUT_THE_MODEL = ("training.json", "calibration.json")
 
 
 def model_digest(directory: str | Path) -> str:
-    """SHA-256 over the names, sizes and contents of the files that count.
+    """SHA-256 over the names, sizes and contents of the model files.
 
     Raises:
         CheckpointError: see `model_files`.
@@ -46,12 +46,14 @@ def _digest(directory: Path, names: Iterable[str]) -> str:
 
 
 def model_files(directory: str | Path) -> list[str]:
-    """The files of a model directory that decide its results, by their names below it: all JSON, safetensors and text
-    files in it but those about the model, and the weights in folders below that its index names. Links are followed.
+    """The files of a model directory that affect its results, as sorted relative paths.
+
+    These are the JSON, safetensors and text files directly in the directory, except `ABOUT_THE_MODEL`, and the weights
+    in subdirectories that its index names. Links are followed.
 
     Raises:
-        CheckpointError: it cannot be listed; the index is damaged, names files outside, others than safetensors or
-            some that are not there.
+        CheckpointError: the directory cannot be listed, or its index is damaged or names missing files, files outside
+            the directory, or files other than safetensors.
     """
     directory = Path(directory)
     try:
@@ -66,17 +68,22 @@ def model_files(directory: str | Path) -> list[str]:
 
 
 def counted_files(names: Iterable[str], index: bytes | None, place: str) -> list[str]:
-    """The files that count, of a directory with files of these names and this index, sorted.
+    """The model files of a directory with these files and this index, sorted; see `model_files`.
+
+    Args:
+        names: relative paths of the directory's files.
+        index: contents of the index of weights, None if there is none.
+        place: the directory's name, for error messages.
 
     Raises:
-        CheckpointError: the index is damaged, or names files outside the directory or others than safetensors.
+        CheckpointError: the index is damaged, or names files outside the directory or other than safetensors.
     """
     inside = {name for name in names if "/" not in name and name.endswith(_SUFFIXES) and name not in ABOUT_THE_MODEL}
     return sorted(inside | set(_weights(inside, index, place)))
 
 
 def _weights(names: Iterable[str], index: bytes | None, place: str) -> list[str]:
-    """The weights' files, as transformers chooses them: one file goes before an index."""
+    """The weight files, chosen as in transformers: a single file takes precedence over an index."""
     if WEIGHTS in names:
         return [WEIGHTS]
     if index is None:
@@ -94,17 +101,17 @@ def _weights(names: Iterable[str], index: bytes | None, place: str) -> list[str]
 
 @dataclass(frozen=True)
 class SavedFiles:
-    """A model directory, the names of its files that count, and their digest."""
+    """A model directory, the relative paths of its model files, and their digest."""
 
     directory: Path
     names: list[str]
     digest: str
 
     def weights(self) -> "dict[str, Tensor]":
-        """All tensors.
+        """Read all tensors.
 
         Raises:
-            CheckpointError: there are none, or a file is no safetensors file.
+            CheckpointError: there are no weights, or a file is not a safetensors file.
         """
         from safetensors.torch import load_file
 
@@ -119,7 +126,7 @@ class SavedFiles:
         tensors: dict[str, Tensor] = {}
         for name in names:
             try:
-                tensors.update(load_file(self.directory / name, backend="pread"))  # "mmap" would follow the file
+                tensors.update(load_file(self.directory / name, backend="pread"))  # "mmap" sees later changes
             except Exception as error:
                 raise CheckpointError(f"{self.directory / name}: cannot be read as safetensors: {error}") from error
         return tensors
@@ -127,10 +134,10 @@ class SavedFiles:
 
 @contextlib.contextmanager
 def saved_files(directory: Path) -> Iterator[SavedFiles]:
-    """The files of a model directory, to be read before this ends.
+    """The model files of a directory, to be read within the context.
 
     Raises:
-        CheckpointError: there is no config.json, a file cannot be read, or they have changed in the end.
+        CheckpointError: there is no config.json, a file cannot be read, or the files changed within the context.
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: no config.json there; a model is a directory with config.json and weights")
@@ -145,7 +152,7 @@ def saved_files(directory: Path) -> Iterator[SavedFiles]:
 
 
 def _signature(directory: Path) -> dict[str, tuple[int, ...] | None]:
-    """What tells one version of each file that counts from another; None for one that has just gone."""
+    """Inode, size and times of each model file, to detect changes; None for a file that was just removed."""
     signature: dict[str, tuple[int, ...] | None] = {}
     for name in model_files(directory):
         signature[name] = None

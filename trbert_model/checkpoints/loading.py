@@ -1,4 +1,4 @@
-"""Loading a saved model: the model and its tokenizer, made of the files that count and of nothing else."""
+"""Loading a saved model and its tokenizer, from the model files only (see `files`)."""
 
 import contextlib
 import json
@@ -17,15 +17,16 @@ from ..modeling import TRBertPreTrainedModel
 from ..tasks.registry import task_of
 from .files import WEIGHTS, SavedFiles, saved_files
 
-# What transformers merges into the arguments of a tokenizer's class, where some name files, anywhere: those it opens,
-# and those it only puts others in the place of. Models of earlier versions have paths of their makers' machines there.
+# transformers merges the contents of these files into the arguments of the tokenizer's class. Some arguments name files
+# anywhere on the machine. Those in _OPENED are opened, so they are refused. Those that end in _PUT_ASIDE are only
+# overridden, so they are removed: older models have paths there from the machine that saved them.
 _TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
 _OPENED = ("vocab", "merges", "init_inputs", "fast_tokenizer_files")
 _PUT_ASIDE = "_file"
 
 
 class LoadedModel(NamedTuple):
-    """A model, its tokenizer, and the digest of the files that both were made of."""
+    """A model, its tokenizer, and the digest of the files that they were loaded from."""
 
     model: TRBertPreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -35,20 +36,21 @@ class LoadedModel(NamedTuple):
 def load_model(
     directory: str | Path, digest: str | None = None
 ) -> tuple[TRBertPreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of `load_checkpoint`."""
+    """Load the model and the tokenizer, as `load_checkpoint` without the digest."""
     return load_checkpoint(directory, digest)[:2]
 
 
 def load_checkpoint(directory: str | Path, digest: str | None = None) -> LoadedModel:
-    """A saved TR-BERT model with a task's head and its tokenizer, nothing missing, nothing unpickled.
+    """Load a saved TR-BERT model with a task's head, and its tokenizer. Nothing is unpickled.
 
     Args:
-        directory: see `model_files`.
-        digest: what the model's digest must be.
+        directory: a model directory, see `model_files`.
+        digest: the expected digest of the model files. Default: any.
 
     Raises:
-        ModelChangedError: it is another.
-        CheckpointError: names the directory and what is wrong with it.
+        ModelChangedError: the digest is different.
+        CheckpointError: the model is incomplete, damaged or not supported, or its tokenizer has tokens without an
+            embedding. The message names the directory and the problem.
     """
     directory = Path(directory)
     with saved_files(directory) as files, tempfile.TemporaryDirectory(prefix="trbert-") as place:
@@ -64,7 +66,7 @@ def load_checkpoint(directory: str | Path, digest: str | None = None) -> LoadedM
         except TRBertError as error:
             raise CheckpointError(f"{directory}: {error}") from error
         except BaseException as error:
-            # Rust's panics, in tokenizers and safetensors, are no Exceptions.
+            # Panics in Rust code (tokenizers, safetensors) are not subclasses of Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error, place, directory)}") from error
@@ -73,9 +75,9 @@ def load_checkpoint(directory: str | Path, digest: str | None = None) -> LoadedM
 
 
 def _made_of(files: SavedFiles, place: Path) -> tuple[TRBertPreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer; `place` is an empty directory for copies of the files that transformers is to read."""
+    """Load model and tokenizer; `place` is an empty directory for copies of the files that transformers reads."""
     directory = files.directory
-    if "adapter_config.json" in files.names:  # transformers would apply it, and load the backbone that it names
+    if "adapter_config.json" in files.names:  # transformers would load the backbone it names
         raise ConfigurationError(
             "it holds an adapter (adapter_config.json); jobs/convert.py --adapter makes a model of it and its backbone"
         )
@@ -97,14 +99,14 @@ def _made_of(files: SavedFiles, place: Path) -> tuple[TRBertPreTrainedModel, Pre
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
         )
-    # Not even when somebody answers "y" to the question that transformers would ask.
+    # trust_remote_code=False: otherwise transformers asks on the terminal whether to run the model's code.
     tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
     if loading["missing_keys"] or loading["mismatched_keys"]:
         bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
         raise CheckpointError(f"{directory}: weights missing or of another shape: {bad[:5]}")
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise CheckpointError(f"{directory}: weights that are not finite: {bad[:5]}")
-    if not tokenizer.is_fast:  # one in Python has no use here, and may open dictionaries of its own
+    if not tokenizer.is_fast:  # tasks need a fast one, and a slow one may open further files
         raise CheckpointError(
             f"{directory}: its tokenizer, a {type(tokenizer).__name__}, is none of the tokenizers library"
         )
@@ -119,10 +121,10 @@ def _made_of(files: SavedFiles, place: Path) -> tuple[TRBertPreTrainedModel, Pre
 
 
 def _arguments(name: str, data: bytes) -> bytes:
-    """A file with arguments of a tokenizer's class, without those that name files.
+    """The contents of a file in `_TOKENIZER_ARGUMENTS`, without the arguments that name files.
 
     Raises:
-        ConfigurationError: one of them would be opened.
+        ConfigurationError: not a mapping, or an argument names files that transformers would open.
     """
     values = json.loads(data)
     if not isinstance(values, dict):
@@ -134,13 +136,13 @@ def _arguments(name: str, data: bytes) -> bytes:
 
 
 def _reason(error: BaseException, place: str, directory: Path) -> str:
-    """The first line of what a library says, of the directory where it speaks of its copy."""
+    """The first line of a library's error message, with `directory` instead of the temporary copy's path."""
     return next(iter(str(error).replace(place, str(directory)).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """transformers' bar for weights that load in a blink would be most of what an actor writes into the log."""
+    """Disable transformers' progress bar for loading weights, which would fill the actors' logs."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Documents in, one result a document out, in order: the one way to run a TR-BERT."""
+"""The engine: runs a model over documents and returns one result per document, in order."""
 
 from .options import EngineOptions
 from .scoring import Engine, EngineStatistics, OutOfMemoryError

@@ -1,4 +1,4 @@
-"""How an engine runs: precision, device, batches, thresholds."""
+"""Engine options: precision, device, batch size, thresholds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16: its GPUs, or instructions of its CPU. A CPU without such takes some 70
-    times as long as in fp32 (torch 2.13, matrix products on an AMD EPYC with AVX2 only)."""
+    """Whether this machine's GPU, or its CPU if it has no GPU, supports bfloat16 natively.
+
+    On CPUs without such instructions bfloat16 is much slower than fp32.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     able = torch.cpu.get_capabilities()
@@ -23,13 +25,17 @@ def computes_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class EngineOptions(TaskOptions):
-    """How a model runs, beside what its task takes.
+    """Options of an engine, in addition to those of its task.
 
-    max_tokens_per_batch: tokens in one varlen batch; default by device.
-    device: "cpu", "cuda" or "cuda:N"; default: CUDA if there is one.
-    dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
-    reduce: False runs the dense model.
-    thresholds: keep probabilities from which on a token stays, one a reduction; default: the model's own.
+    Attributes:
+        max_tokens_per_batch: maximum number of tokens in a varlen batch. Default: depends on the device.
+        device: "cpu", "cuda" or "cuda:N". Default: CUDA if available.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
+        reduce: False runs the dense model.
+        thresholds: lowest keep probabilities of kept tokens, one per reduction. Default: the model's own.
+
+    Raises:
+        ConfigurationError: an option has an invalid value.
     """
 
     max_tokens_per_batch: int | None = None
@@ -49,7 +55,11 @@ class EngineOptions(TaskOptions):
 
 
 def check_thresholds(config: TRBertConfig, thresholds: Sequence[float]) -> None:
-    """Raises ConfigurationError if they are not one a reduction."""
+    """Check that there is one threshold per reduction.
+
+    Raises:
+        ConfigurationError: there are more or fewer.
+    """
     if len(thresholds) != len(config.reduction_layers):
         raise ConfigurationError(
             f"thresholds {tuple(thresholds)} must be one for each of the model's reduction layers "

@@ -1,7 +1,7 @@
-"""Documents in, one result a document out, in order: the one way to run a TR-BERT.
+"""The engine: runs a model over documents and returns one result per document, in order.
 
-Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens; no padding, no sorting. Memory is
-bounded by that budget, not by the documents' lengths or number.
+Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens, without padding or sorting. This limit
+bounds the memory, whatever the number and lengths of the documents.
 """
 
 import os
@@ -33,12 +33,18 @@ logger = get_logger(__name__)
 
 
 class OutOfMemoryError(TRBertError, RuntimeError):
-    """A single window does not fit the device's memory."""
+    """A single window does not fit into the device's memory."""
 
 
 @dataclass
 class EngineStatistics:
-    """Since the engine was made: batches computed, seconds in the model, batches halved for want of memory."""
+    """Counters of an engine since it was created.
+
+    Attributes:
+        batches: batches given to the model.
+        model_seconds: time spent in the model.
+        halved_batches: batches halved because memory ran out.
+    """
 
     batches: int = 0
     model_seconds: float = 0.0
@@ -47,7 +53,7 @@ class EngineStatistics:
 
 @dataclass
 class _Open:
-    """A document of which windows are still to be computed: they and their outputs so far."""
+    """A document that is not complete, with the windows computed so far and their outputs."""
 
     document: Any
     windows: list[Any] = field(default_factory=list)
@@ -56,7 +62,7 @@ class _Open:
 
 @dataclass
 class _Pending:
-    """A batch being packed: its windows, and the document each belongs to."""
+    """A batch being packed: its windows, and the index of each window's document."""
 
     windows: list[Any] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
@@ -70,6 +76,9 @@ class Engine:
         model: a task's model; moved to the device and dtype, set to eval mode and fused in place.
         tokenizer: its fast tokenizer.
         options: default: `EngineOptions()`.
+
+    Raises:
+        ConfigurationError: the model has no task's head, or an option does not fit it.
     """
 
     def __init__(
@@ -78,9 +87,9 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         options: EngineOptions | None = None,
     ):
-        # oneDNN keeps what it prepared for each of the last 1,024 matrix shapes, and varlen batches hardly ever repeat
-        # one: an actor grew by some 500 MiB within minutes. 32 are enough for the layers of a batch. Read when the
-        # process multiplies its first matrices.
+        # By default oneDNN caches what it prepared for the last 1,024 matrix shapes. Varlen batches rarely repeat a
+        # shape, so an actor grew by some 500 MiB within minutes. 32 are enough for the layers of a batch. oneDNN reads
+        # the variable at the first matrix product of the process.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
         options = self.options = options or EngineOptions()
         self.config: TRBertConfig = model.config
@@ -96,8 +105,8 @@ class Engine:
         for selector in self.model.bert.encoder.selectors:
             selector.float()
         self.task = task_of_model(model).of(tokenizer, self.config, options)
-        # On CPU layers run on groups of sequences anyway (modeling.LAYER_TOKENS): more tokens only help the layers
-        # after a reduction, which have few left. Of 1,024 to 16,384 the fastest lay around 4,096.
+        # On CPUs layers run on groups of sequences (modeling.LAYER_TOKENS), so larger batches only help layers after a
+        # reduction, which have few tokens. Of 1,024 to 16,384, values around 4,096 were the fastest.
         self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 4096)
         thresholds = self.config.selector_thresholds if options.thresholds is None else options.thresholds
         self._thresholds = ThresholdPolicy(thresholds)
@@ -105,36 +114,47 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, options: EngineOptions | None = None) -> "Engine":
-        """Load a model directory as `jobs/train.py` and `jobs/convert.py` write it.
+        """Load a model directory written by `jobs/train.py` or `jobs/convert.py`.
 
         Raises:
-            CheckpointError: not a TR-BERT classification model, weights missing, tokens the embeddings do not have.
+            CheckpointError: see `load_checkpoint`.
+            ConfigurationError: an option does not fit the model.
         """
         model, tokenizer = load_model(directory)
         return cls(model, tokenizer, options)
 
     def score_columns(self, *columns: Sequence[str], policy: SelectionPolicy | None = None) -> DocumentResults:
-        """Tokenise and score rows of texts, given by column: the texts, or the questions and their contexts."""
+        """Tokenise and score texts, or questions and their contexts, given as columns.
+
+        Raises:
+            InputError: the tokenizer fails on a row.
+            TokenizerError: the tokenizer fails on every text.
+            OutOfMemoryError: see `score`.
+        """
         documents, failures = self.task.encode_rows(list(zip(*columns, strict=True)))
         if failures:
             raise InputError(f"row {min(failures)}: {failures[min(failures)]}")
         return self.score(documents, policy)
 
     def score(self, documents: Iterable[Any], policy: SelectionPolicy | None = None) -> DocumentResults:
-        """Score documents of any length, as the task's `encode_rows` gives them.
+        """Score documents of any length.
 
         Args:
-            policy: chooses the tokens that go on, instead of the thresholds.
+            documents: as from the task's `encode_rows`.
+            policy: chooses the tokens to keep, instead of the thresholds.
+
+        Raises:
+            OutOfMemoryError: a single window does not fit into the device's memory.
         """
         policy = policy or self._thresholds
         outputs: list[Any] = []
         totals: list[np.ndarray] = []  # tokens, windows, FLOPs, dense FLOPs, kept tokens...
         reductions = len(self.config.reduction_layers) if self.options.reduce else 0
 
-        pending, waiting = _Pending(), deque[_Open]()  # the documents that `outputs` does not have yet
+        pending, waiting = _Pending(), deque[_Open]()  # documents without an entry in `outputs` yet
 
         def compute(complete: int) -> None:
-            """Compute the batch; the first `complete` documents have no windows beside those computed then."""
+            """Compute the pending batch; after it, all windows of the first `complete` documents are computed."""
             first = len(outputs)
             for document, window, output, sums in self._compute(pending, policy):
                 entry = waiting[document - first]
@@ -170,7 +190,7 @@ class Engine:
         )
 
     def _compute(self, pending: _Pending, policy: SelectionPolicy) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
-        """Run one batch: of each window its document, itself, its output, and what it adds to the document's totals."""
+        """Run one batch; yields each window's document index, the window, its output, and its share of the totals."""
         started = time.perf_counter()
         outputs, kept = self._forward(pending.windows, policy)
         self.statistics.model_seconds += time.perf_counter() - started
@@ -181,14 +201,18 @@ class Engine:
             yield document, window, outputs[i], np.array([lengths[i], 1, spent[i], dense[i], *kept[i]])
 
     def _forward(self, windows: list[Any], policy: SelectionPolicy) -> tuple[list[Any], np.ndarray]:
-        """Windows → the task's output of each, and kept tokens (windows, reductions), halving while memory runs out."""
+        """The task's output of each window, and kept tokens (windows, reductions); halves the batch if memory runs out.
+
+        Raises:
+            OutOfMemoryError: a single window does not fit into the device's memory.
+        """
         try:
             return self._forward_once(windows, policy)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Out of the except block, so that the failed batch's tensors are no longer held by its traceback.
+        # Outside the except block, so that the traceback no longer holds the failed batch's tensors.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         tokens = sum(len(window.input_ids) for window in windows)
@@ -223,4 +247,4 @@ class Engine:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return "can't allocate memory" in str(error)  # torch's CPU allocator has no exception of its own
+    return "can't allocate memory" in str(error)  # torch's CPU allocator raises a RuntimeError

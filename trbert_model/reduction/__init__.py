@@ -1,1 +1,1 @@
-"""What leaves the network, and when: the state between two layers, selectors, and the policies that decide."""
+"""Token reduction: the state between layers, token selectors, and policies that decide which tokens to keep."""

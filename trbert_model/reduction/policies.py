@@ -1,4 +1,4 @@
-"""Policies that need nothing but the candidates: see `SelectionPolicy`."""
+"""Deterministic selection policies, see `SelectionPolicy`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from .state import Candidates
 
 
 class ThresholdPolicy:
-    """Tokens go on whose keep probability is at least the reduction's threshold."""
+    """Keeps tokens whose keep probability is at least the reduction's threshold."""
 
     def __init__(self, thresholds: Sequence[float]):
         self.thresholds = list(thresholds)
@@ -20,11 +20,11 @@ class ThresholdPolicy:
 
 
 class TopTokensPolicy:
-    """The highest-ranked tokens go on, so many of each sequence.
+    """Keeps a given number of tokens of each sequence, those with the highest scores.
 
     Args:
-        counts: int64 (sequences, reductions), fixed tokens among them.
-        scores: what ranks the tokens that the batch began with, (reductions, total tokens); default: the keep logits.
+        counts: int64 (sequences, reductions), number of tokens to keep, fixed tokens included.
+        scores: (reductions, total tokens), for all tokens of the batch before any reduction. Default: the keep logits.
     """
 
     def __init__(self, counts: Tensor, scores: Tensor | None = None):
@@ -38,5 +38,5 @@ class TopTokensPolicy:
 
 
 def keep_all(candidates: Candidates) -> Tensor:
-    """Every token goes on."""
+    """Keep every token."""
     return torch.ones_like(candidates.fixed)

@@ -1,6 +1,6 @@
-"""Selectors that know the question, by where a window's passage speaks of what the question asks about.
+"""Question-aware selectors, which use how much of the question occurs near each token of the passage.
 
-Before the upper layers have run, a token's state hardly says whether the question is about it. Its surroundings do
+Before the upper layers, a token's state hardly shows whether the question is about it, but the words around it do
 (docs/experiments.md, "Where answers stand").
 """
 
@@ -17,25 +17,29 @@ from ..varlen import places_in, sequence_of
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
 
-# Distances, in tokens, at which a word of the question still counts 1/e: a phrase, a sentence or two, a paragraph.
+# Distances, in tokens, at which the weight of a question's word is 1/e: a phrase, a sentence or two, a paragraph.
 SCALES = (6.0, 24.0, 96.0)
-# Distances at which a token still counts 1/e for its neighbours: a name, a phrase; and how far is looked.
+# Distances at which the weight of a neighbouring token is 1/e (a name, a phrase), and the largest distance considered.
 NEIGHBOUR_SCALES = (1.0, 4.0)
 REACH = 12
-# The cosine of two tokens' embeddings from which on one counts for the other, in proportion (docs/experiments.md,
-# "Where answers stand").
+# The cosine of two tokens' embeddings at which their likeness is 0; it rises linearly to 1 at a cosine of 1
+# (docs/experiments.md, "Where answers stand").
 LEAST_COSINE = 0.4
 
 
 @dataclass
 class QuestionMatch:
-    """How near each token is to each of its question's words, and which tokens are near each other.
+    """How near each token is to each word of its window's question. A question's words are its tokens.
 
-    near: fp32 (tokens, words, scales), the highest likeness · e^(−distance/scale) of a place in the window's passage,
-    the likeness 1 where the word itself stands and less where one like it does, 0 if none does; asked: bool (tokens,),
-    the question's own; sequence, place: int64 (tokens,), a token's window and its place there; words: (sequences,
-    words, hidden), the embeddings of the question's tokens; valid: bool (sequences, words), which of them there are;
-    longest: tokens of the longest window.
+    Attributes:
+        near: fp32 (tokens, words, scales), the highest likeness · e^(−distance/scale) over the passage's positions.
+            The likeness is 1 where the word itself occurs, less for similar words, and 0 for others.
+        asked: bool (tokens,), whether the token is part of the question.
+        sequence: int64 (tokens,), the index of the token's window.
+        place: int64 (tokens,), the token's position in its window.
+        words: (sequences, words, hidden), the embeddings of the question's words.
+        valid: bool (sequences, words), False for padding.
+        longest: tokens of the longest window.
     """
 
     near: Tensor
@@ -47,7 +51,7 @@ class QuestionMatch:
     longest: int
 
     def at(self, tokens: Tensor) -> "QuestionMatch":
-        """Of some tokens, int64 indices (tokens,)."""
+        """The match of some tokens only; tokens: int64 indices (tokens,)."""
         return dataclasses.replace(
             self,
             near=self.near[tokens],
@@ -57,7 +61,7 @@ class QuestionMatch:
         )
 
     def repeated(self, times: int) -> "QuestionMatch":
-        """Of a varlen batch laid end to end with itself."""
+        """The match of a batch repeated as by `TokenState.repeated`."""
         shifts = torch.arange(times, device=self.sequence.device) * len(self.valid)
         return QuestionMatch(
             near=self.near.repeat(times, 1, 1),
@@ -70,21 +74,26 @@ class QuestionMatch:
         )
 
     def coverage(self, weights: Tensor) -> Tensor:
-        """Of a question's words, each with its weight, (sequences, words), the share that stands near a token: fp32
-        (tokens, scales), from 0 to 1."""
-        weights = torch.where(self.valid, weights, 0.0).double()  # in doubles, the padding of a batch leaves no trace
+        """The share of the question's words that occurs near each token, from 0 to 1, fp32 (tokens, scales).
+
+        Args:
+            weights: (sequences, words), the weight of each word.
+        """
+        weights = torch.where(self.valid, weights, 0.0).double()  # fp64, so that padding does not change the result
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
         return (weights[self.sequence].unsqueeze(-1) * self.near).sum(1).float()
 
     def asked_mean(self, values: Tensor) -> Tensor:
-        """Means over the question's own tokens of values of all, (tokens, size) → fp32 (sequences, size)."""
+        """Mean over the question's tokens, dropped ones counted as 0: (tokens, size) → fp32 (sequences, size)."""
         sums = torch.zeros(len(self.valid), values.shape[1], dtype=torch.float64, device=values.device)
         sums = sums.index_add(0, self.sequence, values.double() * self.asked[:, None])
         return (sums / self.valid.sum(1, keepdim=True).clamp(min=1)).float()
 
     def around(self, values: Tensor) -> Tensor:
-        """Sums of the passage's values around each token, those at a distance counted e^(−distance/scale), over twice
-        the scale: (tokens,) → fp32 (tokens, neighbour scales). Tokens that are not there count 0."""
+        """Sum the passage's values around each token, (tokens,) → fp32 (tokens, neighbour scales).
+
+        Values are weighted by e^(−distance/scale) / (2 · scale). Dropped tokens count as 0.
+        """
         places = torch.zeros(len(self.valid), self.longest + 2 * REACH, dtype=torch.float64, device=values.device)
         values = values.masked_fill(self.asked, 0.0).double()
         places = places.index_put((self.sequence, self.place + REACH), values)
@@ -96,11 +105,13 @@ class QuestionMatch:
 def question_match(
     input_ids: Tensor, token_type_ids: Tensor, cu_seqlens: Tensor, word_embeddings: Tensor
 ) -> QuestionMatch:
-    """Match the segments 0, the questions, of a varlen batch with the rest of their windows, token by token.
+    """Match the question of each window in a varlen batch with the window's passage, token by token.
 
     Args:
-        input_ids, token_type_ids: (total tokens,), segment 0 in front of segment 1; word_embeddings: (vocabulary,
-            hidden).
+        input_ids: (total tokens,).
+        token_type_ids: (total tokens,), 0 in the question, then 1 in the passage.
+        cu_seqlens: (sequences + 1,).
+        word_embeddings: (vocabulary, hidden).
     """
     device, lengths = input_ids.device, cu_seqlens.diff().long()
     sequence, place = sequence_of(cu_seqlens, len(input_ids)), places_in(cu_seqlens, len(input_ids))
@@ -127,8 +138,13 @@ def question_match(
 
 
 def _likeness(words: Tensor, tokens: Tensor, states: Tensor) -> Tensor:
-    """How alike each sequence's words, int64 (sequences, words), and tokens, (sequences, tokens), are, from 0 to 1:
-    fp32 (sequences, words, tokens). states: the tokens' embeddings, fp32; the first ones are the words'."""
+    """The likeness of each sequence's words and tokens, from 0 to 1, fp32 (sequences, words, tokens).
+
+    Args:
+        words: int64 (sequences, words), the ids of the question's words.
+        tokens: int64 (sequences, tokens), the ids of all tokens; the words are the first of them.
+        states: fp32 (sequences, tokens, hidden), the tokens' embeddings.
+    """
     with torch.autocast(states.device.type, enabled=False):
         lengths = states.norm(dim=2).clamp(min=1e-12)
         cosine = states[:, : words.shape[1]] @ states.transpose(1, 2)
@@ -138,11 +154,12 @@ def _likeness(words: Tensor, tokens: Tensor, states: Tensor) -> Tensor:
 
 
 class QuestionTokenSelector(nn.Module):
-    """A selector that knows the question: (tokens, hidden) and their match → keep logits (tokens,), in fp32.
+    """A question-aware selector: (tokens, hidden) and their match → keep logits (tokens,), in fp32.
 
-    It sees of a token how much of the question stands near it, with a learnt weight for each of its words, and whether
-    it and its neighbours are of the kind that is asked for: a product of what the question asks with what they are,
-    both learnt. A token's state by itself is not seen: selectors learn by heart what was answered with in training.
+    Its features are how much of the question occurs near a token, with a learned weight for each word, and whether the
+    token and its neighbours are of the kind that the question asks for: the dot product of learned projections of the
+    question and of each token. A token's state by itself is not a feature, because selectors would memorise the answers
+    seen in training.
     """
 
     def __init__(self, config: "TRBertConfig"):
@@ -157,14 +174,13 @@ class QuestionTokenSelector(nn.Module):
 
     @staticmethod
     def flops(config: "TRBertConfig") -> int:
-        """FLOPs on one token, without the comparison of the question's words with it (2·H·words, under 0.1% of a
-        MiniLM-L6)."""
+        """FLOPs per token, without its comparison with the question's words (2·H·words, under 0.1% of a MiniLM-L6)."""
         hidden, size, features = config.hidden_size, config.selector_size, len(SCALES) + len(NEIGHBOUR_SCALES)
         kind = 2 * hidden * size + size + (2 * REACH + 1) * len(NEIGHBOUR_SCALES)
         return 2 * (kind + features + features * size + size)
 
     def start_afresh(self) -> None:
-        """All words alike, and the nearer the better: a good choice to begin with."""
+        """Initialise the selector with equal word weights and higher logits for tokens near the question's words."""
         nn.init.zeros_(self.word_weight.weight)
         nn.init.constant_(self.evidence.weight, 2.0)
         nn.init.constant_(self.evidence.bias, -3.0)  # few tokens are near an answer

@@ -1,4 +1,4 @@
-"""The policy of reinforcement: selections drawn at random."""
+"""The selection policy of reinforcement learning: random selections."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,14 @@ from .state import Candidates
 
 
 class SamplingPolicy:
-    """Keeps each token with its probability; for one forward pass.
+    """Keeps each token at random with its keep probability. An instance is for one forward pass.
 
     Args:
-        cuts: what is taken off the keep logits, (sequences, reductions); -inf keeps every token.
-        guided: the sequences whose tokens the guide chooses instead, bool (sequences,).
-        guide: (reductions, total tokens), needed where a sequence is guided.
-        at_random: False keeps what is more likely kept than not.
+        cuts: (sequences, reductions), subtracted from the keep logits; -inf keeps every token.
+        guided: bool (sequences,), sequences that keep the tokens with the highest guide scores instead, as many as the
+            keep probabilities add up to.
+        guide: (reductions, total tokens), required if a sequence is guided.
+        at_random: False keeps the tokens whose keep probability is at least 0.5.
     """
 
     def __init__(self, cuts: Tensor, guided: Tensor | None = None, guide: Tensor | None = None, at_random: bool = True):
@@ -22,7 +23,7 @@ class SamplingPolicy:
         self._spreads: list[Tensor] = []
 
     def spreads(self) -> Tensor:
-        """The standard deviations of the keep logits that were judged, (reductions,)."""
+        """The standard deviation of the keep logits of tokens that are not fixed, per reduction, (reductions,)."""
         return torch.stack(self._spreads)
 
     def __call__(self, candidates: Candidates) -> Tensor:

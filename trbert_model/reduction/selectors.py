@@ -1,4 +1,4 @@
-"""The paper's token selector, and which selector a configuration asks for."""
+"""The paper's token selector, and the choice of a configuration's selector class."""
 
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 class TokenSelector(nn.Module):
-    """The paper's policy network (section 3.2): (tokens, hidden) → keep logits (tokens,), always in fp32, so that the
-    choice of tokens does not hang on the precision the layers run in.
+    """The paper's policy network (section 3.2): (tokens, hidden) → keep logits (tokens,).
+
+    It always computes in fp32, so that the selection of tokens is less sensitive to the precision of the layers.
     """
 
     def __init__(self, config: "TRBertConfig"):
@@ -24,11 +25,11 @@ class TokenSelector(nn.Module):
 
     @staticmethod
     def flops(config: "TRBertConfig") -> int:
-        """FLOPs on one token."""
+        """FLOPs per token."""
         return 2 * (config.hidden_size * config.selector_size + config.selector_size)
 
     def start_afresh(self) -> None:
-        """Every token goes on."""
+        """Initialise the selector to keep every token."""
         nn.init.constant_(self.linear_2.bias, 1.0)
 
     def forward(self, hidden: Tensor, match: QuestionMatch | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tokens between two layers, what a policy sees of them, and what it decided."""
+"""The tokens between two layers, and the inputs and outputs of selection policies."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,12 +14,17 @@ from .question import QuestionMatch
 
 @dataclass
 class Candidates:
-    """The tokens that enter a reduction, for a policy to judge.
+    """The tokens at the input of a reduction, for a policy to judge.
 
-    reduction: its index; hidden: (tokens, hidden); logits: the selector's keep logits, fp32 (tokens,); fixed: bool
-    (tokens,), the ones that go on whatever a policy says, which it need not judge; places: int64 (tokens,), where in
-    the batch each token was when it began; positions: int64 (tokens,), where in its sequence; cu_seqlens: int32
-    (sequences + 1,), of the tokens that enter; match: theirs with the question, for selectors that know it.
+    Attributes:
+        reduction: the index of the reduction.
+        hidden: (tokens, hidden).
+        logits: fp32 (tokens,), the selector's keep logits.
+        fixed: bool (tokens,), tokens that are kept regardless of the policy.
+        places: int64 (tokens,), each token's index in the batch before any reduction.
+        positions: int64 (tokens,), each token's position in its sequence before any reduction.
+        cu_seqlens: int32 (sequences + 1,), of these tokens.
+        match: their match with the question, for question-aware selectors.
     """
 
     reduction: int
@@ -33,36 +38,44 @@ class Candidates:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each sequence, int64 (sequences,)."""
+        """Number of tokens of each sequence, int64 (sequences,)."""
         return self.cu_seqlens.diff().long()
 
     @property
     def sequence(self) -> Tensor:
-        """The sequence that each token belongs to, int64 (tokens,)."""
+        """The index of each token's sequence, int64 (tokens,)."""
         return sequence_of(self.cu_seqlens, len(self.places))
 
 
 @dataclass
 class Selection(Candidates):
-    """What a reduction saw, and what it did: keep, bool (tokens,), with the fixed tokens."""
+    """The candidates of a reduction and its decision.
+
+    Attributes:
+        keep: bool (tokens,), the tokens that were kept, fixed ones included.
+    """
 
     keep: Tensor
 
 
 class SelectionPolicy(Protocol):
-    """Decides at each reduction which tokens go on."""
+    """Decides at each reduction which tokens to keep."""
 
     def __call__(self, candidates: Candidates, /) -> Tensor:
-        """bool (tokens,); what it says of fixed tokens does not count."""
+        """The tokens to keep, bool (tokens,). The values of fixed tokens are ignored."""
 
 
 @dataclass(frozen=True)
 class TokenState:
-    """A varlen batch in front of a layer.
+    """A varlen batch at the input of a layer.
 
-    layer: the layer's index; hidden: (tokens, hidden); places, positions, cu_seqlens: as in `Candidates`; max_seqlen:
-    tokens of the longest sequence; match: of all tokens that the batch began with; left: places and states of the
-    tokens that have left, one pair a reduction.
+    Attributes:
+        layer: the layer's index.
+        hidden: (tokens, hidden).
+        places, positions, cu_seqlens: as in `Candidates`.
+        max_seqlen: tokens of the longest sequence.
+        match: of all tokens in the batch before any reduction.
+        left: `places` and states of the dropped tokens, one pair per reduction that dropped any.
     """
 
     layer: int
@@ -75,13 +88,15 @@ class TokenState:
     left: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def after(self, hidden: Tensor) -> "TokenState":
-        """In front of the next layer, with what this one made of the tokens."""
+        """The state at the input of the next layer; hidden: the output of this one."""
         return dataclasses.replace(self, layer=self.layer + 1, hidden=hidden)
 
     def kept(self, keep: Tensor, *, remember: bool) -> "TokenState":
-        """With these tokens only, bool (tokens,), at least one of each sequence; `remember` the states of the others.
+        """The state with some of the tokens only. Makes one device-to-host copy, of the new lengths.
 
-        One device-to-host copy, of the new lengths.
+        Args:
+            keep: bool (tokens,), at least one token of each sequence.
+            remember: add the dropped tokens to `left`.
         """
         cu_seqlens = F.pad(keep.cumsum(0), (1, 0))[self.cu_seqlens.long()].to(torch.int32)
         bounds = cu_seqlens.tolist()
@@ -89,7 +104,7 @@ class TokenState:
         leaving = len(self.places) - bounds[-1]
         if not leaving:
             return self
-        stay = torch.nonzero_static(keep, size=bounds[-1]).squeeze(1)  # nonzero would be another copy
+        stay = torch.nonzero_static(keep, size=bounds[-1]).squeeze(1)  # nonzero would make another copy
         left = self.left
         if remember:
             leave = torch.nonzero_static(~keep, size=leaving).squeeze(1)
@@ -105,7 +120,7 @@ class TokenState:
         )
 
     def repeated(self, times: int) -> "TokenState":
-        """A batch of which no token has left, laid end to end with itself."""
+        """The batch concatenated with itself, `times` copies in all; no token may have been dropped."""
         tokens = len(self.places)
         assert not self.left
         return dataclasses.replace(
@@ -118,11 +133,11 @@ class TokenState:
         )
 
     def first_states(self) -> Tensor:
-        """Each sequence's first token's, (sequences, hidden)."""
+        """The state of each sequence's first token, (sequences, hidden)."""
         return self.hidden.index_select(0, first_tokens(self.cu_seqlens))
 
     def all_states(self) -> Tensor:
-        """Of every token that the batch began with the last state it had, (total tokens, hidden)."""
+        """The last state of every token, dropped ones included, in batch order, (total tokens, hidden)."""
         if not self.left:
             return self.hidden
         order = torch.cat([*(places for places, _ in self.left), self.places])
