@@ -1,12 +1,12 @@
-"""Answering questions over long contexts: the clock against transformers' `BertForQuestionAnswering`.
+"""Question answering over long contexts: the engine's speed compared with transformers' `BertForQuestionAnswering`.
 
     python -m benchmarks.answers --model MODEL --questions test-1500.parquet test-6000.parquet
 
-The model is one that `benchmarks.quality --runs squad` trained; its thresholds come from its calibration table, or from
-the one in --table (the run leaves one made with joined contexts in MODEL/dev-1500). Every system computes the same
-windows of the same weights, block by block in turn: the engine, dense and reduced, and transformers' model in padded
-batches of windows sorted by length, of several sizes, of which the best counts. Tokenisation is outside of all timings,
-and so is finding the spans of the padded systems' logits (not of the engine's).
+The model is one that `benchmarks.quality --runs squad` trained. Its thresholds come from its calibration table, or from
+the one in --table (the run writes a table for long contexts to MODEL/dev-1500). All systems compute the same windows
+with the same weights, block by block in turn: the engine, dense and reduced, and transformers' model in padded batches
+of windows sorted by length. Several batch sizes are measured, and the fastest is used. Timings exclude tokenisation.
+They include finding the spans for the engine, but not for the padded systems.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BATCHES = (1, 4, 8, 16, 32)
 def run_padded(
     bert: BertForQuestionAnswering, task: QuestionAnsweringTask, documents: list[EncodedQuestion], batch: int
 ) -> None:
-    """All windows in padded batches, sorted by length."""
+    """Compute all windows in padded batches, sorted by length."""
     windows = sorted(
         (window for document in documents for window in task.windows(document)), key=lambda w: len(w.input_ids)
     )
@@ -55,7 +55,7 @@ def run_padded(
 
 
 def some(corpus: LabelledQuestions, limit: int | None) -> LabelledQuestions:
-    """At most so many of the questions, from all over the corpus."""
+    """At most `limit` questions, evenly spread over the corpus."""
     every = slice(None, None, -(-len(corpus.documents) // limit) if limit else None)
     return LabelledQuestions(
         corpus.documents[every], corpus.answers[every], corpus.starts[every], corpus.task, ids=corpus.ids[every]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: documents, the machine's description, results as JSON and as a table."""
+"""Shared by the benchmarks: documents, a description of the machine, and results as JSON and as a table."""
 
 import datetime
 import json
@@ -27,13 +27,13 @@ def held_out_texts(directory: Path) -> list[str]:
 
 
 def repeated(items: list, count: int) -> list:
-    """The items again and again, `count` in all, in a seeded random order."""
+    """`count` items in a seeded random order, each repeated as often as needed."""
     order = np.random.default_rng(0).permutation(count)
     return [items[i % len(items)] for i in order]
 
 
 def machine() -> dict[str, Any]:
-    """The shape of the machine and the versions that were measured."""
+    """The machine's CPU and the versions of the packages."""
     model = platform.processor() or platform.machine()
     flags: set[str] = set()
     cpuinfo = Path("/proc/cpuinfo")
@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, result: dict[str, Any], table: str) -> None:
-    """Write `results/<name>.json` and print the table."""
+    """Write `results/<name>.json` and the table to `results/<name>.md`, and print the table."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(table + "\n")

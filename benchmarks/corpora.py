@@ -1,4 +1,4 @@
-"""The corpora of `benchmarks.quality`: seeded splits as Parquet files, below a directory for each corpus."""
+"""The corpora of `benchmarks.quality`: seeded splits as Parquet files, in one directory per corpus."""
 
 import re
 from collections import defaultdict
@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 DEV = 1000
-# Of English text in a BERT's word pieces, about.
+# Approximate, for English text in BERT's word pieces.
 _CHARACTERS_PER_TOKEN = 4.6
-# Training questions that are asked of 1,500 tokens: each costs as much as six of a paragraph, two whole windows.
+# Share of the training questions that have a context of 1,500 tokens. Each costs as much as six with one paragraph.
 _LONG_SHARE = 0.05
-# Questions that thresholds for long contexts are chosen on, that they are measured on, and that longer windows are
-# learnt with (`benchmarks.windows`), by the tokens of a context: each costs what its whole context costs.
+# Number of questions with long contexts, by part and tokens of the context: to choose thresholds on, to measure on, and
+# to train longer windows with (`benchmarks.windows`). Each costs a pass over its whole context.
 _LONG_QUESTIONS = {("dev", 1500): 100, ("test", 1500): 200, ("test", 6000): 50, ("train", 1500): 400}
 
 
 def prepare(data: Path, corpora: Path) -> None:
-    """Make those that are not there.
+    """Create the corpora that do not exist.
 
     Args:
         data: directory with 20news-train, 20news-test, imdb-train and hyperpartisan-train.parquet (`text`, `label`)
@@ -36,7 +36,7 @@ def prepare(data: Path, corpora: Path) -> None:
     if not (corpora / "imdb/test.parquet").exists():
         table = pq.read_table(data / "imdb-train.parquet")
         _, first = np.unique(np.array(table["text"].to_pylist()).astype(str), return_index=True)
-        table = table.take(np.sort(first))  # some reviews are there twice, and must not be on both sides
+        table = table.take(np.sort(first))  # without duplicates, which could be in both training and test
         order = np.random.default_rng(0).permutation(table.num_rows)
         cuts = {"train": order[:5000], "test": order[5000:10000], "dev": order[10000 : 10000 + DEV]}
         unlabelled = table.take(order[10000 + DEV :]).select(["text"])
@@ -60,12 +60,12 @@ def _five_folds(table: pa.Table, corpora: Path) -> None:
 
 
 def _questions(data: Path, version: str) -> dict[str, pa.Table]:
-    """SQuAD's development questions, whole articles for training, choosing and measuring.
+    """SQuAD's development questions, split by article into training, development and test.
 
-    Both versions split the same way, for their articles overlap. Of the answerable ones (1.1) one in twenty of the
-    training's questions is asked of 1,500 tokens of the article, the others of their paragraph; so are, each by itself,
-    the ones to choose and to measure with (the latter also of 6,000). Questions without an answer (2.0) are asked of
-    their paragraph only: elsewhere in the article there may be one.
+    Both versions are split in the same way, because their articles overlap. In 1.1, all questions can be answered. One
+    in twenty of its training questions has 1,500 tokens of the article as context, the others have their paragraph.
+    Long contexts for development (1,500 tokens), test (1,500 and 6,000) and training (1,500) are separate tables.
+    Questions of 2.0 always have their paragraph: one without an answer there may have one elsewhere in the article.
     """
     rows = pq.read_table(data / f"squad-{version}-articles.parquet").to_pylist()
     titles = sorted(set(pq.read_table(data / "squad-1.1-articles.parquet", columns=["title"])["title"].to_pylist()))
@@ -102,7 +102,7 @@ def _questions(data: Path, version: str) -> dict[str, pa.Table]:
 
 
 def _joined(paragraphs: Sequence[str], tokens: int) -> list[list[str]]:
-    """An article cut into pieces of about so many tokens, each a list of consecutive paragraphs."""
+    """Split an article into pieces of about this many tokens, each a list of consecutive paragraphs."""
     pieces: list[list[str]] = [[]]
     for paragraph in paragraphs:
         if sum(map(len, pieces[-1])) + len(paragraph) / 2 > tokens * _CHARACTERS_PER_TOKEN:
@@ -112,10 +112,10 @@ def _joined(paragraphs: Sequence[str], tokens: int) -> list[list[str]]:
 
 
 def _within(row: dict[str, Any], paragraphs: Sequence[str]) -> dict[str, Any]:
-    """A question about its paragraph among others.
+    """A question with a context of several paragraphs, one of them its own.
 
-    Only the first place of an answer in its paragraph is known, so every place there counts, and the row is marked as
-    ambiguous if there are several.
+    Only one occurrence of each answer in the question's paragraph is known, so all occurrences there count as correct.
+    The row is marked as ambiguous if there are several.
     """
     own = paragraphs.index(row["context"])
     shift = sum(len(paragraph) + 1 for paragraph in paragraphs[:own])

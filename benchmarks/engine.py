@@ -1,12 +1,12 @@
-"""The engine against the FLOPs it saves and against transformers' BERT.
+"""The engine's speed compared with the FLOPs it saves and with transformers' BERT.
 
     python -m benchmarks.engine --model build/demo/model --corpus build/demo/corpus/held-out
 
-Two models: the demo's MiniLM on its held-out documents, repeated; and a BERT-base-shaped random model with kept
-fractions set by force. Every system computes the same windows. The documents are worked off in blocks, each block by
-every system in turn, so that a drift of the machine's speed touches all alike; the matrix-product peak (the model's
-own two feed-forward products, 2048 tokens) is measured in every block too, and its median taken. Tokenisation is
-outside of all timings. Sorting, where a system sorts, is within a block.
+There are two models: the demo's MiniLM on its held-out documents, repeated, and a random model of BERT-base's shape
+with fixed kept fractions. Every system computes the same windows. The documents are processed in blocks, each block by
+every system in turn, so that changes in the machine's speed affect all systems equally. The matrix-product peak (the
+model's two feed-forward products, 2048 tokens) is also measured in every block, and its median is used. Timings exclude
+tokenisation. They include sorting, for systems that sort, within each block.
 """
 
 import argparse
@@ -33,7 +33,7 @@ FORCED = ((0.5, 0.25), (0.3, 0.1), (0.1, 0.05))
 
 
 def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
-    """Keep these fractions of each sequence's first length, evenly spread over the tokens that are left."""
+    """Keep these fractions of each sequence's original tokens, evenly spread over the remaining tokens."""
     previous = (1.0, *fractions)
 
     def policy(candidates: Candidates) -> torch.Tensor:
@@ -48,7 +48,7 @@ def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
 def run_padded(
     bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, in_order: bool
 ) -> np.ndarray:
-    """Padded batches, sorted by length or in the order they come → logits (windows, labels) in that order."""
+    """Compute padded batches; in_order: sort the windows by length first. Logits (windows, labels) in input order."""
     order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if in_order else list(range(len(windows)))
     logits = np.zeros((len(windows), bert.config.num_labels), np.float32)
     for start in range(0, len(order), batch):
@@ -70,7 +70,7 @@ def compare(
     *,
     baselines: bool,
 ) -> dict[str, Any]:
-    """Measure one model: dense, each reduction, and transformers' BERT."""
+    """Measure one model: dense, with each reduction, and in transformers' BERT."""
     bert = transformers_bert(model, BertForSequenceClassification)
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
 
@@ -102,7 +102,7 @@ def compare(
             row["flops_speedup"] = dense_flops / flops
             dense_of_its_kind = seconds["dense, bfloat16" if name.endswith("bfloat16") else "dense"]
             row["wall_over_flops_speedup"] = dense_of_its_kind / spent / row["flops_speedup"]
-            if not name.endswith("bfloat16"):  # the peak is fp32's
+            if not name.endswith("bfloat16"):  # the peak is measured in fp32
                 row["share_of_peak"] = flops / spent / peak
         rows[name] = row
     reference = results.get("padded 16, sorted", [])

@@ -1,9 +1,9 @@
-"""What only a GPU can tell: parity with fp32 on the CPU, bfloat16's tolerance, throughput, out-of-memory handling.
+"""Checks on a GPU: parity with fp32 on the CPU, tolerance of bfloat16, throughput, and running out of memory.
 
     make gpu-check
 
-A random BERT-base shape with random selectors, documents of 50 to 2,000 random tokens. Exits with 1 if a check fails
-and with 2 where there is no GPU.
+The model is random, with BERT-base's shape and random selectors. The documents have 50 to 2,000 random tokens. Exits
+with 1 if a check fails and with 2 if there is no GPU.
 """
 
 import copy
@@ -22,7 +22,7 @@ from trbert_model.tasks.base import DocumentResults
 
 
 def random_model() -> TRBertForSequenceClassification:
-    """BERT-base's shape; selectors wide enough that probabilities lie on both sides of the threshold."""
+    """A random BERT-base whose selectors' weights are large enough to give probabilities on both sides of 0.5."""
     torch.manual_seed(0)
     model = TRBertForSequenceClassification(TRBertConfig(num_labels=5)).eval()
     for selector in model.bert.encoder.selectors:
@@ -32,7 +32,7 @@ def random_model() -> TRBertForSequenceClassification:
 
 
 def any_tokenizer() -> PreTrainedTokenizerFast:
-    """Only its special tokens are needed: documents come as token ids."""
+    """A tokenizer with special tokens only; the documents are token ids."""
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")

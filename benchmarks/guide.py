@@ -1,10 +1,11 @@
-"""Where to reduce: what a corpus's dense model says when it sees only the tokens that its own guide ranks highest.
+"""Where to reduce: predictions of the dense model when it sees only the tokens that its own guide ranks highest.
 
     python -m benchmarks.guide --data DIR --work build/quality
 
-Nothing is trained, so this tells before any training which layers to put selectors in front of: how often the reduced
-model agrees with the dense one, window by window, at each speed. The guide is the gradient's of the dense model's own
-answer (`training.teacher.guide`), which selectors can only approach; what training the rest gains is not in it.
+It shows, without training, which layers to put selectors before: how often the reduced and the dense model predict the
+same for a window, at each speed. The guide is computed from the gradient of the dense model's own prediction
+(`training.teacher.guide`), which selectors can only approximate. What training the rest of the model gains is not
+included.
 """
 
 import argparse
@@ -35,7 +36,7 @@ BATCH = 8  # windows
 
 
 def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[dict[str, Any]]:
-    """A row for each choice of layers and speed: the windows whose label is the dense model's, percent."""
+    """The percentage of windows with the dense model's label, one row for each choice of layers and speed-up."""
     models = {layers: convert_checkpoint(dense, reduction_layers=list(layers)).eval() for layers in LAYERS}
     lengths = np.array([len(dataset.windows[place].input_ids) for place in places])
     settings = [
@@ -46,7 +47,7 @@ def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[d
     agreed, flops = np.zeros(len(settings)), np.zeros(len(settings))
     for start in range(0, len(places), BATCH):
         batch = dataset.collate([[int(place)] for place in places[start : start + BATCH]])
-        batch["labels"].fill_(UNLABELLED)  # the guide must not know what is right
+        batch["labels"].fill_(UNLABELLED)  # the guide must not depend on the correct labels
         tokens = batch["cu_seqlens"].diff().long()
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16()):
             signals, scores = guide(models[LAYERS[0]], batch, dataset.losses)
@@ -73,7 +74,7 @@ def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[d
 
 
 def measured(workshop: Workshop, name: str, limit: int) -> dict[str, Any]:
-    """A run's corpora, each by its own dense model, on documents that it was not trained on."""
+    """Measure each corpus of a run with its own dense model, on documents that it was not trained on."""
     run = RUNS[name]
     rows: list[list[dict[str, Any]]] = []
     windows = []

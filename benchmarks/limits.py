@@ -3,19 +3,19 @@
     python -m benchmarks.limits --model build/demo/model
     python -m benchmarks.limits --case text --model MODEL
 
-Without --case: very many shards, planned and seen to be finished. Fills a real S3 server on loopback with 100,000
-one-row shards, then runs jobs/score.py as a user would and measures the command's wall-clock and its own peak resident
-memory: a dry run (the plan); a run that is stopped at its first breath (the plan, Ray, the pipeline's start and end);
-and, with the shards' results, markers and `_SUCCESS` put in place, a run that has nothing to do, with `_SUCCESS` and
-without it (then every marker is read).
+Without --case, it measures how very many shards are planned, and recognised as finished. It fills a real S3 server on
+loopback with 100,000 one-row shards and runs jobs/score.py as a user would. It measures the command's wall-clock time
+and its own peak resident memory: of a dry run (planning); of a run that is stopped at once (planning, Ray, the
+pipeline's start and end); and, after creating the shards' results, markers and `_SUCCESS`, of a run that has nothing to
+do, with `_SUCCESS` and without it (then every marker is read).
 
-With --case, a run from end to end on local paths, whose output `pipeline.verify` has to find whole; what is measured is
-the largest process of each kind, memory shared with others included. A tiny model will do.
+With --case, it executes a whole run on local paths, whose output `pipeline.verify` must find complete. It measures the
+largest process of each kind, including shared memory. A tiny model is sufficient.
 
 - shards: many shards of four rows
-- text: one shard of 5 GB of text, row group by row group, of which the first tokens are scored
+- text: one shard of 5 GB of text in many row groups; only the first tokens of each text are scored
 - rows: one shard of a million tiny rows, a single split or two
-- store: splits of 24 MB, or of 96 (`blocks`), through an object store of 80 MB
+- store: splits of 24 MB, or of 96 MB (`blocks`), through an object store of 80 MB
 """
 
 import argparse
@@ -52,13 +52,12 @@ from tests.integration.s3_server import S3Server
 from trbert_model.checkpoints.files import model_digest
 
 SECONDS, MIB = 60.0, 2048.0  # the limits
-# No limit is stated for this one: it is what a run has to do that follows one that died between the last marker and
-# `_SUCCESS`.
+# This run has no limits: it is only needed after a run that died between the last marker and `_SUCCESS`.
 REBUILT = "recognised from its markers, `_SUCCESS` made anew"
 
 
 def put_all(place: Storage, files: dict[str, bytes]) -> None:
-    """Many small objects, many at a time."""
+    """Write many small objects, in parallel."""
     fs, root = fsspec.core.url_to_fs(place.uri)
     names = list(files)
     for start in range(0, len(names), 2000):
@@ -66,7 +65,7 @@ def put_all(place: Storage, files: dict[str, bytes]) -> None:
 
 
 def finish(config: ScoreConfig) -> None:
-    """Put in place what a run over the whole corpus leaves: a result object and a marker a shard, `_SUCCESS`."""
+    """Create what a run over the whole corpus writes: one result object and one marker per shard, and `_SUCCESS`."""
     output = Storage(config.output)
     data = parquet_bytes(pa.table({"shard": ["x"], "row": [0], "label": ["a"]}))
     results, markers = {}, {}
@@ -84,7 +83,7 @@ def finish(config: ScoreConfig) -> None:
 
 
 def run(config: ScoreConfig, *arguments: str, expected: int) -> dict[str, Any]:
-    """jobs/score.py as a process: seconds, the driver's peak MiB (not that of Ray's processes), exit code."""
+    """Run jobs/score.py as a process: seconds, peak MiB of the driver (without Ray's processes), exit code."""
     places = ["--input", config.input, "--output", config.output, "--model", config.model]
     started = time.monotonic()
     process = subprocess.Popen(
@@ -103,7 +102,7 @@ def run(config: ScoreConfig, *arguments: str, expected: int) -> dict[str, Any]:
 
 
 def fill(bucket: str, model: Path, shards: int) -> ScoreConfig:
-    """Put the corpus in place; the options of the runs over it."""
+    """Create the corpus, and return the options of the runs over it."""
     config = ScoreConfig(input=f"{bucket}/in", output=f"{bucket}/out", model=str(model.absolute()), dtype="float32")
     data = parquet_bytes(pa.table({"text": ["one short text"]}))
     put_all(
@@ -114,10 +113,10 @@ def fill(bucket: str, model: Path, shards: int) -> ScoreConfig:
 
 
 def measure(config: ScoreConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The runs, one after the other, by what they do.
+    """Execute the runs one after the other, and yield their names and measurements.
 
     Raises:
-        AssertionError: one ended with another exit code than it should.
+        AssertionError: a run has an unexpected exit code.
     """
     output = Storage(config.output)
     yield "planned: a dry run", run(config, "--dry-run", expected=0)
@@ -130,7 +129,7 @@ def measure(config: ScoreConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def report(shards: int, runs: dict[str, dict[str, Any]]) -> None:
-    """Write the figures that are there."""
+    """Write the measurements so far."""
     where = machine()
     table = "\n".join(
         [
@@ -150,7 +149,7 @@ WORDS = "the good news of a game, a bad bank and fine sport. "
 
 
 def write_shard(path: Path, texts: Iterator[str], group: int) -> None:
-    """Texts with ids, `group` of them in a row group, as they are: in no dictionary and not compressed."""
+    """Write texts with ids, `group` per row group, without dictionaries and compression."""
     schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
@@ -161,18 +160,19 @@ def write_shard(path: Path, texts: Iterator[str], group: int) -> None:
 
 
 def long_texts(count: int) -> Iterator[str]:
-    """Different texts of a megabyte."""
+    """Distinct texts of one megabyte."""
     whole = WORDS * (2 * 10**6 // len(WORDS))
     return (f"{number} {whole[: 10**6]}" for number in range(count))
 
 
 def run_whole(config: ScoreConfig, **ray_settings: Any) -> dict[str, Any]:
-    """Score and verify: seconds, MiB of the largest process of each kind.
+    """Score and verify a corpus: seconds, and MiB of the largest process of each kind.
 
-    ray_settings: those of the machine that Ray is to believe in; default: this one.
+    Args:
+        ray_settings: resources that Ray should assume. Default: those of this machine.
 
     Raises:
-        AssertionError: it did not end well, or a row is missing or there twice.
+        AssertionError: the run failed, or a row is missing or duplicated.
     """
     if ray_settings:
         with listening_on_loopback():
@@ -213,7 +213,7 @@ def small_store(config: ScoreConfig, count: int, split_bytes: int = 24 * 10**6) 
     return run_whole(replace(config, threads_per_actor=1), num_cpus=4, object_store_memory=80 * 10**6)
 
 
-# With how many shards, texts or rows.
+# Each case with its number of shards, texts or rows.
 CASES: dict[str, tuple[Callable[[ScoreConfig, int], dict[str, Any]], int]] = {
     "shards": (many_shards, 20_000),
     "text": (much_text, 5_000),
@@ -224,7 +224,7 @@ CASES: dict[str, tuple[Callable[[ScoreConfig, int], dict[str, Any]], int]] = {
 
 
 def run_case(name: str, model: Path, count: int | None) -> None:
-    """Run a case from end to end and write its figures."""
+    """Execute a case and write its measurements."""
     case, usual = CASES[name]
     with TemporaryDirectory() as temporary:
         config = ScoreConfig(input=f"{temporary}/in", output=f"{temporary}/out", model=str(model.absolute()))

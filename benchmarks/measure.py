@@ -1,4 +1,4 @@
-"""Several systems over the same documents, in turns; and what they are compared with."""
+"""Timing of several systems on the same documents in turns, and the baselines."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from trbert_model.modeling import TRBertPreTrainedModel
 
 
 def matrix_product_peak(config: TRBertConfig) -> float:
-    """FLOP/s of the two feed-forward products, alone, once each."""
+    """FLOP/s of a layer's two feed-forward products alone, in fp32 on the CPU; the median of several runs."""
     hidden, intermediate, tokens = config.hidden_size, config.intermediate_size, 2048
     narrow, wide = torch.randn(tokens, hidden), torch.randn(tokens, intermediate)
     up, down = torch.randn(intermediate, hidden), torch.randn(hidden, intermediate)
@@ -29,7 +29,7 @@ def matrix_product_peak(config: TRBertConfig) -> float:
 
 
 def transformers_bert(model: TRBertPreTrainedModel, bert_class: type[BertPreTrainedModel]) -> Any:
-    """The same weights in transformers' own BERT, with its default attention."""
+    """transformers' BERT with the same weights and SDPA attention."""
     config = BertConfig(
         **{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)}
         | {"architectures": None, "attn_implementation": "sdpa", "model_type": "bert"}
@@ -45,7 +45,7 @@ def measure(
     block: int,
     peak: Callable[[], float],
 ) -> tuple[dict[str, float], dict[str, list[Any]], float]:
-    """Seconds and results of every system over all documents, block by block in turn; and the peak's median."""
+    """Run every system on all documents, block by block in turn: its seconds and results, and the median peak."""
     seconds: dict[str, float] = defaultdict(float)
     results: dict[str, list[Any]] = defaultdict(list)
     for run in systems.values():

@@ -1,4 +1,4 @@
-"""The resident memory of a run's processes while it goes on."""
+"""The resident memory of a run's processes over time."""
 
 import threading
 import time
@@ -6,20 +6,22 @@ import time
 import numpy as np
 import psutil
 
-# What the titles of Ray's processes contain; a worker has its task's name, or none while it waits.
+# Part of a Ray process's title → role. A worker's title has the name of its task, and no name while it is idle.
 ROLES = {"SplitPredictor": "actor", "Ledger": "ledger", "ray::": "workers", "raylet": "raylet", "gcs_server": "gcs"}
 
 
 class RunMemory:
-    """Samples this process and all that it started: MiB by role, summed over the role's processes.
+    """Samples the memory of this process and all its descendants: MiB by role, summed over the role's processes.
 
-    roles: what the titles of the processes contain, and what they are then called.
+    Args:
+        interval: seconds between samples.
+        roles: parts of process titles, and their roles.
     """
 
     def __init__(self, interval: float = 0.5, roles: dict[str, str] = ROLES) -> None:
         self._interval, self._roles = interval, roles
         self.samples: dict[str, list[tuple[float, float]]] = {}  # role → (seconds, MiB)
-        self.largest: dict[str, float] = {}  # role → MiB of one process at most
+        self.largest: dict[str, float] = {}  # role → peak MiB of a single process
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -49,10 +51,10 @@ class RunMemory:
                 self.samples.setdefault(role, []).append((time.monotonic() - started, size / 2**20))
 
     def peak(self, role: str) -> float:
-        """MiB at most."""
+        """Peak MiB of a role."""
         return max(size for _, size in self.samples[role])
 
     def slope(self, role: str) -> float:
-        """MiB a minute over the last half of the samples, least squares."""
+        """Growth of a role in MiB per minute: least squares over the last half of the samples."""
         last = np.array(self.samples[role][len(self.samples[role]) // 2 :])
         return float(np.polyfit(last[:, 0] / 60, last[:, 1], 1)[0])

@@ -1,10 +1,11 @@
-"""The pipeline against the bare engine, and the memory of its actor.
+"""The pipeline's throughput compared with the bare engine's, and its actor's memory.
 
     python -m benchmarks.pipeline --model build/demo/model --corpus build/demo/corpus/held-out
 
-Throughput: one actor with one torch thread scores the held-out documents; the engine alone, also with one thread,
-scores the same documents before and after. Steady state is from the first split's arrival at the actor to the last
-one's departure. Memory: the actor's resident set, sampled twice a second, for the corpus once and ten times over.
+Throughput: one actor with one torch thread scores the held-out documents. The engine alone, also with one thread,
+scores the same documents before and after. Steady state lasts from the arrival of the first split at the actor until
+the last split leaves it. Memory: the actor's resident memory, sampled twice a second, for the corpus once and repeated
+ten times.
 """
 
 import argparse
@@ -41,7 +42,7 @@ print(len(documents) / (time.perf_counter() - started))
 
 
 def engine_alone(model: Path, texts: list[str]) -> float:
-    """Documents a second of the engine in a process of its own, tokenisation not counted."""
+    """Documents per second of the engine in a separate process, without tokenisation."""
     command = [sys.executable, "-c", ENGINE_ALONE, str(model)]
     return float(subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True).stdout)
 
@@ -55,7 +56,7 @@ def write_corpus(directory: Path, texts: list[str], times: int) -> None:
 
 
 def run_pipeline(model: Path, texts: list[str], times: int) -> dict[str, Any]:
-    """Score the corpus `times` over with one actor of one thread."""
+    """Score the corpus, repeated `times` times, with one actor of one thread."""
     with TemporaryDirectory() as temporary:
         directory = Path(temporary)
         write_corpus(directory / "in", texts, times)
@@ -118,7 +119,7 @@ def main() -> None:
             f"| over the bare engine ({engine:.1f} documents/s) | {ratios['once']:.2f} | {ratios['ten']:.2f} |",
             f"| share of steady state computing | {once['computing_share']:.3f} | {ten['computing_share']:.3f} |",
             f"| actor's peak memory, MiB | {once['actor_peak_mib']:.0f} | {ten['actor_peak_mib']:.0f} |",
-            # The short run is hardly longer than the model's loading and the actor's end.
+            # The short run is little longer than loading the model and stopping the actor.
             f"| slope over the last half, MiB/min | – | {ten['actor_slope_mib_per_minute']:.1f} |",
             "",
             f"{where['cores']} cores of {where['cpu']}, fp32, torch {where['torch']}, Ray {where['ray']}, "

@@ -1,10 +1,10 @@
-"""Half an hour of scoring: does any process of a run grow?
+"""Half an hour of scoring: does the memory of any process grow?
 
     python -m benchmarks.soak --model build/demo/model --corpus build/demo/corpus/held-out
 
-The held-out documents over and over in shards of 100, from and to a real S3 server on loopback, with one actor, until
---stop-after ends the run. Every process's resident set is sampled every two seconds; the slope is that of the last
-half. Memory is measured, not speed, so other work may go on meanwhile.
+Scores the held-out documents repeatedly, in shards of 100, from and to a real S3 server on loopback, with one actor,
+until --stop-after ends the run. The resident memory of every process is sampled every two seconds. The slope is that of
+the last half. Only memory is measured, not speed, so other work may run at the same time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.integration.s3_server import S3Server
 
 SHARD_DOCUMENTS = 100
 SPLIT_BYTES = 100_000
-DOCUMENTS_PER_MINUTE = 3000  # more than two cores score, so that the run ends by the clock
+DOCUMENTS_PER_MINUTE = 3000  # more than two cores can score, so that --stop-after ends the run
 
 
 def main() -> None:

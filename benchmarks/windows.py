@@ -1,10 +1,10 @@
-"""Longer windows or more windows: a dense model of SQuAD with 512 positions beside one with 1,024, on long contexts.
+"""Longer windows or more windows: dense SQuAD models with 512 and with 1,024 positions, on long contexts.
 
     python -m benchmarks.windows --data DIRECTORY --work build/quality
 
-Both go on from the dense model that `benchmarks.quality --runs squad` fine-tuned, for one more epoch of the same
-questions about contexts of 1,500 tokens, the second with its position table extended: so they differ in nothing but
-their windows. They answer the same held-out questions, block by block in turn.
+Both models continue from the dense model that `benchmarks.quality --runs squad` fine-tuned, for one more epoch on the
+same questions with contexts of 1,500 tokens. The second has an extended position table, so they differ only in their
+windows. Both answer the same held-out questions, in turns of a few questions each.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from trbert_model.training import train
 
 POSITIONS = (512, 1024)
 PARTS = ("test-1500", "test-6000")
-BLOCK = 5  # questions each model answers in its turn
+BLOCK = 5  # questions per turn
 
 
 def trained(workshop: Workshop, positions: int) -> Path:
-    """The model with so many positions, trained if it is not there."""
+    """The model with this many positions, trained if it does not exist."""
     output = workshop.work / "runs" / f"squad-windows-{positions}"
     if not (output / "training.json").exists():
         dense = workshop.dense("squad")
@@ -45,10 +45,10 @@ def trained(workshop: Workshop, positions: int) -> Path:
 
 
 def compare(engines: dict[int, Engine], questions: Path) -> dict[str, Any]:
-    """Every model on the same questions."""
+    """Measure all models on the same questions."""
     corpus = engines[POSITIONS[0]].task.read_corpus(
         str(questions), LabelledColumns()
-    )  # before contexts are cut into windows
+    )  # not yet split into windows, so usable with every model
     systems: dict[str, Any] = {str(positions): engine.score for positions, engine in engines.items()}
     seconds, parts, _ = measure(systems, corpus.documents, BLOCK, lambda: 0.0)
     results = {name: DocumentResults.concatenate(parts[name]) for name in systems}

@@ -1,7 +1,7 @@
 """Distributed scoring of Parquet corpora with TR-BERT on Ray Data.
 
-The names below are imported when they are first used: a process that only writes results or keeps the ledger imports
-this package too, and starts in a fraction of the time and memory without torch and transformers.
+The names below are imported when they are first used. Processes that only write results or run the ledger import this
+package too; without torch and transformers they start faster and need less memory.
 """
 
 from typing import TYPE_CHECKING

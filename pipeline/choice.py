@@ -1,5 +1,4 @@
-"""The speed a run was asked for: thresholds from the model's calibration table, what they promise, and whether the
-corpus has drifted away from what was measured."""
+"""Thresholds and expected results from the model's calibration table, and warnings about corpus drift."""
 
 import dataclasses
 import json
@@ -17,13 +16,20 @@ from .errors import StorageError, UsageError
 from .model import Model
 from .storage import Storage
 
-# Of documents that changed their label between two runs' corpora, beyond what chance explains.
+# The fraction of documents by which label shares may differ between two runs, beyond what chance explains.
 _LABEL_DRIFT = 0.05
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a table promises: what was asked for, the point it was answered with, and what that was measured on."""
+    """What the calibration table predicts for a run.
+
+    Attributes:
+        asked: the option or thresholds that selected the point, in words.
+        point: the operating point in the table.
+        corpus: the name of the labelled documents that the point was measured on.
+        documents: the number of these documents.
+    """
 
     asked: str
     point: OperatingPoint
@@ -32,7 +38,7 @@ class Expectation:
 
     def as_dict(self) -> dict[str, Any]:
         values = {"asked": self.asked, "corpus": self.corpus, "documents": self.documents, **self.point.as_dict()}
-        return json.loads(json.dumps(values))  # as a stored report has it
+        return json.loads(json.dumps(values))  # tuples become lists, as in a stored report
 
     def __str__(self) -> str:
         point = self.point
@@ -46,13 +52,14 @@ class Expectation:
 
 
 def choose(config: ScoreConfig, model: Model) -> tuple[ScoreConfig, Expectation | None]:
-    """Fill in the thresholds that `speedup` or `max_drop` ask for, and say what is to be expected of a run.
+    """Replace `speedup` or `max_drop` with the thresholds they select, and look up what to expect of the run.
 
-    The dtype must be a real one. Without a choice the expectation is that of the model's own thresholds, and None
-    where nobody has measured it.
+    `config.dtype` must not be "auto". If neither option is set, the expectation is that of the given thresholds or the
+    model's own. It is None if the table does not contain them, and for the dense model.
 
     Raises:
-        UsageError: there is no table for this model, dtype and window, or nothing in it that keeps the promise.
+        UsageError: the calibration file is damaged, or an option is set and there is no table for this model, dtype
+            and window, or no point in it that satisfies the option.
     """
     if not config.reduce:
         return config, None
@@ -74,10 +81,11 @@ def choose(config: ScoreConfig, model: Model) -> tuple[ScoreConfig, Expectation 
 
 
 def pick(model: Model, dtype: str, *, speedup: float | None, max_drop: float | None) -> Expectation:
-    """What a model's table has for one of the two.
+    """Look up the operating point for a least FLOPs `speedup` or a `max_drop` in percentage points; the other is None.
 
     Raises:
-        UsageError: there is no table for this model, dtype and window, or nothing in it that keeps the promise.
+        UsageError: the calibration file is damaged, or there is no table for this model, dtype and window, or no point
+            in it that satisfies the option.
     """
     asked = f"max_drop {max_drop:g}" if speedup is None else f"speedup {speedup:g}"
     table = _table(model, dtype)
@@ -100,7 +108,7 @@ def _table(model: Model, dtype: str) -> Calibration | None:
 
 
 def kept_drift(kept_fractions: Sequence[float], expectation: Expectation | None) -> list[str]:
-    """Warnings where a corpus keeps more or fewer tokens than the documents of the table did."""
+    """Warn about each reduction whose kept fraction is outside the 5th to 95th percentile of the table's documents."""
     if expectation is None:
         return []
     point = expectation.point
@@ -113,7 +121,7 @@ def kept_drift(kept_fractions: Sequence[float], expectation: Expectation | None)
 
 
 def label_drift(labels: dict[str, int], before: dict[str, int]) -> list[str]:
-    """A warning if labels have other shares than in the last run, by more than chance and a twentieth of documents."""
+    """Warn if the label shares differ from those of the last run by more than `_LABEL_DRIFT` and chance."""
     now, then = sum(labels.values()), sum(before.values())
     if not now or not then:
         return []
@@ -135,11 +143,11 @@ def label_drift(labels: dict[str, int], before: dict[str, int]) -> list[str]:
 
 
 def last_labels(output: Storage, digest: str) -> dict[str, int]:
-    """Label counts of the newest report of a run that scored documents with this model; empty if there is none."""
+    """Label counts in the newest report of a run that scored documents with this model; empty if there is none."""
     for file in reversed(output.files(RUNS)):
         try:
             report = json.loads(output.read(f"{RUNS}/{file.path.rsplit('/', 1)[-1]}"))
-        except (ValueError, StorageError):  # a report is no part of the results: one that is damaged stops nothing
+        except (ValueError, StorageError):  # reports are not part of the results, so skip damaged ones
             continue
         if isinstance(report, dict) and report.get("documents") and report.get("model", {}).get("digest") == digest:
             return report.get("labels", {})

@@ -1,10 +1,11 @@
-"""The storage protocol's writing side: splits published under deterministic keys, markers, and reading by markers.
+"""Publish splits under deterministic names, write markers, and read an output by its markers.
 
-A split's results object is its commit: one atomic PUT that never replaces an object, so whoever computed the split
-first wins, and retries and reruns can neither double a row nor show half of one. It carries the split's quarantined
-rows in its metadata too. Their own object is written after it and from it, whoever wrote it and however often, so that
-the two always are one computation's. A results object is written for every split, even one without results, so the keys
-that exist are the checkpoint.
+A split's results object is its commit. It is written by one atomic PUT that never replaces a valid split, so the first
+writer wins, and retries and reruns can neither duplicate rows nor expose part of a split. Every split gets a results
+object, even one without results, so the objects that exist are the checkpoint.
+
+The results object also carries the split's quarantined rows in its metadata. Their own object is written afterwards and
+always from this metadata, so that both objects come from the same computation.
 """
 
 import base64
@@ -33,13 +34,20 @@ from .rows import ErrorKind, error_table, from_ipc, split_table, to_ipc
 from .storage import Storage
 
 METADATA = b"trbert.split"
-_AT_ONCE = 16  # splits looked at at a time
+_AT_ONCE = 16  # splits settled in parallel
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A published split: its results object, rows of each kind, the object's SHA-256 and bytes, and the SHA-256 of the
-    object with its quarantined rows (None if it has none; "" if an older version has written it)."""
+    """A published split.
+
+    Attributes:
+        object: name of its results object.
+        results, quarantined: number of rows of each kind.
+        sha256, bytes: SHA-256 and size of the results object.
+        quarantine_sha256: SHA-256 of the object with its quarantined rows; None if it has none, "" if an older version
+            wrote it.
+    """
 
     object: str
     results: int
@@ -52,7 +60,7 @@ class Committed:
 def publish_splits(
     batch: pa.Table, output: Storage, ledger: LedgerClient = NO_LEDGER, identity_key: str = ""
 ) -> pa.Table:
-    """Ray Data stage: scored splits → what was published of them; a split that failed passes through."""
+    """Ray Data stage: publish scored splits and set `committed` in their rows; failed splits pass through."""
     rows = []
     for i in range(batch.num_rows):
         row = batch.slice(i, 1).drop_columns(["payload", "rejected"]).to_pylist()[0]
@@ -83,9 +91,13 @@ def publish_splits(
 def publish(
     output: Storage, shard: Shard, index: int, results: pa.Table, rejected: pa.Table, identity_key: str = ""
 ) -> Committed:
-    """Write a split's results and quarantined rows, unless they are there already.
+    """Write a split's results and quarantined rows, unless the output already holds the split.
 
-    Returns what the output now holds, which is another writer's work where that came first.
+    Returns:
+        What the output now holds: another writer's split if that was published first.
+
+    Raises:
+        StorageError: the output cannot be read or written.
     """
     name = shard.object(index)
     counts = {"results": results.num_rows, "quarantined": rejected.num_rows, "identity": identity_key}
@@ -98,15 +110,19 @@ def publish(
     if not output.create(name, data):
         if (committed := settle_split(output, name, identity_key)) is not None:
             return committed
-        output.write(name, data)  # damaged, or left by a run with other options: no split of this output
+        output.write(name, data)  # the existing object is damaged, or from a run with other options
     return _settled(output, name, data, identity_key)
 
 
 def settle_split(output: Storage, name: str, identity_key: str = "") -> Committed | None:
-    """What a results object that is there already holds, its quarantined rows written too if they were not yet.
+    """Read a results object that exists, and write its quarantined rows if their object is missing or different.
 
-    None if it is no whole split of this output: damaged, made with other options, or, written by an older version, its
-    quarantined rows are gone.
+    Returns:
+        None if the object is not a complete split of this output: it is damaged, was made with other options, or was
+        written by an older version and its quarantined rows are missing.
+
+    Raises:
+        StorageError: the output cannot be read or written.
     """
     try:
         return _settled(output, name, output.read(name), identity_key)
@@ -117,7 +133,7 @@ def settle_split(output: Storage, name: str, identity_key: str = "") -> Committe
 
 
 class _NotOursError(Exception):
-    """A results object that is none of this output."""
+    """A results object is not a complete split of this output."""
 
 
 def _settled(output: Storage, name: str, data: bytes, identity_key: str) -> Committed:
@@ -142,13 +158,13 @@ def _settled(output: Storage, name: str, data: bytes, identity_key: str) -> Comm
 
 
 def embedded_rejects(counts: dict[str, Any]) -> pa.Table:
-    """The quarantined rows that a results object carries."""
+    """Decode the quarantined rows in a results object's metadata entry `METADATA`."""
     compressed = base64.b64decode(counts["rejected"])
     return from_ipc(pa.decompress(compressed, counts["rejected_bytes"], "zstd", asbytes=True))
 
 
 def holds(data: bytes | None, rejected: pa.Table) -> bool:
-    """Whether an object with quarantined rows holds exactly these."""
+    """Whether an object with quarantined rows holds exactly these rows; False if it is damaged."""
     try:
         return pq.read_table(pa.BufferReader(data)).equals(rejected)
     except (pa.ArrowException, OSError):
@@ -158,8 +174,13 @@ def holds(data: bytes | None, rejected: pa.Table) -> bool:
 def settle_done(
     output: Storage, pending: Iterable[tuple[Shard, frozenset[int]]], identity_key: str
 ) -> dict[tuple[str, int], Committed]:
-    """What an earlier run has left of shards that are not complete, by shard path and split index; what is no whole
-    split is deleted, to be computed again."""
+    """Take over the splits that an earlier run published for incomplete shards.
+
+    Objects that are not complete splits of this output are deleted, so that the splits are computed again.
+
+    Returns:
+        The published splits, by shard path and split index.
+    """
 
     def settle(item: tuple[Shard, int]) -> tuple[tuple[str, int], Committed | None]:
         shard, index = item
@@ -190,9 +211,10 @@ def write_marker(
     identity_key: str = "",
     found: Iterable[str] = (),
 ) -> Marker:
-    """Record that a shard is complete, then delete what else the output holds of it.
+    """Record that a shard is complete, then delete its other files.
 
-    found: the files of its key that were there before, as `Plan.superseded` has them.
+    Args:
+        found: the files of its key that were there before, as in `Plan.superseded`; those that the marker names stay.
     """
     marker = {
         "shard": shard.path,
@@ -215,9 +237,11 @@ def write_marker(
 def bind_output(
     output: Storage, identity: dict[str, Any], *, overwrite: bool, defaults: dict[str, Any] | None = None
 ) -> None:
-    """Record what an output is made with, or check that it is the same.
+    """Record the identity of a new output, or check that an existing output has the same one.
 
-    defaults: what an output did that was made by a version without these options.
+    Args:
+        overwrite: clear an output with another identity and record this one.
+        defaults: values of the options that an output of an older version does not record.
 
     Raises:
         UsageError: the output was made with another model or other options and `overwrite` is not set.
@@ -232,7 +256,7 @@ def bind_output(
 
 
 def refusal(output: Storage, differences: list[str]) -> UsageError:
-    """The error for an output that was made with something else."""
+    """The error for an output that was made with another model or other options."""
     return UsageError(
         f"{output.uri}: made with {'; '.join(differences)}. Choose another output or the same settings, "
         "or replace it with --overwrite"
@@ -240,7 +264,11 @@ def refusal(output: Storage, differences: list[str]) -> UsageError:
 
 
 def output_identity(output: Storage) -> dict[str, Any] | None:
-    """What an output records of its model and options; None where there is none yet."""
+    """Read the identity that an output records (its input, model and options); None if it has none yet.
+
+    Raises:
+        StorageError: it is damaged or cannot be read.
+    """
     if not any(file.path == IDENTITY for file in output.files(IDENTITY)):
         return None
     try:
@@ -253,7 +281,7 @@ def output_identity(output: Storage) -> dict[str, Any] | None:
 
 
 def identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """In words, what an output was made with and a run is not."""
+    """Describe each setting that differs between an output's recorded identity and a run's."""
     names = sorted(set(recorded) | set(identity))
     return [
         f"{name} {recorded.get(name)!r} where this run has {identity.get(name)!r}"
@@ -263,8 +291,10 @@ def identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) -> 
 
 
 def identity_key(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """What an output is made with in 16 characters, for its objects to say. Options at their defaults do not count, so
-    that a version with more options gives the same."""
+    """Hash an identity to 16 characters, which are stored in the output's objects.
+
+    Options at their defaults are left out, so that a version with more options computes the same key.
+    """
     values = {name: json.dumps(value) for name, value in identity.items()}
     chosen = {
         name: value for name, value in values.items() if value != json.dumps(defaults.get(name, ...), default=str)
@@ -273,8 +303,10 @@ def identity_key(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 
 def clear_output(output: Storage) -> None:
-    """Remove `_SUCCESS`, markers, results, quarantine and what is known of deaths, and what they were made with last.
-    Run reports stay."""
+    """Delete `_SUCCESS`, markers, results, quarantined rows, recorded deaths and, last, the identity.
+
+    Run reports stay.
+    """
     ours = [file.path for file in output.files() if _is_ours(file.path)]
     output.delete([SUCCESS, *sorted(ours, key=deletion_order), DEATHS, IDENTITY])
 
@@ -285,13 +317,14 @@ def _is_ours(path: str) -> bool:
 
 
 def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
-    """The complete shards' results (or quarantined rows) of an output as one pyarrow dataset.
+    """Open the results (or quarantined rows) of an output's complete shards as one pyarrow dataset.
 
-    It goes by the markers, so a shard appears, or changes to its new version, as a whole. Reading the prefix's
-    top-level *.parquet files directly also sees the splits of shards that are not complete yet.
+    The objects to read come from the markers, so a shard appears, or changes to its new version, as a whole. Reading
+    the prefix's top-level *.parquet files directly also returns splits of shards that are not complete yet.
 
     Raises:
-        UsageError: no shard is complete there.
+        UsageError: the output has no complete shard.
+        StorageError: a marker is damaged or cannot be read.
     """
     output = Storage(uri)
     markers = complete_markers(output)
@@ -302,6 +335,6 @@ def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
     names = [folder + split["object"] for split in splits if split["quarantined"] or not quarantine]
     if not names:
         return pyarrow.dataset.dataset(pa.table({name: [] for name in ("shard", "row", "id", "reason", "detail")}))
-    # Not the output's own file system object: that one leaves retries to Storage.
+    # Not `output.fs` for remote outputs: its own retries are off, because Storage retries instead.
     fs, root = (output.fs, output.root) if output.is_local else fsspec.core.url_to_fs(output.uri)
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], format="parquet", filesystem=fs)

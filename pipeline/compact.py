@@ -1,7 +1,7 @@
-"""A complete output's many objects as few large ones, in a place of their own.
+"""Copy a complete output's many objects into few large ones, under a prefix of their own.
 
-A copy, because the output's own objects are what reruns and rewritten shards go by: a shard's objects can be replaced
-only as long as no other shard's rows are in them. The copy has its own `_SUCCESS`, written last.
+The output keeps its own objects, because a rerun must be able to replace a shard's objects without touching other
+shards' rows. The copy has its own `_SUCCESS`, which is written last.
 """
 
 import hashlib
@@ -42,16 +42,19 @@ class CompactConfig:
 
 
 def compact(config: CompactConfig, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Copy a complete output into few objects; returns the copy's manifest.
+    """Copy a complete output into few large objects.
 
-    Names are a function of the contents, so a compaction that died is finished by running it again. No scoring run can
-    change the output meanwhile.
+    Object names are derived from the contents, so an interrupted compaction is finished by running it again. The output
+    is locked meanwhile, so that no scoring run changes it.
+
+    Returns:
+        The copy's manifest.
 
     Raises:
-        UsageError: the output is not complete, or `into` holds something else.
-        OutputBusyError: a run is at work on the output.
-        PipelineError: an object is not what its marker says.
-        StoppedError: a signal asked to stop; running again goes on.
+        UsageError: the output is not complete, `into` holds other files, or one prefix is inside the other.
+        OutputBusyError: another run is using the output.
+        PipelineError: an object does not match its marker.
+        StoppedError: stopped by a signal; run it again to finish.
     """
     stop = stop or StopRequest(grace=0.0)
     return stop.run(lambda: _compact(config, stop))
@@ -94,7 +97,7 @@ def _compact(config: CompactConfig, stop: StopRequest) -> dict[str, Any]:
 
 
 def _groups(splits: list[dict[str, Any]], target: int) -> Iterator[list[dict[str, Any]]]:
-    """Consecutive splits of about `target` bytes together."""
+    """Group consecutive splits, each group just reaching `target` bytes of results except for the last."""
     group: list[dict[str, Any]] = []
     size = 0
     for split in splits:
@@ -108,7 +111,7 @@ def _groups(splits: list[dict[str, Any]], target: int) -> Iterator[list[dict[str
 
 
 def _copy(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The group's results as one object."""
+    """Write the group's results as one object and return its manifest entry."""
     tables = []
     for split, (path, data) in zip(group, output.read_many(split["object"] for split in group)):
         if hashlib.sha256(data).hexdigest() != split["sha256"]:
@@ -118,7 +121,7 @@ def _copy(output: Storage, into: Storage, group: list[dict[str, Any]], name: str
 
 
 def _copy_quarantine(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The group's quarantined rows as one object."""
+    """Write the group's quarantined rows as one object and return its manifest entry."""
     paths = [f"{QUARANTINE}/{split['object']}" for split in group]
     tables = [pq.read_table(pa.BufferReader(data)) for _, data in output.read_many(paths)]
     return _write(into, name, tables, sum(split["quarantined"] for split in group))

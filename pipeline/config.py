@@ -1,4 +1,4 @@
-"""ScoreConfig: every option of a scoring run, written once; command line, YAML file and library call fill it."""
+"""ScoreConfig: all options of a scoring run, set by the command line, a YAML file or a library call."""
 
 import dataclasses
 import re
@@ -14,13 +14,17 @@ from .errors import UsageError
 from .stopping import StopRequest
 from .storage import RETRY_SECONDS, Storage
 
-# Columns that every result row has, beside those of the model's task; none of the input may be kept under such a name.
+# Result columns besides those of the model's task. Input columns with these names cannot be passed through.
 RESULT_COLUMNS = ("shard", "row", "num_tokens", "num_windows", "kept_tokens")
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """The options of a scoring run. `None` means: found by itself."""
+    """The options of a scoring run. `None` means that an option is chosen automatically or not used.
+
+    Raises:
+        UsageError: an option is missing or out of range, or options contradict each other.
+    """
 
     input: str = option("", "the corpus: a Parquet file, a prefix or a glob; local or any fsspec URI (s3://…)")
     output: str = option("", "prefix that the results go to")
@@ -79,7 +83,7 @@ class ScoreConfig:
         least_values = {"split_bytes": 1, "num_actors": 1, "threads_per_actor": 1, "progress_interval": 0}
         for name, least in {**least_values, "max_answer_tokens": 1, "n_best": 1, "no_answer_threshold": -1}.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN is neither
+            if value is not None and not value >= least:  # not `value < least`, which is false for NaN
                 raise UsageError(f"{name} {value} must be at least {least}")
         counts = (
             "gpus_per_actor",
@@ -115,11 +119,15 @@ class ScoreConfig:
 
     @property
     def passed_columns(self) -> list[str]:
-        """Columns that go from the input to the results as they are."""
+        """Columns that are copied from the input to the results, `id_column` first."""
         return [*([self.id_column] if self.id_column else []), *self.keep_columns]
 
     def check_names(self, results: Sequence[str]) -> None:
-        """Raises UsageError if a column that is passed through is named like one of these of the results."""
+        """Check that no passed column has the name of one of these result columns.
+
+        Raises:
+            UsageError: a passed column has such a name.
+        """
         if taken := sorted(set(self.passed_columns) & set(results)):
             raise UsageError(f"columns {taken} of the input are named like columns of the results; rename them first")
 
@@ -128,11 +136,11 @@ class ScoreConfig:
         return None if self.stop_after is None else _seconds("stop_after", self.stop_after)
 
     def storage(self, uri: str, stop: StopRequest | None = None) -> Storage:
-        """A place of this run."""
+        """A Storage at `uri` with this run's retry budget."""
         return Storage(uri, self.storage_retry_seconds, stop)
 
     def engine_options(self, device: str | None = None) -> EngineOptions:
-        """The model's options on a device."""
+        """The options of the model's engine on `device`."""
         return EngineOptions(
             max_tokens_per_batch=self.max_tokens_per_batch,
             device=device,
@@ -150,21 +158,21 @@ class ScoreConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide the results."""
+        """The options that affect the results, as JSON values."""
         fields = dataclasses.fields(self)
         values = {field.name: getattr(self, field.name) for field in fields if field.metadata.get("identity")}
         lists = {"keep_columns": list(self.keep_columns), "thresholds": self.thresholds and list(self.thresholds)}
-        return values | lists  # as JSON gives them back
+        return values | lists
 
 
 def identity_defaults() -> dict[str, Any]:
-    """What an output did that was made by a version without some of the options: as they do by default."""
+    """Defaults of the options that affect the results, for outputs of older versions that do not record all of them."""
     fields = [field for field in dataclasses.fields(ScoreConfig) if field.metadata.get("identity")]
     return {field.name: field.default for field in fields}
 
 
 def _seconds(name: str, text: str) -> float:
-    """A duration such as 6h, 90m or 45s in seconds; a number without a unit is one of seconds."""
+    """Parse a duration such as 6h, 90m or 45s into seconds; a number without a unit is in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([hms]?)", text.strip())
     if match is None or not float(match[1]):
         raise UsageError(f"{name} {text!r} must be a duration such as 6h, 90m or 45s")

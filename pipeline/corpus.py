@@ -1,4 +1,4 @@
-"""The corpus: its shards with their versions, and what their objects in an output are called."""
+"""The corpus: its shards with their versions, and the names of their objects in an output."""
 
 import hashlib
 import re
@@ -12,14 +12,20 @@ QUARANTINE = "_quarantine"
 RUNS = "_runs"
 IDENTITY = "_output.json"
 
-# Names are a slug for people plus a hash of the whole path, so that no shard's name can leave the output prefix,
-# collide with another's, or hold a character that some reader of the output treats specially.
+# A name is a readable slug plus a hash of the whole path, so that it cannot leave the output prefix, collide with
+# another shard's name, or contain a character that some reader of the output treats specially.
 OBJECT_NAME = re.compile(r"(?P<key>.+-[0-9a-f]{16})-(?P<version>[0-9a-f]{12})(-(?P<index>\d{6}))?\.(parquet|json)$")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of the corpus: its path below the input, version and bytes."""
+    """One Parquet file of the corpus.
+
+    Attributes:
+        path: its path below the input root.
+        version: a hash that changes when the file changes (see `StoredFile`).
+        size: its size in bytes.
+    """
 
     path: str
     version: str
@@ -27,28 +33,29 @@ class Shard:
 
     @property
     def key(self) -> str:
-        """What its objects in the output are called, without version and index."""
+        """The name of its objects in the output, without version and index."""
         name = self.path.rsplit("/", 1)[-1].removesuffix(".parquet")
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")[:60] or "shard"
         return f"{slug}-{hashlib.sha256(self.path.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
     @property
     def marker(self) -> str:
-        """Where its completeness is recorded."""
+        """The path of the marker that records that the shard is complete."""
         return f"{MARKERS}/{self.key}-{self.version}.json"
 
     def object(self, index: int) -> str:
-        """Where the results of one of its splits go; its quarantined rows go to the same name below _quarantine."""
+        """The name of a split's results object; its quarantined rows have the same name below `_quarantine`."""
         return f"{self.key}-{self.version}-{index:06d}.parquet"
 
 
 def list_shards(storage: Storage) -> list[Shard]:
-    """The Parquet files of a corpus: a file, everything below a prefix, or what a glob matches.
+    """List the Parquet files of a corpus: a single file, all files below a prefix, or the matches of a glob.
 
-    Names that begin with '_' or '.', in any directory, are other programs' markers and temporary files: not shards.
+    Files and directories whose names begin with "_" or "." are skipped: they are other programs' markers and temporary
+    files.
 
     Raises:
-        UsageError: there is none, or one whose name is not UTF-8.
+        UsageError: there are no Parquet files, or a file's name is not UTF-8.
         StorageError: the input cannot be listed.
     """
     files = storage.glob() if "*" in storage.uri else storage.files()
@@ -64,7 +71,7 @@ def list_shards(storage: Storage) -> list[Shard]:
 
 
 def input_root(input_uri: str) -> str:
-    """What shard paths are relative to: the prefix, a single file's directory, a glob's fixed part."""
+    """The URI that shard paths are relative to: the prefix, a single file's directory, or a glob's fixed part."""
     storage = Storage(input_uri)
     if "*" in input_uri:
         return glob_root(storage.uri)
@@ -74,5 +81,5 @@ def input_root(input_uri: str) -> str:
 
 
 def _is_shard(file: StoredFile) -> bool:
-    parts = [part for part in file.path.split("/") if part not in (".", "..")]  # of keys, where they mean nothing
+    parts = [part for part in file.path.split("/") if part not in (".", "..")]  # ordinary parts of an object key
     return file.path.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in parts)

@@ -1,4 +1,4 @@
-"""What is known of work that has killed its process, kept in the output until it is complete (see `ledger.py`)."""
+"""The record of work that killed its process, kept in the output until the output is complete (see `ledger.py`)."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ DEATHS = "_deaths.json"
 
 
 def read_deaths(output: Storage) -> dict[str, Any]:
-    """What earlier runs have left, as `Ledger` takes it; nothing if it is damaged: then it is learnt again."""
+    """Read what earlier runs recorded, as `Ledger` takes it. A damaged record is ignored: a run can learn it again."""
     data = output.read_if_there(DEATHS)
     try:
         known = json.loads(data) if data is not None else {}
@@ -27,7 +27,7 @@ def read_deaths(output: Storage) -> dict[str, Any]:
 
 
 def write_deaths(output: Storage, known: dict[str, Any]) -> None:
-    """Keep what is known now; nothing of it is left where nothing is known."""
+    """Replace the record, or delete it if `known` is empty."""
     if known:
         output.write(DEATHS, json.dumps(known).encode())
     else:

@@ -1,6 +1,6 @@
-"""Shards → encoded splits: read each row group once, cut splits by text bytes, put bad rows aside, tokenise.
+"""Read shards, divide them into splits by text bytes, quarantine bad rows and tokenise the others.
 
-Every split becomes one row of the Ray Data pipeline (`rows.py`).
+Each row group is read once. Every split becomes one row of the Ray Data pipeline (`rows.py`).
 """
 
 import base64
@@ -29,21 +29,21 @@ from .storage import Storage, is_passing
 logger = get_logger(__name__)
 
 _GROUPS = 1000
-_GROUP_BYTES = 512 << 20  # a reader that dies begins its group anew
+_GROUP_BYTES = 512 << 20  # if a reader dies, its whole group is read again
 
-# What a few bytes of Parquet decode to no footer tells: a dictionary holds a text once for all rows that have it,
-# DELTA_BYTE_ARRAY only what differs from the text before, and a mean says nothing of the longest. So rows are decoded a
-# few at a time, fewer if the footer admits that they are long; small ones are put together, for batches have a price.
+# The footer does not tell how large decoded rows are: a dictionary stores a text once for all its rows,
+# DELTA_BYTE_ARRAY stores only what differs from the previous text, and a mean says nothing about the longest row. So
+# few rows are decoded at a time, fewer if the footer's mean is large. Small batches are combined, as each has a cost.
 _ROWS_AT_A_TIME = 16
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 4096
-# Of a large shard so much of each column is held, unless a page is larger. pyarrow by itself would hold all columns of
-# all row groups, as they are stored, to the end.
+# Bytes of each column of a large shard that are held in memory, unless a page is larger. By default, pyarrow keeps the
+# stored bytes of all columns of all row groups until the end.
 _READ_BYTES = 8 << 20
 
 _ARROW_SCHEMA = b"ARROW:schema"
 
-TOKENIZER_FAILED = "tokenizer_failed"  # the quarantine's reason
+TOKENIZER_FAILED = "tokenizer_failed"  # a reason for quarantine
 
 REJECTED_SCHEMA = pa.schema(
     [("shard", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
@@ -52,18 +52,22 @@ REJECTED_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What the readers need to know of a run; pickles without credentials.
+    """What the readers need to know about a run; pickles without credentials.
 
-    task: the model's, as the driver has made it: readers need neither the model nor torch and transformers.
-    whole_bytes: a shard up to this is read in one request or two and held, a larger one `_READ_BYTES` of each column.
-    most_passed_bytes: of a split's passed columns, which are held together, several times over.
+    Attributes:
+        task: the model's task, made by the driver, so that readers need neither the model nor torch and transformers.
+        text_columns: the text column, or the question and context columns.
+        passed_columns: the columns that are copied from the input to the results, `id_column` first.
+        whole_bytes: shards up to this size are read in one or two requests and held in memory; of larger ones,
+            `_READ_BYTES` of each column.
+        most_passed_bytes: the limit for the passed columns of one split, of which several copies are in memory.
     """
 
     input: Storage
     task: Task
-    text_columns: tuple[str, ...]  # the text's, or the question's and the context's
+    text_columns: tuple[str, ...]
     id_column: str | None
-    passed_columns: list[str]  # that go from the input to the results as they are, the id's first
+    passed_columns: list[str]
     split_bytes: int
     whole_bytes: int = 64 << 20
     most_passed_bytes: int = 2 << 30
@@ -71,7 +75,16 @@ class EncodeOptions:
 
 @dataclass
 class RawSplit:
-    """Consecutive rows of a shard: the good ones' texts, by text column, and passed columns; and the rejected ones."""
+    """Consecutive rows of a shard, not tokenised yet.
+
+    Attributes:
+        index: the split's index in the shard.
+        rows, text_bytes: number of rows and their bytes of text, including rejected rows.
+        row_numbers: numbers in the shard of the rows that are not rejected.
+        texts, passed: texts, in the order of `text_columns`, and passed columns of these rows.
+        passed_bytes: size of `passed`.
+        rejected: the rejected rows, as in `REJECTED_SCHEMA`.
+    """
 
     index: int
     rows: int = 0
@@ -83,12 +96,12 @@ class RawSplit:
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def pass_on(self, rows: pa.RecordBatch, most_bytes: int) -> None:
-        """Take on the passed columns of further good rows, of at most so many bytes in all.
+        """Add the passed columns of further rows.
 
         Raises:
-            ShardError: they are too much to hold.
+            ShardError: the split now has more than `most_bytes` of passed columns.
         """
-        if rows.num_rows or not self.passed:  # without any row the types are wanted all the same
+        if rows.num_rows or not self.passed:  # even without rows, the column types are needed
             self.passed.append(rows)
             self.passed_bytes += rows.nbytes
         if self.passed_bytes > most_bytes:
@@ -99,7 +112,7 @@ class RawSplit:
 
 
 def read_shards(batch: pa.Table, options: EncodeOptions, ledger: LedgerClient = NO_LEDGER) -> Iterator[pa.Table]:
-    """Ray Data stage: one row a group of shards (`shard_groups`) → one row a split, done splits left out."""
+    """Ray Data stage: read groups of shards (rows of `shard_groups`) and yield one row per split that is not done."""
     for group in batch.to_pylist():
         for *what, done in json.loads(group["shards"]):
             shard = Shard(*what)
@@ -109,20 +122,20 @@ def read_shards(batch: pa.Table, options: EncodeOptions, ledger: LedgerClient = 
                         yield stopped_table(_base_row(shard, 0, 0))
                         return
                     for table in encode_shard(shard, frozenset(done), options, entry):
-                        with entry.waiting():  # until the actors want more
+                        with entry.waiting():  # until the actors ask for more
                             yield table
             except Exception as error:
-                # A stage that raises would end the run for one shard's sake, one that yields nothing would lose it.
+                # Raising would end the run because of one shard, and yielding nothing would lose the shard.
                 logger.exception("shard %s cannot be encoded", shard.path)
                 yield error_table(_base_row(shard, 0, 0), error)
 
 
 def shard_groups(pending: list[tuple[Shard, frozenset[int]]]) -> list[dict[str, str]]:
-    """Shards to score, with the indices of their splits that are there already, as rows for `read_shards`.
+    """Group the shards to score, with the indices of their splits that are done, into rows for `read_shards`.
 
-    Ray Data takes 2 to 3 ms to build a block of its source and more to start a task, so where there are thousands of
-    shards they share some; large ones have their own. The largest come first, so that the run does not end on one
-    actor.
+    Ray Data takes 2 to 3 ms to build a source block and more to start a task, so if there are thousands of shards,
+    several share a group; large shards have their own. The largest come first, so that the run does not end with only
+    one actor busy.
     """
     groups: list[list[Any]] = []
     room, most = 0, -(-len(pending) // _GROUPS)
@@ -136,11 +149,13 @@ def shard_groups(pending: list[tuple[Shard, frozenset[int]]]) -> list[dict[str, 
 
 
 def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, entry: Entry) -> Iterator[pa.Table]:
-    """A shard's splits, encoded; if it cannot be read (further), a last row with `error`: of index -1 if the shard
-    itself is at fault, of the next split's index if its storage is, which another run may find working.
+    """Encode a shard's splits that are not done, one table with one row each.
 
-    The last split that has work is held back until the shard is read to its end, so that it can say how many there
-    are; a shard without one yields a row of index -1 instead.
+    The last of them is held back until the whole shard is read, so that its row can have `num_splits`. If all splits
+    are done, a row of index -1 has it instead.
+
+    If the shard cannot be read to its end, the last row has `error`. Its index is -1 if the shard itself is at fault,
+    or that of the next split if its storage is at fault, which may work again in another run.
     """
     held: dict[str, Any] | None = None
     shard_rows, count, skipped = 0, 0, 0
@@ -184,13 +199,17 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
 
 
 def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit, int]]:
-    """A shard's rows in splits of at least `split_bytes` text bytes (the last one less), with the shard's row count.
+    """Divide a shard into splits of at least `split_bytes` text bytes, except for the last one.
 
-    Where splits are cut depends on nothing but the shard and `split_bytes`: a rerun cuts the same ones.
+    The boundaries depend only on the shard and `split_bytes`, so a rerun makes the same splits.
+
+    Yields:
+        A split and the shard's number of rows.
 
     Raises:
-        ShardError: not Parquet, a column missing, or listed under a name that it cannot be opened by.
-        StorageError: changed since it was listed.
+        ShardError: the shard is not valid Parquet or cannot be opened under the name it is listed under, a column is
+            missing or duplicated, or the passed columns are too large.
+        StorageError: the shard has changed since it was listed, or cannot be opened.
     """
     with _opened(shard, options.input) as file:
         try:
@@ -239,9 +258,14 @@ def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit,
 
 
 def _row_text(columns: list[tuple[str, pa.Array, pa.Array | None]], i: int) -> tuple[int, tuple | None, str, str]:
-    """A row's bytes of text and its texts; or None for them, with the reason why they cannot be scored.
+    """Check a row's texts.
 
-    columns: names, columns as they came, and as binary ones if they hold text.
+    Args:
+        columns: of each text column, the name, the column, and the column as binary (None if it does not hold text).
+        i: the row's index in these columns.
+
+    Returns:
+        The row's bytes of text, its texts (None if they cannot be scored), and the reason and detail for that.
     """
     size, texts, refused = 0, [], ("", "")
     for name, column, binary in columns:
@@ -260,14 +284,14 @@ def _row_text(columns: list[tuple[str, pa.Array, pa.Array | None]], i: int) -> t
 
 
 def _opened(shard: Shard, storage: Storage) -> IO[bytes]:
-    """A shard's file, in the version that was listed.
+    """Open a shard's file in the version that was listed.
 
-    What is between us and an object may change its key: servers and proxies take "//" and "/../" for their own. Then
-    the object is not found, or is another one, on every run.
+    Servers and proxies may change an object's key by normalising "//" and "/../". Then every run fails to find the
+    object, or finds another one.
 
     Raises:
-        ShardError: it cannot be opened by the name that it is listed under.
-        StorageError: it cannot be opened for another reason, or changed since it was listed.
+        ShardError: it cannot be opened under the name it is listed under.
+        StorageError: it cannot be opened for another reason, or has changed since it was listed.
     """
     try:
         file = storage.open(shard.path)
@@ -289,23 +313,27 @@ def _changed(shard: Shard) -> StorageError:
 
 
 def _is_damage(error: BaseException | None) -> bool:
-    """Whether a shard's content is at fault, and not its storage. pyarrow reports damage as its own exceptions or as
-    a bare OSError without a number; what file systems and networks raise is more specific."""
+    """Whether an error is due to a shard's contents rather than its storage.
+
+    pyarrow reports damage as its own exceptions or as a plain OSError without errno. File systems and networks raise
+    more specific errors.
+    """
     if isinstance(error, StorageError):
         error = error.__cause__
-    kinds = (ShardError, pa.ArrowException, UnicodeDecodeError)  # the last one of column names
+    kinds = (ShardError, pa.ArrowException, UnicodeDecodeError)  # the last one if column names are not UTF-8
     return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
 
 
 def _parquet_file(file: Any, whole: bool) -> pq.ParquetFile:
-    """A shard opened so that dictionary columns come as their values' type.
+    """Open a shard so that dictionary columns are read as their value type.
 
-    Arrow reads a column as a dictionary where the file says that it was one, and then holds all of its values, also
-    those that Parquet does not store in a dictionary, anew with every batch. Nothing but the Arrow schema in the footer
-    makes it do so, so it gets a footer with another one.
+    If the Arrow schema in the footer declares a column as a dictionary, Arrow reads it as one and, with every batch,
+    holds all its values again, even those that Parquet does not store in a dictionary. Only that schema makes it do so,
+    so the file is opened with another one in its footer.
 
     Raises:
-        ShardError: it is damaged.
+        ShardError: the Arrow schema in the footer cannot be replaced.
+        pa.ArrowException, OSError: the shard is damaged or cannot be read.
     """
     options: dict[str, Any] = {"pre_buffer": whole, "buffer_size": _READ_BYTES}
     options["page_checksum_verification"] = True
@@ -328,7 +356,7 @@ def _parquet_file(file: Any, whole: bool) -> pq.ParquetFile:
 
 
 def _thrift(value: bytes) -> bytes:
-    """A string as a footer holds it, after its length in groups of 7 bits, the lowest first."""
+    """Encode a string as in a Thrift footer: its length as a varint (7 bits per byte, lowest first), then its bytes."""
     length, groups = len(value), bytearray()
     while length > 127:
         groups.append(length & 127 | 128)
@@ -337,13 +365,13 @@ def _thrift(value: bytes) -> bytes:
 
 
 def _batches(parquet: pq.ParquetFile, columns: list[str], split_bytes: int) -> Iterator[pa.RecordBatch]:
-    """All rows, in batches of at most about `_BATCH_BYTES` decoded bytes or `_ROWS_AT_A_TIME` rows, if that is more."""
+    """Read all rows in batches of about `_BATCH_BYTES` decoded bytes at most, or of `_ROWS_AT_A_TIME` larger rows."""
     total = sum(parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups))
     mean = total / max(parquet.metadata.num_rows, 1)
     rows = max(1, min(_ROWS_AT_A_TIME, int(split_bytes / max(mean, 1))))
     small: list[pa.RecordBatch] = []
     size, most = 0, _BATCH_ROWS // rows
-    # Threads would be woken for each of the few rows, for ten times the time that these take.
+    # With so few rows at a time, waking threads takes ten times as long as decoding.
     for batch in parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False):
         decoded = batch.get_total_buffer_size()
         if small and (len(small) == most or size + decoded > _BATCH_BYTES):
@@ -356,14 +384,14 @@ def _batches(parquet: pq.ParquetFile, columns: list[str], split_bytes: int) -> I
 
 
 def _together(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """Batches as one, which is then all that is left of them."""
+    """Concatenate batches, and clear the list to free their memory."""
     whole = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
     batches.clear()
     return whole
 
 
 def _as_binary(column: pa.Array) -> pa.Array | None:
-    """A text-like column as large_binary, unvalidated; None for other types."""
+    """Cast a string or binary column to large_binary without validating it; None for other types."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         return column.cast(pa.large_binary())
@@ -375,9 +403,14 @@ def _as_binary(column: pa.Array) -> pa.Array | None:
 
 
 def check_text(value: Any, what: str = "text") -> tuple[str | None, str, str]:
-    """A document's text from a str, bytes or None; or None with the reason it cannot be scored, and the detail.
+    """Check whether a value is a text that can be scored.
 
-    what: its column's name, where there are several.
+    Args:
+        value: a str, UTF-8 bytes, or anything else.
+        what: the word for the value in the detail: the column's name if there are several text columns.
+
+    Returns:
+        The text, or None if it cannot be scored; then the reason and the detail, empty strings otherwise.
     """
     if value is None:
         return None, "null", f"the {what} is null"
@@ -394,14 +427,14 @@ def check_text(value: Any, what: str = "text") -> tuple[str | None, str, str]:
 
 
 def killed_row(shard: str, row: int, identifier: pa.Scalar | None, what: str, care: Care) -> dict[str, Any]:
-    """The quarantined row of a document that killed the processes that touched it."""
+    """The quarantined row of a document that killed the processes working on it, as in `REJECTED_SCHEMA`."""
     times = f"{DEATHS_OF_A_DOCUMENT} times, of {care.deaths} deaths at its shard or split"
     detail = f"{what} it killed its process, or kept it for longer than the document timeout, {times}"
     return _rejected_row(shard, row, identifier, KILLED, detail)
 
 
 def rejected_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Quarantined rows in their order."""
+    """Make a table of quarantined rows, sorted by row number."""
     return pa.Table.from_pylist(sorted(rows, key=lambda row: row["row"]), schema=REJECTED_SCHEMA)
 
 
@@ -410,13 +443,13 @@ def _rejected_row(shard: str, row: int, identifier: pa.Scalar | None, reason: st
     if identifier is not None and identifier.is_valid:
         try:
             name = str(identifier.as_py())
-        except (ValueError, OverflowError):  # not UTF-8, or beyond Python's calendar
+        except (ValueError, OverflowError):  # not UTF-8, or a date outside Python's range
             name = _raw(identifier)
     return {"shard": shard, "row": row, "id": name, "reason": reason, "detail": detail}
 
 
 def _raw(value: pa.Scalar) -> str:
-    """A value that Python cannot hold, as bytes or as the number that it is stored as."""
+    """Represent a value that Python cannot, as its bytes or its stored integer."""
     for kind in (pa.large_binary(), pa.int64()):
         with contextlib.suppress(pa.ArrowException):
             return repr(value.cast(kind).as_py())
@@ -431,12 +464,11 @@ def _encode(
     stats: SplitStats,
     entry: Entry,
 ) -> dict[str, Any]:
-    """Tokenise a split. A text that the tokenizer finds nothing in is rejected too, one that it fails on, and one that
-    kills it."""
+    """Tokenise a split. Rejects rows that the tokenizer fails on, that kill it, or that have a `Task.problem`."""
     started, task = time.perf_counter(), options.task
     careful = entry.care.one_at_a_time
     encoded, failures = _encode_each(split, task, entry) if careful else task.encode_rows(split.texts)
-    # Without passed columns a record batch holds no rows, so the table is built from the row numbers up.
+    # A record batch without columns has no rows, so the table starts from the row numbers.
     documents = pa.table({"row": pa.array(split.row_numbers, pa.int64())})
     if options.passed_columns:
         passed = pa.Table.from_batches(split.passed)
@@ -469,7 +501,7 @@ def _encode(
 
 
 def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], dict[int, str]]:
-    """One row after the other, so that one that kills is found; nothing for those that have."""
+    """Tokenise one row at a time, to find rows that kill the process. Those already known get an empty document."""
     encoded, failures = [], {}
     for place, (row, texts) in enumerate(zip(split.row_numbers, split.texts)):
         if row in entry.care.killers:
@@ -485,8 +517,10 @@ def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], 
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Views, large strings and columns of nothing but null (of no type, as pandas writes them) as strings: so that all
-    shards' results have one schema whichever way a shard stores the same values."""
+    """Cast views, large strings and columns of type null (as pandas writes all-null ones) to string or binary.
+
+    All results then have one schema, however a shard stores the same values.
+    """
     kind = column.type
     if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())

@@ -1,4 +1,4 @@
-"""A scoring run's options, resolved once: the value that the run and its stages take everything from."""
+"""A scoring run's options, resolved once. The run and its stages take all their settings from the resulting `Job`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,13 +27,15 @@ from .storage import Storage
 
 @dataclass(frozen=True)
 class Job:
-    """What a scoring run does.
+    """A scoring run's resolved options, model, input and output.
 
-    asked: the options as they were given; config: the same with `dtype` and `thresholds` decided, `speedup` and
-    `max_drop` gone. While the cluster is to decide on the dtype, it is taken to be the output's (see `on`).
-    input: the corpus's root, which the shards' paths are relative to.
-    recorded: the identity that the output has; None if it is new.
-    expectation: what the model's calibration table says of the thresholds, if it knows them.
+    Attributes:
+        asked: the options as given.
+        config: the options with `dtype` and `thresholds` resolved, and without `speedup` and `max_drop`. As long as
+            `dtype` depends on the cluster, it is a guess, by preference the output's (see `on`).
+        input: the input root, which the shards' paths are relative to.
+        recorded: the identity recorded in the output; None if it is new.
+        expectation: what the model's calibration table predicts for the thresholds; None if it does not contain them.
     """
 
     asked: ScoreConfig
@@ -47,36 +49,40 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the output is bound to."""
+        """The identity of the output: its input, model and the options that affect the results."""
         return make_identity(self.config, self.model.digest)
 
     @cached_property
     def identity_key(self) -> str:
-        """The identity in 16 characters, for the output's objects to say."""
+        """A 16-character hash of the identity, which is stored in the output's objects."""
         return identity_key(self.identity, identity_defaults())
 
     @property
     def recorded_key(self) -> str | None:
-        """The same of what the output has."""
+        """The same hash of the recorded identity; None if the output is new."""
         return identity_key(self.recorded, identity_defaults()) if self.recorded else None
 
     @property
     def differences(self) -> list[str]:
-        """In words, what the output was made with and this job is not."""
+        """Descriptions of the settings that differ between the recorded identity and this job's."""
         if self.recorded is None:
             return []
         return identity_differences({**identity_defaults(), **self.recorded}, self.identity)
 
     def require_output(self) -> None:
-        """Raises UsageError: the output was made with something else, and is not to be replaced."""
+        """Check that the output is new, has this job's identity, or may be overwritten.
+
+        Raises:
+            UsageError: the output was made with another model or other options, and `overwrite` is not set.
+        """
         if (differences := self.differences) and not self.config.overwrite:
             raise refusal(self.output, differences)
 
     def on(self, dtype: str) -> "Job":
-        """The job where dtype "auto" means this one.
+        """Resolve dtype "auto" to this dtype; a job with another dtype option is returned unchanged.
 
         Raises:
-            UsageError: the model has no calibration table for the speed asked for in it.
+            UsageError: the model's calibration table does not offer the requested speed for this dtype.
         """
         if self.asked.dtype != "auto" or dtype == self.config.dtype:
             return self
@@ -84,10 +90,13 @@ class Job:
         return replace(self, config=config, expectation=expectation)
 
     def locked(self, fence: Callable[[], None]) -> "Job":
-        """The job once nobody else is at work on its output, which `fence` then keeps so.
+        """The job with the output's identity read again, for use while the run holds the output's lock.
+
+        Args:
+            fence: called before each change to the output; raises if another run has taken over the output.
 
         Raises:
-            UsageError, StorageError: as `make_job`.
+            UsageError, StorageError: as in `make_job`.
         """
         recorded = output_identity(self.output)
         config, expectation = _decide(self.asked, self.model, _dtypes(self.asked, recorded))
@@ -95,7 +104,7 @@ class Job:
         return replace(self, config=config, expectation=expectation, output=output, recorded=recorded)
 
     def encode_options(self) -> EncodeOptions:
-        """What the readers need to know."""
+        """The options of the readers."""
         config, task = self.config, self.model.task
         return EncodeOptions(
             input=self.input,
@@ -107,7 +116,7 @@ class Job:
         )
 
     def predictor_arguments(self, placement: Placement) -> dict[str, Any]:
-        """The arguments of `predict.SplitPredictor` but for the ledger."""
+        """The arguments of `predict.SplitPredictor` except for the ledger."""
         config = self.config
         return {
             "passed_columns": config.passed_columns,
@@ -120,11 +129,11 @@ class Job:
 
 
 def make_job(config: ScoreConfig, stop: StopRequest | None = None) -> Job:
-    """Resolve the options, and refuse whatever can be refused without a cluster.
+    """Resolve the options, and check everything that can be checked without a cluster.
 
     Raises:
-        UsageError: an option, the input, the model or the output does not fit; names it.
-        StorageError: a place cannot be read.
+        UsageError: an option, the input, the model or the output is invalid; the message names it.
+        StorageError: the input, the model or the output cannot be read.
         StoppedError: the run was stopped meanwhile.
     """
     stop = stop or StopRequest()
@@ -142,12 +151,12 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None) -> Job:
 
 
 def make_identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
-    """What an output is bound to by options that are decided and a model's digest."""
+    """The identity of an output, from options with `dtype` and `thresholds` resolved and a model's digest."""
     return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
 
 
 def _real(place: Storage) -> str:
-    """A place's root without symbolic links."""
+    """A storage's root with symbolic links resolved."""
     return os.path.realpath(place.root) if place.is_local else place.root
 
 
@@ -165,11 +174,11 @@ def _load(config: ScoreConfig) -> Model:
 
 
 def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
-    """What the dtype may prove to be once there is a cluster, the likeliest first."""
+    """The dtypes that may be chosen once the cluster is known, the most likely first."""
     if config.dtype != "auto":
         return [config.dtype]
     first = [] if recorded is None else [recorded.get("dtype", "float32")]
-    if first and not config.overwrite:  # with another one the output is refused
+    if first and not config.overwrite:  # the output is refused with any other dtype
         return first
     if config.gpus_per_actor is not None:
         return [*first, auto_dtype(config.gpus_per_actor)]
@@ -177,10 +186,10 @@ def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
 
 
 def _decide(config: ScoreConfig, model: Model, dtypes: Sequence[str]) -> tuple[ScoreConfig, Expectation | None]:
-    """The options with the first of these dtypes that the model has the speed asked for in.
+    """Resolve the options with the first of these dtypes for which the model offers the requested speed.
 
     Raises:
-        UsageError: it has it in none of them; says it of the first.
+        UsageError: it offers that for none of them; the message is about the first.
     """
     refusals = []
     for dtype in dtypes:

@@ -1,17 +1,16 @@
-"""What a run's processes tell each other: which work is under way where, how often it has killed or hung, whether
-actors can load the model, when to stop.
+"""The ledger of a run's processes: work in progress, how often it killed its process or hung, model loads, stops.
 
-Ray computes a killed task again, for ever, and tells nobody how often. So every stage enters its work (a shard being
-read, a split being scored or written) here before it begins and crosses it out afterwards; work that another process
-has left entered has killed that process. After `DEATHS_BEFORE_CARE` deaths its documents are taken one at a time, each
-entered before it is touched, and a document that then kills `DEATHS_OF_A_DOCUMENT` times is put aside. Pre-empted
-machines count as well, which is why care comes late and blame needs a repetition.
+Ray retries a task without limit if its process dies, and does not report how often. So every stage enters its work
+(reading a shard, scoring or writing a split) in the ledger before it begins, and removes it afterwards. If another
+process begins work that is still entered, that work has killed the first process. After `DEATHS_BEFORE_CARE` deaths,
+the documents are processed one at a time, each entered before it is processed. A document that then kills
+`DEATHS_OF_A_DOCUMENT` times is quarantined. Both need several deaths, because pre-empted machines count as deaths too.
 
-Work that gives no sign of progress for too long is ended by the driver, which kills its process; that is no
-pre-emption, so care comes at once and one more time is blame enough. What is known of deaths is kept in the output
-(`deaths.py`) until it is complete, so that a run that goes on where another one ended need not learn it again.
+If work gives no sign of progress for too long, the driver kills its process. That is not a pre-emption, so the
+documents are processed one at a time from then on, and a document at which the work hangs again is blamed at once. The
+deaths are recorded in the output (`deaths.py`) until it is complete, so that the next run need not learn them again.
 
-Halving the split until one document is left would find it too, after log2(documents) more deaths; this takes two.
+Halving the split until one document is left would take log2(documents) more deaths to find it; this takes two.
 """
 
 import contextlib
@@ -39,26 +38,29 @@ logger = get_logger(__name__)
 
 DEATHS_BEFORE_CARE = 3
 DEATHS_OF_A_DOCUMENT = 2
-SCORING = "scoring"  # what work is called that needs no storage
-WHOLE = -1  # in a document's place: what is done for all of them together, such as decoding or writing
-_ANSWER_SECONDS = 60.0  # a ledger whose machine died is started again elsewhere
+SCORING = "scoring"  # begins the name of work that does not access the storage
+WHOLE = -1  # instead of a document: work on all of them together, such as decoding or writing
+_ANSWER_SECONDS = 60.0  # enough for Ray to restart the ledger elsewhere if its machine died
 
-KILLED = "killed_process"  # the quarantine's reason
+KILLED = "killed_process"  # a reason for quarantine
 
 
 class Stop(IntEnum):
-    """What the driver asks of the others."""
+    """What the driver asks the other processes to do."""
 
     NO = 0
-    AFTER_SPLIT = 1  # begin nothing new
-    NOW = 2  # abandon what is under way, too
+    AFTER_SPLIT = 1  # begin no new work
+    NOW = 2  # also abandon work in progress
 
 
 @dataclass(frozen=True)
 class Care:
-    """How to go about some work: how often it has killed, and the documents that are to blame for it.
+    """How carefully to process some work.
 
-    `killers` has WHOLE in it where the work kills although none of its documents does; then it cannot be done.
+    Attributes:
+        deaths: how often it has killed its process.
+        killers: the documents to blame for that, numbered as in `Entry.touch`. WHOLE is among them if the work kills
+            its process although no single document does; then it cannot be done.
     """
 
     deaths: int = 0
@@ -75,13 +77,19 @@ class _Work:
     document: int | None = None
     deaths: int = 0
     deaths_at: Counter = field(default_factory=Counter)
-    sign: float | None = None  # time.monotonic() of the last sign of progress; None while it waits for others
+    sign: float | None = None  # time.monotonic() of the last sign of progress; None while waiting for other stages
 
 
 @dataclass(frozen=True)
 class Loads:
-    """How loading the model goes: tries since the last that succeeded, the last failure's reason, whether that was for
-    good, and the seconds since any work gave a sign of progress (None: there is none)."""
+    """The state of loading the model.
+
+    Attributes:
+        tries: attempts since the last successful one.
+        reason: the reason of the last failure.
+        for_good: whether that failure is permanent.
+        idle: seconds since any work gave a sign of progress; None if no work is in progress.
+    """
 
     tries: int = 0
     reason: str = ""
@@ -90,9 +98,10 @@ class Loads:
 
 
 class Ledger:
-    """The book itself; `start_ledger` runs it as an actor of its own.
+    """The ledger itself; `start_ledger` runs it as a Ray actor.
 
-    known: what an earlier run has left, see `deaths.py`.
+    Args:
+        known: deaths that an earlier run recorded, as `read_deaths` returns them.
     """
 
     def __init__(self, known: dict[str, Any] | None = None) -> None:
@@ -102,11 +111,11 @@ class Ledger:
         self._stop = Stop.NO
         self._deaths, self._hung = 0, 0
         self._loading: dict[str, float] = {}
-        self._alive: dict[str, tuple[str, float]] = {}  # by actor: its process and the last time it said so
+        self._alive: dict[str, tuple[str, float]] = {}  # by actor: its process and when it last called `alive`
         self._loads = Loads()
 
     def begin(self, work: str, process: str) -> tuple[Care, Stop]:
-        """Enter work that a process begins."""
+        """Enter work that a process begins; it counts as a death if another process is still entered for it."""
         entry = self._work.setdefault(work, _Work())
         if entry.process not in (None, process):
             self._deaths += 1
@@ -118,20 +127,20 @@ class Ledger:
         return Care(entry.deaths, killers), self._stop
 
     def touch(self, work: str, process: str, document: int | None) -> None:
-        """Say which document comes now; None for none."""
+        """Enter the document that is processed next; None for none."""
         entry = self._work.get(work)
         if entry is not None and entry.process == process:
             entry.document, entry.sign = document, time.monotonic()
 
     def progress(self, work: str, process: str, waits: bool = False) -> Stop:
-        """Give a sign of progress, or say that from now on the work waits for others; when to stop."""
+        """Record a sign of progress, or with `waits` that the work waits for other stages; returns when to stop."""
         entry = self._work.get(work)
         if entry is not None and entry.process == process:
             entry.sign = None if waits else time.monotonic()
         return self._stop
 
     def end(self, work: str, process: str) -> None:
-        """Cross finished work out; a process that was thought dead has no say in what another has begun since."""
+        """Remove finished work, unless another process has begun it since."""
         entry = self._work.get(work)
         if entry is not None and entry.process == process:
             del self._work[work]
@@ -140,8 +149,13 @@ class Ledger:
         self._stop = max(self._stop, how)
 
     def overdue(self, seconds: float, storage_seconds: float) -> list[tuple[str, str]]:
-        """Work that has given no sign of progress for so long, with its process: each once, to be killed, and what it
-        is at is blamed. Whatever is not scoring may wait for the storage as well, for `storage_seconds`."""
+        """Find work, model loads and actors without a sign of progress for `seconds`; blame the current documents.
+
+        All but scoring may also wait for the storage, for `storage_seconds` more.
+
+        Returns:
+            What hangs, each thing once, and the process to kill.
+        """
         now = time.monotonic()
         late = [process for process, at in self._loading.items() if now - at > seconds + storage_seconds]
         for process in late:
@@ -154,7 +168,7 @@ class Ledger:
             if entry.process is not None and entry.sign is not None and now - entry.sign > allowed:
                 found.append((name, entry.process))
                 entry.sign = None
-                entry.deaths = max(entry.deaths, DEATHS_BEFORE_CARE - 1)  # and one that the next to begin it counts
+                entry.deaths = max(entry.deaths, DEATHS_BEFORE_CARE - 1)  # `begin` counts one more
                 if entry.document is not None:
                     entry.deaths_at[entry.document] += 1
         named = {process for _, process in found}
@@ -163,30 +177,31 @@ class Ledger:
         return found
 
     def alive(self, actor: str, process: str) -> None:
-        """Say that an actor is there, whatever it is at: one that stands still between two splits has entered no work,
-        and Ray would wait for it without end."""
+        """Record that an actor is alive, whether it has work or not.
+
+        An actor that hangs between two splits has no work entered, and Ray would wait for it forever.
+        """
         self._alive[actor] = (process, time.monotonic())
 
     def deaths(self) -> tuple[int, int, dict[str, Any]]:
-        """Processes that died at their work so far, how many of them had hung, and what is known of unfinished work
-        that has killed, as `known`."""
+        """How many processes died at their work, how many hung, and the deaths of unfinished work, as in `known`."""
         killing = {name: work for name, work in self._work.items() if work.deaths}
         known = {name: {"deaths": work.deaths, "at": dict(work.deaths_at)} for name, work in killing.items()}
         return self._deaths, self._hung, known
 
     def begin_load(self, process: str) -> None:
-        """Enter that an actor begins to load the model."""
+        """Record that an actor begins to load the model."""
         self._loading[process] = time.monotonic()
         self._loads = dataclasses.replace(self._loads, tries=self._loads.tries + 1)
 
     def load_failed(self, process: str, reason: str, for_good: bool) -> None:
-        """Enter why an actor could not."""
+        """Record why an actor could not load the model."""
         self._loading.pop(process, None)
         if not self._loads.for_good:
             self._loads = dataclasses.replace(self._loads, reason=reason, for_good=for_good)
 
     def loaded(self, process: str) -> None:
-        """Enter that an actor has the model."""
+        """Record that an actor has loaded the model."""
         self._loading.pop(process, None)
         self._loads = dataclasses.replace(self._loads, tries=0)
 
@@ -197,7 +212,10 @@ class Ledger:
 
 
 def start_ledger(known: dict[str, Any] | None = None) -> "LedgerClient":
-    """A ledger for one run, next to the driver, which it does not outlive. If it dies it begins anew, at `known`."""
+    """Start a ledger for one run, on the driver's node if possible; it ends with the driver.
+
+    If it dies, Ray starts it again from `known`.
+    """
     driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=driver)(Ledger)
     return LedgerClient(actor.remote(known))
@@ -205,13 +223,13 @@ def start_ledger(known: dict[str, Any] | None = None) -> "LedgerClient":
 
 @cache
 def process_name() -> str:
-    """This process, also among those that had its number before: "node:number:start:name"."""
+    """A name of this process that is unique even if its PID is reused: "node:pid:start:name"."""
     process, node = this_process(), ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     return f"{node}:{process['pid']}:{process['started']}:{process['name']}"
 
 
 def kill_process(name: str) -> None:
-    """Kill the process of that name, on its machine, unless it is gone."""
+    """Kill the process with this `process_name` on its node, unless it has died."""
     node, pid, started, _ = name.split(":")
     if not node:
         return
@@ -226,9 +244,9 @@ def kill_process(name: str) -> None:
 
 
 class LedgerClient:
-    """A stage's way to the ledger. Without one (in this process, without Ray) nothing is entered.
+    """A process's client of the ledger. Without an actor (no Ray), it does nothing.
 
-    A ledger that does not answer delays nobody for long: it protects from documents that kill, and they are rare.
+    If the ledger does not answer, the process goes on without it: documents that kill a process are rare.
     """
 
     def __init__(self, actor: Any = None):
@@ -236,12 +254,12 @@ class LedgerClient:
 
     @contextlib.contextmanager
     def work(self, name: str) -> Iterator["Entry"]:
-        """Enter work for as long as the block runs, unless the process dies in it."""
+        """Enter work while the block runs; it stays entered if the process dies."""
         care, stop = self._ask("begin", name, process_name()) or (Care(), Stop.NO)
         try:
             yield Entry(self, name, care, stop)
         finally:
-            # Nobody waits for this: the next to begin the same work comes after it, in the actor's order.
+            # No need to wait: the actor handles this before the next process begins the same work.
             self.tell("end", name, process_name())
 
     def stop(self, how: Stop) -> None:
@@ -267,7 +285,7 @@ class LedgerClient:
         return self._ask("loads") or Loads()
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Say something without waiting for the answer: what this process says next comes after it."""
+        """Call a method without waiting for the result; the actor handles this process's later calls after it."""
         if self._actor is not None:
             getattr(self._actor, method).remote(*arguments)
 
@@ -286,7 +304,12 @@ NO_LEDGER = LedgerClient()
 
 @dataclass(frozen=True)
 class Entry:
-    """Work that is entered: with what care to do it, and whether to do it at all."""
+    """Work that is entered in the ledger.
+
+    Attributes:
+        care: how carefully to process it.
+        stop: whether not to begin it, because the run is stopping.
+    """
 
     client: LedgerClient
     name: str
@@ -294,17 +317,20 @@ class Entry:
     stop: Stop = Stop.NO
 
     def touch(self, document: int | None) -> None:
-        """Before a document is touched (None: nothing is, for a while), where care is due; the ledger has it then."""
+        """Enter the document that is processed next (None for none), if they are processed one at a time.
+
+        Returns when the ledger has it. Documents may be numbered in any way that is the same in a retry.
+        """
         if self.care.one_at_a_time:
             self.client._ask("touch", self.name, process_name(), document)
 
     def stopping(self) -> Stop:
-        """A sign of progress; answered with when to stop."""
+        """Give a sign of progress; returns when to stop."""
         return self.client._ask("progress", self.name, process_name()) or Stop.NO
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """In the block the work waits for others, for however long."""
+        """Mark the work as waiting for other stages while the block runs, so that it is never overdue."""
         self.client.tell("progress", self.name, process_name(), True)
         try:
             yield

@@ -1,12 +1,13 @@
-"""One run at a time on an output: leases in the output itself, numbered, the highest number's holder at work.
+"""Lock an output for one run at a time, with numbered leases in the output itself. The highest number holds the lock.
 
-A run takes an output by creating the next number's lease, which a store lets only one do, and renews that object while
-it lives. Nobody ever writes another one's lease, so a renewal that arrives late changes nothing. The number orders runs
-where clocks cannot (`Marker["epoch"]`), and whoever finds a higher one than its own has lost the output: `check` is
-asked before each marker, manifest and deletion, because a process may have been paused for longer than its lease.
+A run takes an output by creating the lease with the next number, which the store allows only one run to do, and renews
+that object while it is alive. No run writes another run's lease, so a late renewal changes nothing. The numbers order
+runs (`Marker["epoch"]`), which clocks cannot do reliably. A run that finds a higher number than its own has lost the
+output. It calls `check` before it writes a marker or manifest or deletes anything, because its process may have been
+paused for longer than its lease.
 
-A run that was killed cannot give its lease back. The next one takes over at once if it can see that the process is gone
-(the same machine, the same PID namespace), else when the lease has not been renewed for as long as it lasts.
+A run that was killed cannot release its lease. The next run takes over at once if it can see that the process has died
+(on the same machine, in the same PID namespace), otherwise once the lease has expired without a renewal.
 """
 
 import json
@@ -27,26 +28,28 @@ logger = get_logger(__name__)
 
 LEASES = "_leases"
 LEASE_SECONDS, RENEWAL_SECONDS, LOOK_SECONDS = 60.0, 10.0, 1.0
-_RELEASE_SECONDS = 5.0  # to give a lease back while the store fails
+_RELEASE_SECONDS = 5.0  # how long to try to release a lease while the store fails
 _NAME = re.compile(rf"{LEASES}/(\d{{8}})\.json$")
 
 Lease = dict[str, Any]
 
 
 class OutputLock:
-    """Holds an output for a run, as a context manager.
+    """Hold an output for a run, as a context manager.
 
     Args:
         output: the output.
-        run_id: what others are told of the holder.
-        lost: called once, from another thread, if the lease has been taken over meanwhile.
+        run_id: the holder's name for other runs.
+        lost: called once, from another thread, if another run takes over the output.
         stop: ends the wait for another run's lease.
-        lease_seconds, renewal_seconds, look_seconds: how long a lease lasts without a renewal, and how often it is
-            renewed and looked at.
+        lease_seconds: how long a lease lasts without a renewal.
+        renewal_seconds: the interval between renewals.
+        look_seconds: the interval between two looks at another run's lease.
 
     Raises:
-        OutputBusyError: on entry, if another run is at work there; names it.
+        OutputBusyError: on entry, if another run is using the output; the message names it.
         UsageError: on entry, if the store lets two runs create the same object.
+        StorageError: on entry, if a lease is damaged, or cannot be read or written.
         StoppedError: on entry, if the run was stopped meanwhile.
     """
 
@@ -61,13 +64,13 @@ class OutputLock:
         renewal_seconds: float = RENEWAL_SECONDS,
         look_seconds: float = LOOK_SECONDS,
     ):
-        self.epoch = 0  # this run's number, once it holds the output
+        self.epoch = 0  # the number of this run's lease, once it holds the output
         self._output, self._run_id, self._lost = output, run_id, lost
         self._stop = stop or StopRequest()
         self._lease_seconds, self._renewal_seconds, self._look_seconds = lease_seconds, renewal_seconds, look_seconds
-        # A renewal that is made again for longer than the lease lasts would come too late.
+        # A renewal that is retried for longer than the lease lasts would be too late.
         self._leases = Storage(output.uri, min(output.retry_seconds, lease_seconds / 4))
-        self._valid_until = 0.0  # by `clock`: nobody has taken over before
+        self._valid_until = 0.0  # by `clock`; until then no other run takes over
         self._renewals = 0
         self._over, self._is_lost = threading.Event(), threading.Event()
         self._one_at_a_time = threading.Lock()
@@ -93,14 +96,15 @@ class OutputLock:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another run is known to have taken the output over."""
+        """Whether another run is known to have taken over the output."""
         return self._is_lost.is_set()
 
     def check(self) -> None:
-        """Make sure that the output is still this run's: at no cost within the lease's time, else by looking.
+        """Make sure that this run still holds the output. Makes requests only if the lease may have expired.
 
         Raises:
-            LeaseLostError: another run has taken the output over.
+            LeaseLostError: another run has taken over the output.
+            StorageError: the lease cannot be renewed.
         """
         if self._is_lost.is_set():
             raise self._lost_error()
@@ -110,21 +114,21 @@ class OutputLock:
             self._renew()
 
     def _take(self) -> None:
-        """Become the holder of the highest number, or refuse when its holder shows that it lives."""
+        """Create the lease with the highest number, or raise OutputBusyError if its present holder renews it."""
         seen, since, told = None, 0.0, False
         while True:
             leases = self._listed()
             number = max(leases, default=0)
             lease = self._read(number) if number else None
             if lease is None and number:
-                continue  # cleaned up between listing and reading it: there is a higher one
+                continue  # deleted between listing and reading: there is a higher one
             if lease is None or lease["released"] or is_gone(lease) or self._has_lapsed(lease, seen, since):
                 if self._create(number + 1):
                     self._delete(leases)
                     if lease is not None and not lease["released"]:
                         logger.warning("run %s left its lock behind; took %s over", lease["run"], self._output.uri)
                     return
-                seen, since = None, 0.0  # another one was faster: its lease is a new one
+                seen, since = None, 0.0  # another run was faster: watch its lease from the start
             elif seen is None or number != seen["epoch"]:
                 seen, since = lease, clock()
             elif lease != seen:
@@ -145,18 +149,18 @@ class OutputLock:
         return lease == seen and clock() - since > self._lease_seconds
 
     def _create(self, number: int) -> bool:
-        """Whether this run now holds the highest number, and it is this one."""
+        """Create the lease with this number; returns whether it is now this run's and the highest."""
         self.epoch, started = number, clock()
         if not (self._output.create(_path(number), self._content()) or self._is_mine(number)):
             return False
-        if max(self._listed(), default=0) > number:  # a slow run, whose number others have left behind and cleaned up
+        if max(self._listed(), default=0) > number:  # others already had this number and deleted it
             self._delete([number])
             return False
         self._valid_until = started + self._lease_seconds
         return True
 
     def _probe(self) -> None:
-        """Everything rests on objects that are created once: make sure that this store keeps to it."""
+        """Check that a create request does not replace an object: locking and publishing rely on that."""
         if self._output.create(_path(self.epoch), self._content()):
             raise UsageError(
                 f"{self._output.uri}: this store replaces objects that a request asked only to create (it ignores "
@@ -171,7 +175,7 @@ class OutputLock:
         return [int(match[1]) for file in self._output.files(LEASES) if (match := _NAME.search(file.path))]
 
     def _read(self, number: int) -> Lease | None:
-        """A lease; None if there is none."""
+        """Read a lease; None if it does not exist."""
         data = self._output.read_if_there(_path(number))
         if data is None:
             return None
@@ -186,7 +190,7 @@ class OutputLock:
             ) from error
 
     def _is_mine(self, number: int) -> bool:
-        """The answer to a request that created a lease may have been lost."""
+        """Whether a lease is this run's: the response to the request that created it may have been lost."""
         lease = self._read(number)
         return lease is not None and lease["run"] == self._run_id
 
@@ -194,10 +198,10 @@ class OutputLock:
         self._output.delete(_path(number) for number in numbers)
 
     def _renew(self) -> None:
-        """Renew the lease, unless another run has the output.
+        """Renew the lease, and check that no other run has taken over the output.
 
         Raises:
-            LeaseLostError: it has.
+            LeaseLostError: another run has.
         """
         if self._is_lost.is_set():
             raise self._lost_error()
@@ -225,13 +229,13 @@ class OutputLock:
         return LeaseLostError(f"{self._output.uri}: another run has taken the output over; this one stopped")
 
     def _give_up(self) -> None:
-        """The run was left behind: it changes nothing any more, and the next one need not wait."""
+        """Release the lease of an abandoned run and forbid it further changes, so that the next run need not wait."""
         self._over.set()
         self._release()
         self._is_lost.set()
 
     def _release(self) -> None:
-        """Say that the lease is over. Its number stays, so that the next run's is higher."""
+        """Mark the lease as released. The object stays, so that the next run's number is higher."""
         if self._is_lost.is_set():
             return
         renewing = not self._one_at_a_time.acquire(timeout=_RELEASE_SECONDS)

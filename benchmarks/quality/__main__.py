@@ -1,4 +1,4 @@
-"""The command; what it does is said in the package."""
+"""The command line; see the package's docstring."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Simpler ways to choose tokens, to compare the selectors with."""
+"""Simple rules to choose tokens, to compare the selectors with."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,17 +9,17 @@ from trbert_model.reduction.state import Candidates, SelectionPolicy
 
 
 def first_tokens_policy(fractions: Sequence[float]) -> SelectionPolicy:
-    """The first tokens of a document, the same fractions of each."""
+    """Keep the first tokens of each document, the same fractions of each."""
     return _ranked(fractions, lambda places: -places)
 
 
 def random_tokens_policy(fractions: Sequence[float]) -> SelectionPolicy:
-    """Tokens at random, the same fractions of each document."""
+    """Keep random tokens, the same fractions of each document."""
     return _ranked(fractions, lambda places: torch.rand(len(places)))
 
 
 def _ranked(fractions: Sequence[float], rank: Callable[[Tensor], Tensor]) -> SelectionPolicy:
-    """Keep the highest-ranked share of what is left; fractions are of the document, as everywhere."""
+    """Keep the highest-ranked tokens; fractions: of the document's tokens, one per reduction."""
 
     def policy(candidates: Candidates) -> Tensor:
         reduction = candidates.reduction

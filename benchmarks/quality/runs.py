@@ -1,4 +1,4 @@
-"""The runs: which models are trained on which corpus, and at which speeds each is measured."""
+"""The runs: which models are trained on which corpus, and at which speeds they are measured."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,12 +14,20 @@ TARGETS = (2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Run:
-    """A model to train and measure: the corpus, its options beside the corpus's recipe, and the speeds to measure.
+    """A model to train and measure.
 
-    folds: models, each of its own part of the corpus, whose test documents are measured as one set; parts: what to
-    measure on, and the documents that thresholds for it are chosen on; speedups: of the calibration table that they
-    are chosen from; long: measure the documents of more than 512 tokens by themselves too; against: another run, of the
-    same documents, that this one is compared with beside the dense model.
+    Attributes:
+        corpus: name of the corpus.
+        title: name of the run in the tables.
+        options: training options, in addition to the corpus's recipe.
+        targets: FLOPs speed-ups to measure.
+        rule: chooses the tokens instead of the selectors.
+        layers: number of layers, for a dense model without selectors.
+        folds: number of models, each with its own split of the corpus; their test documents are measured as one set.
+        parts: the parts of the corpus to measure, and for each the part that its thresholds are chosen on.
+        speedups: speed-ups of the calibration table that thresholds are chosen from. Default: `targets`.
+        long: also measure the documents of more than 512 tokens separately.
+        against: another run on the same documents to compare with, in addition to the dense model.
     """
 
     corpus: str
@@ -27,10 +35,10 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     targets: tuple[float, ...] = TARGETS
     rule: Callable[[Sequence[float]], SelectionPolicy] | None = None
-    layers: int | None = None  # of a dense model that has so many and no selectors
+    layers: int | None = None
     folds: int | None = None
     parts: dict[str, str] = field(default_factory=lambda: {"test": "dev"})
-    speedups: tuple[float, ...] = ()  # the targets
+    speedups: tuple[float, ...] = ()
     long: bool = False
     against: str | None = None
 
@@ -40,15 +48,15 @@ class Run:
 
     @property
     def is_comparison(self) -> bool:
-        """It is measured at one speed, to compare with the full recipe's."""
+        """Whether it is measured at one speed only, to compare it with the full recipe."""
         return len(self.targets) == 1
 
 
 NONE: dict[str, Any] = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
 AT_3 = (3.0,)
-# 6,000 tokens are more windows like those of 1,500.
+# For 6,000 tokens, the thresholds of 1,500 are used: there are only more windows of the same kind.
 CONTEXTS = {"test": "dev", "test-1500": "dev-1500", "test-6000": "dev-1500"}
-# What is compared at 3× has a third of the joint stage, the full recipe to compare with too.
+# Runs that are compared at 3× train about a third of the joint stage, also the full recipe they are compared with.
 SHORT = {"joint_epochs": 0.35}
 FULL = "20news-short"
 
@@ -61,9 +69,9 @@ RUNS: dict[str, Run] = {
     "20news": Run("20news", "full recipe, seed 0", speedups=SPEEDUPS, long=True),
     "20news-seed1": Run("20news", "full recipe, seed 1", {"seed": 1}, long=True),
     "imdb": Run("imdb", "full recipe", targets=(2.0, 3.0, 4.0), long=True),
-    # Too few documents to put some aside: thresholds are chosen on the training's.
+    # Too few documents for a development set: thresholds are chosen on the training documents.
     "hyperpartisan": Run("hyperpartisan", "full recipe", targets=(2.0, 3.0), folds=5, parts={"test": "train"}),
-    # A point beyond the fastest that is asked: what is chosen for 4× on few long contexts may give 3.9×.
+    # 4.5 is beyond the fastest target, because thresholds chosen for 4× on few long contexts may give only 3.9×.
     "squad": Run("squad", "full recipe", targets=(2.0, 3.0, 4.0), parts=CONTEXTS, speedups=(2.0, 3.0, 4.0, 4.5)),
     "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
     FULL: Run("20news", "full recipe", SHORT, AT_3),

@@ -1,4 +1,4 @@
-"""What was measured of the runs, as Markdown and as a picture."""
+"""The results of the runs, as Markdown and as a picture."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -13,8 +13,12 @@ from trbert_model.calibration import bootstrap_interval
 def summary(
     dense: dict[str, Any], point: dict[str, Any], rows: np.ndarray | None = None, metric: str | None = None
 ) -> dict[str, Any]:
-    """A metric (the one that counts), its difference to dense with the paired-bootstrap interval, and speed, of some of
-    the documents, or of those that the metric says something about."""
+    """Compare a metric with the dense model's, with a paired-bootstrap interval, and compute the FLOPs speed-up.
+
+    Args:
+        rows: bool (documents,), the documents to include. Default: those that the metric applies to.
+        metric: default: the corpus's main metric.
+    """
     before, after = (np.array(each["also"][metric] if metric else each["scores"]) for each in (dense, point))
     rows = ~np.isnan(before) if rows is None else rows
     difference = (after - before)[rows]
@@ -30,7 +34,7 @@ def summary(
 
 
 def rows_of(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A run's rows of the table, of what was measured of each of its corpora, by part."""
+    """The table rows of a run; parts: for each part, the measurements of each of the run's corpora."""
     rows = []
     for part, measured in parts.items():
         title = run.title if len(run.parts) == 1 else f"{run.title}, {part}"
@@ -43,14 +47,14 @@ def rows_of(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, 
             rows.append({"title": title, "target": target, **summary(dense, point), "measured_speedup": speed})
             for metric in dense["also"]:
                 rows.append({"title": title, "target": target, **summary(dense, point, metric=metric)})
-            if run.long:  # not timed by themselves
+            if run.long:  # these are not timed separately
                 long = summary(dense, point, np.array(dense["tokens"]) > 512)
                 rows.append({"title": f"{title}, > 512 tokens", "target": target, **long})
     return sorted(rows, key=lambda row: (row["title"], row["metric"] != dense["metric"], row["metric"]))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """All results that are there, as Markdown."""
+    """All existing results as Markdown."""
     lines = [
         "| corpus | documents | metric | dense | asked | FLOPs | time | reduced | difference (95%) |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -83,9 +87,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """The metric's difference to dense over FLOPs speed-up and over measured speed-up, with 95% intervals; of whole
-    test sets, for parts of them were not timed."""
-    import matplotlib  # late: only who draws needs it
+    """Plot the metric's difference to dense over FLOPs speed-up and over measured speed-up, with 95% intervals.
+
+    Only whole test sets are plotted, because parts of them are not timed separately.
+    """
+    import matplotlib  # only needed for drawing
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -116,7 +122,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Outcomes of several parts as one's."""
+    """Join the outcomes of several corpora into one."""
     lists = ("scores", "tokens", "flops", "dense_flops")
     also = {name: [value for each in outcomes for value in each["also"][name]] for name in outcomes[0].get("also", ())}
     joined = {name: [value for outcome in outcomes for value in outcome[name]] for name in lists}

@@ -1,4 +1,4 @@
-"""What a run does: train, choose thresholds, measure; nothing of what is there already."""
+"""Train the models of a run, choose thresholds and measure; whatever exists already is reused."""
 
 import dataclasses
 import json
@@ -37,12 +37,12 @@ from trbert_model.reduction.state import SelectionPolicy
 from trbert_model.training import TrainingConfig, train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Dense and reduced models are timed on the first documents that have so many tokens, in so many turns.
+# Dense and reduced models are timed on the first documents with this many tokens in total, in this many turns.
 TIMED_TOKENS, TURNS = 120_000, 8
 
 
 class Workshop:
-    """Where corpora, models and outcomes of the runs lie, and the dtype that they are measured in."""
+    """The directories of corpora, models and outcomes of the runs, and the dtype to measure in."""
 
     def __init__(self, work: Path, dtype: str):
         self.work, self.dtype = work, dtype
@@ -53,7 +53,7 @@ class Workshop:
         return self.work / "corpora" / corpus / f"{part}.parquet"
 
     def dense(self, corpus: str) -> Path:
-        """The fine-tuned dense model of a corpus, which all its runs share, trained if it is not there."""
+        """The fine-tuned dense model of a corpus, shared by all its runs; trained if it does not exist."""
         output = self.work / "dense" / corpus
         if not (output / "training.json").exists():
             train(self.config(corpus, self.backbone, output, speedup=None, speed_range=None, **NONE))
@@ -62,7 +62,7 @@ class Workshop:
     def config(
         self, corpus: str, backbone: str | Path, output: Path, *, evaluated: bool = True, **changes: Any
     ) -> TrainingConfig:
-        """The corpus's recipe with changes."""
+        """The training options of the corpus's recipe, with changes."""
         recipe = RECIPES / f"{corpus.split('-')[0]}.yaml"
         dev = self.file(corpus, "dev")
         places = ["--train", str(self.file(corpus, "train")), "--backbone", str(backbone), "--output", str(output)]
@@ -73,7 +73,7 @@ class Workshop:
         return dataclasses.replace(config, teacher_cache=str(self.work / "teachers"), **changes)
 
     def run(self, name: str) -> dict[str, Any]:
-        """A run's result."""
+        """Train and measure a run, and return its result."""
         run = RUNS[name]
         stages, parts = self._measured(name)
         rows = rows_of(run, parts)
@@ -90,8 +90,11 @@ class Workshop:
         }
 
     def _measured(self, name: str) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-        """Train, choose, measure; nothing of what is there already. What the stages of each of the run's models took,
-        and what was measured of each, by part."""
+        """Train, choose thresholds and measure; whatever exists already is reused.
+
+        Returns:
+            The training measurements of each of the run's models, and by part the outcomes of each model.
+        """
         run = RUNS[name]
         stages, parts = [], defaultdict(list)
         for corpus in run.corpora:
@@ -107,7 +110,7 @@ class Workshop:
         return stages, parts
 
     def _measure(self, run: Run, corpus: str, dense: Path, model_directory: Path, part: str) -> dict[str, Any]:
-        """The dense model and the run's at each of its speeds, on a part of the corpus."""
+        """Measure the dense model and the run's model at each target speed, on a part of the corpus."""
         reference = self._engine(dense, reduce=False)
         measured = self.read(corpus, part, reference)
         dev = self.read(corpus, run.parts[part], reference)
@@ -116,13 +119,13 @@ class Workshop:
         for target in run.targets:
             try:
                 engine, policy = self._at(run, corpus, model_directory, dev, run.parts[part], target)
-            except ConfigurationError as error:  # as is every faster one
+            except ConfigurationError as error:  # out of reach, and so are all faster targets
                 if not points:
                     raise
                 logging.warning("%s, %s: %s", run.title, part, error)
                 break
             thresholds = policy.thresholds if isinstance(policy, ThresholdPolicy) else target
-            if points and points[-1]["thresholds"] == thresholds:  # a faster point was no less accurate
+            if points and points[-1]["thresholds"] == thresholds:  # the table has no better point for this target
                 points.append({**points[-1], "target": target})
                 continue
             outcome = _outcome(engine, measured, policy) | {"target": target, "thresholds": thresholds}
@@ -136,7 +139,7 @@ class Workshop:
         return engine.task.read_corpus(str(self.file(corpus, part)), config)
 
     def _dense_outcome(self, name: str, part: str, engine: Engine, corpus: LabelledCorpus) -> dict[str, Any]:
-        """What the dense model that a corpus's runs share gives on its documents, computed once."""
+        """The outcome of the corpus's dense model, measured only once for all runs."""
         path = self._outcomes / f"dense-{name}" / f"{part}.json"
         if not path.exists():
             write_json(path, _outcome(engine, corpus))
@@ -170,7 +173,7 @@ class Workshop:
     def _at(
         self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, dev_part: str, target: float
     ) -> tuple[Engine, SelectionPolicy | None]:
-        """The model, and the thresholds (or the rule) that give a FLOPs speed-up on the development documents."""
+        """The engine, and the thresholds or rule for a FLOPs speed-up on the development documents."""
         if run.layers is not None:
             return self._engine(directory, reduce=False), None
         engine = self._engine(directory)
@@ -181,10 +184,10 @@ class Workshop:
         return engine, ThresholdPolicy(point.thresholds)
 
     def _table(self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, part: str) -> Calibration:
-        """The model's calibration table, measured on the development documents unless it is there."""
+        """The model's calibration table, measured on the development documents if it does not exist."""
         engine = self._engine(directory)
         key = calibration_key(model_digest(directory), self.dtype, engine.config.usable_positions)
-        # jobs/score.py finds the one made with documents like those of the training.
+        # jobs/score.py reads the table in the model directory: the one from documents like those of the training.
         place = directory if part == next(iter(run.parts.values())) else directory / part
         table = read_calibration(place, key)
         if table is None:
@@ -195,14 +198,14 @@ class Workshop:
         return table
 
     def _fractions(self, corpus: str, engine: Engine, target: float) -> list[float]:
-        """Kept fractions for a speed-up on the training documents."""
+        """Kept fractions for a speed-up, on the training documents."""
         documents = self.read(corpus, "train", engine).documents
         windows = [len(window.input_ids) for document in documents for window in engine.task.windows(document)]
         return kept_fractions_for(target, engine.config, np.array(windows))
 
 
 def _outcome(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | None = None) -> dict[str, Any]:
-    """Scores of a corpus's documents, percent, and what they cost."""
+    """Scores of a corpus's documents, in percent, and their costs."""
     results = engine.score(corpus.documents, policy)
     scores = {name: np.round(100 * values, 3).tolist() for name, values in corpus.all_scores(results).items()}
     return {
@@ -220,7 +223,7 @@ def _outcome(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | N
 def _measured_speedup(
     dense: Engine, reduced: Engine, policy: SelectionPolicy | None, documents: Sequence[Any]
 ) -> float:
-    """By the models' own time over the same documents, in turns; the median of the turns'."""
+    """Ratio of the time in the dense and the reduced model on the same documents: the median over several turns."""
     tokens = np.cumsum([sum(len(w.input_ids) for w in dense.task.windows(document)) for document in documents])
     timed = documents[: max(TURNS, int(np.searchsorted(tokens, TIMED_TOKENS)))]
     ratios = [
@@ -242,7 +245,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _first_layers(backbone: str, output: Path, layers: int) -> None:
-    """The first layers of a BERT as a checkpoint of their own."""
+    """Save the first layers of a BERT as a checkpoint."""
     model = BertModel.from_pretrained(backbone)
     model.encoder.layer = model.encoder.layer[:layers]
     model.config.num_hidden_layers = layers

@@ -1,7 +1,7 @@
-"""What a task is: everything that is said about one task and nothing else, so that another one is a folder beside it.
+"""The interface of a task: how rows become windows, and how model outputs become results.
 
-A task's own module knows no torch: processes that only tokenise start without it. Its head, losses and labelled data
-lie beside it and are imported when they are asked for.
+A new task is a folder beside the existing ones. A task's own module does not import torch, so that processes that only
+tokenise start without it. Its head, losses and labelled data are in neighbouring modules, imported on first use.
 """
 
 import dataclasses
@@ -27,14 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How documents become sequences, and what is told of the results; each task takes what it knows.
+    """Options for encoding documents and for the result columns. Each task uses the ones that apply to it.
 
-    overflow: what becomes of documents longer than the positions, "windows" or "truncate"; stride: tokens a window
-    shares with the one before it, a task's own number by default.
-    Classification: probabilities: every label's are told (always where a document may have several labels);
-    label_threshold: the probability from which on a label is one of a document's, where it may have several.
-    Question answering: max_answer_tokens: of a span; n_best: spans to find; spans: tell all of them;
-    no_answer_threshold: how much more probable than the best span "no answer" must be to be the answer (None: never).
+    Attributes:
+        overflow: "windows" splits documents longer than the model's positions, "truncate" scores only the beginning.
+        stride: tokens that a window shares with the previous one. Default: depends on the task.
+        probabilities: classification: output the probability of every label. Multi-label models always do.
+        label_threshold: multi-label classification: lowest probability with which a label is assigned.
+        max_answer_tokens: question answering: maximum tokens of a span.
+        n_best: question answering: number of spans to find.
+        spans: question answering: output all spans found.
+        no_answer_threshold: question answering: output no answer if the probability of "no answer" exceeds the best
+            span's by more than this. Default: always output the best span.
     """
 
     overflow: str = "windows"
@@ -58,18 +62,21 @@ class TaskOptions:
                 raise ConfigurationError(f"{name} {getattr(self, name)} must be at least 1")
 
     def bare(self) -> "TaskOptions":
-        """Without what a subclass adds, which readers have no use for and would import torch to unpickle."""
+        """The options without those of a subclass. Readers do not need these, and unpickling them imports torch."""
         return TaskOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TaskOptions)})
 
 
 @dataclass
 class DocumentResults:
-    """What the model found, one row a document.
+    """The model's results, one row per document.
 
-    outputs: what the task makes of a document's windows, see its `gathered`;
-    num_tokens: int64 (documents,), tokens the model was given over all windows, special and shared ones included;
-    num_windows: int64 (documents,); kept_tokens: int64 (documents, reductions), tokens alive after each reduction;
-    flops, dense_flops: float64 (documents,), spent, and what the dense model would have spent.
+    Attributes:
+        outputs: the documents' outputs, as `Task.gathered` returns them.
+        num_tokens: int64 (documents,), input tokens over all windows, with special tokens and tokens shared by windows.
+        num_windows: int64 (documents,).
+        kept_tokens: int64 (documents, reductions), tokens kept after each reduction, over all windows.
+        flops: float64 (documents,), FLOPs spent.
+        dense_flops: float64 (documents,), FLOPs of the dense model on the same windows.
     """
 
     outputs: Any
@@ -84,7 +91,7 @@ class DocumentResults:
 
     @classmethod
     def concatenate(cls, parts: Sequence["DocumentResults"]) -> "DocumentResults":
-        """The documents of all parts, in order; at least one part."""
+        """Concatenate the documents of all parts, in order; at least one part."""
 
         def joined(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
@@ -97,23 +104,23 @@ DEFAULTS = TaskOptions()
 
 
 class Task(ABC):
-    """How documents become sequences, and what the model says of sequences becomes results. Pickles to readers.
+    """Turns rows into windows, and model outputs into results. It is pickled to the readers.
 
-    A document is what `encode_rows` makes of a row; a window has `input_ids`, int32 (tokens,), and what else the task
-    needs to know of it.
+    A document is what `encode_rows` makes of a row. A window is a sequence for the model: it has `input_ids`, int32
+    (tokens,), and other attributes that the task needs.
     """
 
     name: ClassVar[str]
-    # The class of its models, as `config.json` names it.
+    # Class name of its models, as in `config.json`.
     architecture: ClassVar[str]
-    # The options that name the columns with its texts, in the order of a row's texts.
+    # The options that name its text columns, in the order of a row's texts.
     text_options: ClassVar[tuple[str, ...]]
-    # A head's modules, and the weight that tells that a checkpoint has one.
+    # Modules of its head. A checkpoint with the weights of all of them has the head.
     head_modules: ClassVar[tuple[str, ...]]
-    # What is right about a document is right about every piece of it, and read from its first token: then training can
-    # show pieces, documents that nobody has labelled, and what the dense model's classifier sees.
+    # Whether a document's label also holds for every piece of it and is predicted from the first token. Training can
+    # then use crops, unlabelled documents and the input of the dense model's classifier.
     labels_whole_documents: ClassVar[bool]
-    # Its windows begin with a question, which selectors can know.
+    # Whether its windows begin with a question, which selectors can use.
     asks: ClassVar[bool]
 
     @classmethod
@@ -121,119 +128,122 @@ class Task(ABC):
     def of(
         cls, tokenizer: "PreTrainedTokenizerBase | BareTokenizer", config: "TRBertConfig", options: TaskOptions
     ) -> "Task":
-        """The task for a model with this configuration.
+        """Create the task for a model with this configuration.
 
         Raises:
-            ConfigurationError: an option that does not fit the model.
+            ConfigurationError: an option does not fit the model.
         """
 
     @classmethod
     def check(cls, config: "TRBertConfig") -> None:
-        """Raises ConfigurationError where a saved model's configuration says what this task cannot do."""
+        """Raise ConfigurationError if the task does not support a saved model's configuration."""
         return
 
     # Rows to windows.
 
     @abstractmethod
     def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> tuple[list[Any], dict[int, str]]:
-        """Rows of texts → documents; and by their places the rows on which the tokenizer fails, with why, whose
-        documents have nothing in them.
+        """Tokenise rows of texts.
+
+        Returns:
+            One document per row, and the errors of the rows on which the tokenizer fails, by row index. The documents
+            of these rows are empty.
 
         Raises:
-            TokenizerError: it fails on every text.
+            TokenizerError: the tokenizer fails on every text.
         """
 
     @abstractmethod
     def nothing(self) -> Any:
-        """A document with nothing in it."""
+        """An empty document."""
 
     @abstractmethod
     def problem(self, document: Any) -> tuple[str, str] | None:
-        """Why a document cannot be scored, as a reason and a sentence; None if it can."""
+        """Why a document cannot be scored, as a reason and a sentence; None if it can be scored."""
 
     @abstractmethod
     def windows(self, document: Any) -> Iterator[Any]:
-        """A document's windows, at least one."""
+        """Split a document into windows, at least one."""
 
     @abstractmethod
     def token_types(self, windows: Sequence[Any]) -> list[np.ndarray] | None:
-        """Each window's token types, int32 (tokens,); None if all are 0."""
+        """Each window's token type ids, int32 (tokens,); None if all are 0."""
 
     @abstractmethod
     def to_column(self, documents: Sequence[Any]) -> pa.Array:
-        """Documents as an Arrow column: what travels from the readers to the actors."""
+        """Encode documents as an Arrow column, to send them from the readers to the actors."""
 
     @abstractmethod
     def from_column(self, column: pa.ChunkedArray) -> Iterator[Any]:
-        """What `to_column` was given, one after the other, without a copy of the token ids."""
+        """Decode the documents of a `to_column` column one by one, without copying the token ids."""
 
-    # The model's outputs to results.
+    # Model outputs to results.
 
     @abstractmethod
     def window_outputs(self, output: Any, lengths: list[int]) -> list[Any]:
-        """A model's output for windows of these lengths → each window's, without torch."""
+        """Split a model output into one output per window, without torch; lengths: tokens of each window."""
 
     @abstractmethod
     def combine(self, document: Any, windows: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        """A document's output from those of its windows."""
+        """Combine the outputs of a document's windows into the document's output."""
 
     @abstractmethod
     def gathered(self, combined: list[Any]) -> Any:
-        """Documents' outputs as `DocumentResults.outputs`: an array or a list with one entry a document."""
+        """Convert the documents' outputs to an array or list with one entry per document."""
 
     @property
     @abstractmethod
     def result_names(self) -> tuple[str, ...]:
-        """The names of its result columns."""
+        """Names of the result columns."""
 
     @abstractmethod
     def result_columns(self, outputs: Any, documents: Iterable[Any]) -> dict[str, pa.Array]:
-        """Documents' outputs as its result columns, in their order."""
+        """The documents' outputs as result columns, in the order of `result_names`."""
 
     @abstractmethod
     def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
-        """Of its result columns, how many documents have which result; empty where that says nothing."""
+        """Number of documents with each result, from the result columns; empty if results cannot be counted."""
 
-    # With torch.
+    # The parts that need torch.
 
     @classmethod
     @abstractmethod
     def model_class(cls) -> "type[TRBertPreTrainedModel]":
-        """The model with its head."""
+        """Class of the model with this task's head."""
 
     @classmethod
     @abstractmethod
     def fresh_head(cls, config: "TRBertConfig") -> dict[str, Any]:
-        """The fields of another model's configuration that give this one's head to a new model."""
+        """Configuration fields that give a new model the same head as a model with this configuration."""
 
     @classmethod
     def saved_head(cls, raw: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
-        """The fields of a configuration for the head that a checkpoint has; raw: its config.json."""
+        """Configuration fields for the head of a checkpoint; raw: its config.json, weights: its tensors."""
         return {}
 
     @classmethod
     @abstractmethod
     def learnt_head(cls, uri: str, columns: "LabelledColumns", problem_type: str | None) -> dict[str, Any]:
-        """The fields of a configuration that a head needs for what a labelled corpus teaches.
+        """Configuration fields for a head that learns a labelled corpus.
 
         Args:
-            problem_type: of a classifier, as transformers calls it; default: what the labels look like.
+            problem_type: of a classifier, as in transformers. Default: inferred from the labels.
 
         Raises:
-            InputError: the corpus cannot be read, or teaches nothing.
+            InputError: the corpus cannot be read, or has too few labels to learn from.
         """
 
     @abstractmethod
     def read_corpus(self, uri: str, columns: "LabelledColumns") -> "LabelledCorpus":
-        """A labelled corpus.
+        """Read a labelled corpus.
 
         Raises:
-            InputError: it cannot be read, or has labels that the model has not.
+            InputError: it cannot be read, or has labels that the model does not have.
         """
 
 
 def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
-    """Arrays of token ids as list<int32>."""
+    """Convert arrays of token ids to a list<int32> array."""
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays], dtype=np.int64)])
     values = np.concatenate([*arrays, np.zeros(0, np.int32)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))

@@ -1,4 +1,4 @@
-"""The tasks there are."""
+"""The available tasks."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,10 +16,10 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask,
 
 
 def task_named(name: str) -> type[Task]:
-    """A task by its name.
+    """The task with this name.
 
     Raises:
-        ConfigurationError: there is none of this name.
+        ConfigurationError: no task has this name.
     """
     if name not in TASKS:
         raise ConfigurationError(f"task {name!r} is none of {', '.join(TASKS)}")
@@ -27,10 +27,10 @@ def task_named(name: str) -> type[Task]:
 
 
 def task_of(config: "TRBertConfig") -> type[Task]:
-    """The task of a saved model, by the architecture that its configuration names.
+    """The task of a saved model, from the architecture in its configuration.
 
     Raises:
-        ConfigurationError: it is none of the tasks'.
+        ConfigurationError: no task has this architecture.
     """
     return _task_among(config.architectures or [])
 
@@ -39,7 +39,7 @@ def task_of_model(model: "TRBertPreTrainedModel") -> type[Task]:
     """The task of a model with a head.
 
     Raises:
-        ConfigurationError: it is none of the tasks'.
+        ConfigurationError: no task has this architecture.
     """
     return _task_among([type(model).__name__])
 

@@ -1,4 +1,4 @@
-"""What all tasks do with texts before they become sequences."""
+"""Tokenisation of texts, shared by all tasks."""
 
 import asyncio
 import functools
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 Encoded = TypeVar("Encoded")
 
-# What ends or interrupts a process, and is never the fault of a text.
+# Exceptions that end or interrupt a process and are never caused by a text.
 _NOT_OF_A_TEXT = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, MemoryError)
-_DETAIL_CHARACTERS = 500  # an error may cite the text
-# What the tokenizer says of a text takes a kilobyte, however short it is: a split may have half a million of them.
+_DETAIL_CHARACTERS = 500  # an error may quote the text
+# The tokenizer's encoding of a text takes a kilobyte, however short the text is. A split may have half a million texts.
 _TEXTS_AT_A_TIME = 4096
 
-# A longer text is tokenised in pieces, so that the tokenizer's working memory (some hundred bytes a token) is bounded:
-# 3 GB for 20 MB of Chinese otherwise. They are cut before white space, punctuation and CJK characters, which BERT's
-# pre-tokenizer always takes for words of their own, so the tokens are the same. No bracket: "[MASK]" is one token.
-# Byte-level BPE and SentencePiece put a space with the word behind it and tell it from other white space and from
-# several: only a single one between two words is sure to begin a token.
+# Longer texts are tokenised in pieces to bound the tokenizer's working memory (some hundred bytes per token), which is
+# 3 GB for 20 MB of Chinese otherwise. BERT's pre-tokenizer always splits before white space, punctuation and CJK
+# characters, so pieces that begin there have the same tokens. Brackets are excluded: "[MASK]" is one token.
+# Byte-level BPE and SentencePiece join a space to the word after it, and treat it differently from other white space
+# and from several spaces. For them, only a single space between two words is sure to begin a token.
 PIECE_CHARACTERS = 200_000
 _SPACE = re.compile(r"(?<=\w) (?=\w)")
 _CUT = re.compile(r"[\s.,;:!?\u3001\u3002\uff0c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 def pieces(text: str, tokenizer: "BareTokenizer") -> Iterator[str]:
-    """A text in pieces that are tokenised like the whole; one after the other they are the text."""
+    """Split a text into consecutive pieces that give the same tokens as the whole text."""
     start, bert = 0, isinstance(tokenizer.backend_tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer)
     while cut := (_CUT if bert else _SPACE).search(text, start + PIECE_CHARACTERS):
         yield text[start : cut.start()]
@@ -44,8 +44,10 @@ def pieces(text: str, tokenizer: "BareTokenizer") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class BareTokenizer:
-    """What tasks need of a fast tokenizer of transformers, under its names. It travels to processes that do without
-    transformers and torch, which take seconds to import; one that gets it with every piece of work builds it once.
+    """The parts of a transformers fast tokenizer that tasks need, under the same names.
+
+    It can be sent to processes that do not import transformers and torch, which takes seconds. A process that receives
+    it with every split builds it only once.
     """
 
     backend_tokenizer: tokenizers.Tokenizer
@@ -54,14 +56,14 @@ class BareTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Union["PreTrainedTokenizerBase", "BareTokenizer"]) -> "BareTokenizer":
-        """Without the truncation and padding that it was saved with (sentence encoders cut at 128 tokens)."""
+        """From a fast tokenizer, disabling its truncation (of 128 tokens in sentence encoders) and padding in place."""
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     def spaces_count(self) -> bool:
-        """Whether a word has other tokens after a space than where a text begins: byte-level BPE."""
+        """Whether a word has different tokens after a space than at the start of a text, as in byte-level BPE."""
         ids = self.backend_tokenizer.encode("a a", add_special_tokens=False).ids
         return ids[:1] != ids[-1:]
 
@@ -86,12 +88,15 @@ def token_ids(tokenizer: BareTokenizer, texts: Sequence[str]) -> list[np.ndarray
 def encode_apart(
     encode: Callable[[list[str]], list[Encoded]], texts: Sequence[str]
 ) -> tuple[list[Encoded | None], dict[int, str]]:
-    """Texts encoded together or, if that fails, one by one: None for those on which it fails, and why by their places.
+    """Encode texts in one call or, if that fails, one by one.
 
-    A tokenizer's panic is a failure like another, although its exception (pyo3's) is no Exception.
+    A panic of the tokenizer counts as a failure, although its exception (pyo3's) is not an Exception.
+
+    Returns:
+        The encoded texts, None for those that failed, and the errors by text index.
 
     Raises:
-        TokenizerError: it fails on every text.
+        TokenizerError: the tokenizer fails even on "a".
     """
     try:
         return list(encode(list(texts))), {}
@@ -114,7 +119,7 @@ def encode_apart(
 
 
 def _said(error: BaseException) -> str:
-    """A failure's type and text in one line."""
+    """An exception's type and message in one line. Exceptions that are never caused by a text are raised again."""
     if isinstance(error, _NOT_OF_A_TEXT):
         raise error
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_DETAIL_CHARACTERS]

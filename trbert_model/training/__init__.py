@@ -1,4 +1,4 @@
-"""Training a TR-BERT: `run.py` first."""
+"""Training a TR-BERT; start reading at `run.py`."""
 
 from .config import TrainingConfig
 from .run import evaluate, train

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a model that is trained."""
+"""Low-rank adapters in training."""
 
 import copy
 from typing import Any
@@ -7,12 +7,12 @@ from ..backbones import BACKBONES
 from ..checkpoints.conversion import MODULES_TO_SAVE
 from .config import TrainingConfig
 
-# A task's model, or peft's wrapper around one, which passes everything on.
+# A task's model, or peft's wrapper around one, which forwards all attributes.
 Model = Any
 
 
 def merged_copy(model: Model) -> Model:
-    """A copy of the model, its adapter merged into the weights if it has one."""
+    """A copy of the model, with its adapter, if any, merged into the weights."""
     duplicate = copy.deepcopy(model)
     return duplicate.merge_and_unload() if hasattr(duplicate, "merge_and_unload") else duplicate
 
@@ -28,6 +28,6 @@ def with_adapter(model: Model, config: TrainingConfig) -> Model:
         modules_to_save=MODULES_TO_SAVE,
     )
     adapted = get_peft_model(model, lora)
-    # A path of this machine means nothing elsewhere, and peft would look a name up on the model hub.
+    # A local path is useless on other machines, and peft would look up a name on the model hub.
     adapted.peft_config["default"].base_model_name_or_path = None
     return adapted

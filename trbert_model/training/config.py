@@ -16,7 +16,7 @@ STAGES = ("fine_tune", "imitation", "selectors", "joint")
 
 @dataclass(frozen=True)
 class TrainingConfig(LabelledColumns):
-    """Everything a training run depends on."""
+    """All options of a training run."""
 
     task: str = option(ClassificationTask.name, " or ".join(TASKS))
     problem_type: str | None = option(
@@ -122,14 +122,14 @@ class TrainingConfig(LabelledColumns):
             "guide_rate": 0,
         }
         for name in (*least, *(f"{stage}_epochs" for stage in STAGES)):
-            if not getattr(self, name) >= least.get(name, 0):  # NaN is neither
+            if not getattr(self, name) >= least.get(name, 0):  # also rejects NaN
                 raise ConfigurationError(f"{name} {getattr(self, name)} must be at least {least.get(name, 0)}")
         if self.selectors_epochs and self.samples < 2:
             raise ConfigurationError(f"samples {self.samples}: reinforcement compares at least 2 (selectors_epochs 0?)")
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What is computed in beside fp32, on this machine."""
+        """The autocast dtype on this machine; None to compute in fp32 only."""
         half = self.dtype == "bfloat16" or (self.dtype == "auto" and computes_bfloat16())
         return torch.bfloat16 if half else None
 

@@ -1,10 +1,10 @@
-"""What each stage of training minimises, as modules around the model, in the order of the stages.
+"""The objective of each training stage, as modules around the model, in the order of the stages.
 
-A stage's loss may take several passes through the model. As a module of its own it can be trained by transformers'
-Trainer on one device or replicated over many: all that a step computes happens in the one forward that is replicated.
-Every forward takes the tensors of `WindowDataset.collate`'s batch, some of whose examples may have several windows,
-and returns `{"loss": (), **measurements}`; measurements are () too, and `dense_passes` among them says what the step
-cost: in units of the dense model's forward pass over the same windows, a gradient counted as two more.
+A step may need several passes through the model. They all happen in one forward of the module, so that transformers'
+Trainer can run it on one device or replicate it over many. Every forward takes a batch of `WindowDataset.collate`, in
+which an example may have several windows, and returns `{"loss": (), **measurements}`. Measurements are () too. Among
+them, `dense_passes` is the cost of the step in forward passes of the dense model over the same windows. A backward pass
+counts as two.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .teacher import inputs_of
 
 
 class Objective(nn.Module):
-    """A stage's loss around a task's model or peft's wrapper around one."""
+    """Base class of the objectives; model: a task's model, or peft's wrapper around one."""
 
     def __init__(self, model: Any, losses: TaskLosses):
         super().__init__()
@@ -34,12 +34,15 @@ class Objective(nn.Module):
 
     @property
     def trunk(self) -> TRBertModel:
-        """The model without the task's head, and without peft's wrapper."""
+        """The model without the task's head and peft's wrapper."""
         return next(module for module in self.model.modules() if isinstance(module, TRBertModel))
 
     def imitation_loss(self, output: Any, batch: dict[str, Tensor], counts: Tensor) -> Tensor:
-        """The selectors' loss to what they are to imitate, of the tokens that each of them judged, summed over the
-        reductions; counts: int64 (windows, reductions), how many tokens are to go on."""
+        """The selectors' imitation loss on the tokens that each of them judged, summed over the reductions.
+
+        Args:
+            counts: int64 (windows, reductions), number of tokens to keep.
+        """
         targets = self.losses.keep_targets(batch, self.model.config.reduction_layers, counts)
         examples = batch["example"].repeat_interleave(batch["cu_seqlens"].diff().long())
         losses = []
@@ -49,7 +52,7 @@ class Objective(nn.Module):
         return torch.stack(losses).sum()
 
     def _cost(self, lengths: Tensor, kept: Tensor, samples: int = 1) -> float:
-        """FLOPs of a pass with these kept tokens, (samples · sequences, reductions), over those of the dense pass."""
+        """FLOPs of a pass with these kept tokens, (samples · sequences, reductions), relative to the dense pass."""
         config, tokens = self.model.config, lengths.cpu().numpy()
         spent = reduced_flops(config, np.tile(tokens, samples), kept.cpu().numpy()).sum()
         shared = config.reduction_layers[0] * layer_flops(config, tokens).sum() * (samples - 1)
@@ -57,7 +60,7 @@ class Objective(nn.Module):
 
 
 class FineTune(Objective):
-    """The dense model on the task."""
+    """Trains the dense model on the task."""
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         loss = self.losses.labelled(self.model(**inputs_of(batch), reduce=False), batch).mean()
@@ -65,45 +68,50 @@ class FineTune(Objective):
 
 
 class OperatingPoints(nn.Module):
-    """Where the keep logits are cut for each of several speed-ups while the selectors still change.
+    """The keep-logit cutoffs for each of several speed-ups, while the selectors still change.
 
-    Each document of a step is reduced as for a speed-up drawn at random, so that one model learns all of them; after
-    each step the cuts follow the tokens that they let through.
+    Each document of a step is reduced for a randomly drawn speed-up, so that one model learns all of them. After each
+    step the cutoffs are moved towards the wanted kept fractions.
 
     Args:
-        fractions: kept fractions, (points, reductions); none for the original's single cut at p = 0.5.
-        cuts: keep logits to start with, (points, reductions).
+        fractions: kept fractions, (points, reductions); empty for the original's single, fixed cutoff at p = 0.5.
+        cuts: initial cutoffs, (points, reductions).
+        reductions: number of reductions.
     """
 
-    GAIN = 0.1  # in the logits' standard deviations, for a kept fraction e times too high
+    GAIN = 0.1  # change per step, in standard deviations of the logits, if the kept fraction is e times too high
 
     def __init__(self, fractions: Sequence[Sequence[float]], cuts: Sequence[Sequence[float]], reductions: int):
         super().__init__()
         points = max(len(fractions), 1)
         self.follows = bool(fractions)
         self.fractions = nn.Buffer(torch.tensor(fractions or [[0.5] * reductions]))
-        # For choosing at random with probability p, and for choosing what is above the cut: the same cut keeps
-        # different numbers.
+        # The first cutoffs are for sampling with probability p, the second for keeping all logits above the cutoff: the
+        # same cutoff keeps different numbers of tokens.
         self.cuts = nn.Buffer(torch.tensor(cuts or [[0.0] * reductions]).repeat(2, 1, 1))
         assert self.cuts.shape == (2, points, reductions)
 
     def draw(self, sequences: int, device: torch.device) -> Tensor:
-        """A point for each sequence, int64 (sequences,)."""
+        """Draw a point for each sequence, int64 (sequences,)."""
         return torch.randint(len(self.fractions), (sequences,), device=device)
 
     def counts(self, points: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens of sequences of these lengths that go on at these points, int64 (sequences, reductions)."""
+        """Number of tokens to keep of sequences of these lengths at these points, int64 (sequences, reductions)."""
         return (lengths[:, None] * self.fractions[points]).round().long().clamp(min=1)
 
     def cuts_at(self, points: Tensor, *, sampled: bool) -> Tensor:
-        """(sequences, reductions)."""
+        """The cutoffs at these points, (sequences, reductions)."""
         return self.cuts[0 if sampled else 1, points]
 
     def follow(self, points: Tensor, lengths: Tensor, kept: Tensor, spreads: Tensor, *, sampled: bool) -> None:
-        """Move the cuts of the points that were used towards their kept fractions.
+        """Move the cutoffs of the points that were used towards their kept fractions.
 
-        points: (sequences,); lengths: (sequences,); kept: (sequences, reductions); spreads: the keep logits' standard
-        deviations, (reductions,).
+        Args:
+            points: (sequences,).
+            lengths: (sequences,), tokens of each sequence.
+            kept: (sequences, reductions), tokens kept.
+            spreads: (reductions,), standard deviations of the keep logits.
+            sampled: whether the tokens were sampled, or kept by the cutoff.
         """
         if not self.follows:
             return
@@ -116,10 +124,10 @@ class OperatingPoints(nn.Module):
 
 
 class Imitation(Objective):
-    """Each selector alone, by the task's imitation loss: the tokens that the guide ranks highest go on, or, of a
-    question, those near its answer.
+    """Trains each selector with the task's imitation loss: to keep the tokens that the guide ranks highest.
 
-    The selectors meet the tokens that they themselves rank highest, as they will when they are used.
+    For questions, these are the tokens near the answer. Each selector sees the tokens that the selectors before it
+    rank highest, as in inference.
     """
 
     def __init__(self, model: Any, losses: TaskLosses, points: OperatingPoints):
@@ -127,7 +135,7 @@ class Imitation(Objective):
         self.points = points
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        self.model.eval()  # the states to be judged are those of inference
+        self.model.eval()  # without dropout, so that the selectors judge the states of inference
         lengths, points = batch["cu_seqlens"].diff(), _points_of(self.points, batch)
         counts = self.points.counts(points, lengths)
         output = self.model(**inputs_of(batch), selection_policy=TopTokensPolicy(counts), output_selections=True)
@@ -138,15 +146,17 @@ class Imitation(Objective):
 
 
 class Reinforcement(Objective):
-    """The selectors alone, by policy gradient (the paper's section 3.3): several random selections of each document,
-    rewarded with −task loss − λ · mean kept fraction, against their mean.
+    """Trains the selectors alone, by policy gradient (Ye et al., section 3.3).
+
+    Several selections of each document are sampled. The reward is −task loss − λ · mean kept fraction, and the
+    baseline is the mean reward of the document's samples.
 
     Args:
-        samples: selections of each document in a step; they share everything before the first reduction.
+        samples: selections per document in a step; they share the layers before the first reduction.
         length_penalty: λ.
-        guided_steps: for this many steps one of the samples keeps the tokens that the guide ranks highest, as many as
-            the probabilities add up to.
-        distillation: the task loss is the cross-entropy to the dense model's probabilities, not to the labels.
+        guided_steps: for this many steps, one of the samples keeps the tokens that the guide ranks highest, as many as
+            the sum of the keep probabilities.
+        distillation: compute the task loss against the dense model's outputs, not the labels.
     """
 
     def __init__(
@@ -170,9 +180,10 @@ class Reinforcement(Objective):
         return {"loss": loss, **measured}
 
     def policy_loss(self, batch: dict[str, Tensor], points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The selectors' loss, which has no gradient in anything but them, and what was seen on the way.
+        """The selectors' loss, which has gradients only in the selectors, and the measurements.
 
-        points: of each window, (windows,); the same for all windows of an example.
+        Args:
+            points: (windows,), the same for all windows of an example.
         """
         self.model.eval()
         lengths, count, example = batch["cu_seqlens"].diff(), self.samples, batch["example"]
@@ -195,7 +206,7 @@ class Reinforcement(Objective):
             fractions = (kept / lengths.repeat(count)[:, None]).mean(1)
             reward = -task_loss - self.length_penalty * _means(fractions, owner, examples * count)
             advantage = (reward - reward.view(count, -1).mean(0).repeat(count))[owner]
-        # Guided selections would move the cuts by what the guide keeps.
+        # Without guided selections, which would move the cutoffs by what the guide keeps.
         free = ~guided
         self.points.follow(
             points.repeat(count)[free], lengths.repeat(count)[free], kept[free], policy.spreads(), sampled=True
@@ -220,20 +231,22 @@ class Reinforcement(Objective):
         return -(advantage * log_probability).mean(), measured
 
     def task_losses(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
-        """The task's loss of each example, to the dense model's probabilities or to the labels."""
+        """The task's loss of each example, against the dense model's outputs or the labels."""
         return (self.losses.distilled if self.distillation else self.losses.labelled)(output, batch, repeats)
 
 
 class Joint(Reinforcement):
-    """Everything together: the task's loss of the model as it reduces, and the selectors' policy gradient.
+    """Trains everything together: the task loss of the reduced model, and the selectors' policy gradient.
 
-    Args: as `Reinforcement`'s, with distillation unless it is said otherwise, and
-        samples: 0: no policy gradient.
-        imitation: weight of the selectors' imitation loss, of which the layers below them learn too, to let them see
-            what they are to imitate.
-        unreduced: share of the examples whose task loss is that of the model with all their tokens.
-        dense: gives the probabilities that the batches lack; frozen.
-        selection_policy: what chooses the tokens instead of the selectors, for comparisons; then `samples` must be 0.
+    Takes the arguments of `Reinforcement`, with `distillation` on by default.
+
+    Args:
+        samples: 0 turns the policy gradient off.
+        imitation: weight of the selectors' imitation loss, which also trains the layers below them, so that these learn
+            what the selectors need.
+        unreduced: share of the examples whose task loss is computed without reduction.
+        dense: frozen dense model, for batches without the teacher's outputs.
+        selection_policy: chooses the tokens instead of the selectors, for comparisons; `samples` must be 0.
     """
 
     def __init__(
@@ -262,8 +275,8 @@ class Joint(Reinforcement):
             loss, measured = self.policy_loss(batch, points)
             cost = cost + measured["dense_passes"]
             self.model.train(self.training)
-        # Trained for one cut, the model sees the selections that the policy draws, as the original does; trained for
-        # many, those that it will be used with.
+        # With the original's fixed cutoff, the model sees sampled selections, as in the original. With cutoffs for
+        # speed-ups, it sees the selections of inference.
         cuts = self.points.cuts_at(points, sampled=not self.points.follows)
         reduced = (torch.rand(_examples(batch), device=lengths.device) >= self.unreduced)[batch["example"]]
         cuts = torch.where(reduced[:, None], cuts, -torch.inf)
@@ -291,7 +304,7 @@ class Joint(Reinforcement):
 
 
 def _points_of(points: OperatingPoints, batch: dict[str, Tensor]) -> Tensor:
-    """A point for each example, as one for each of its windows, int64 (windows,)."""
+    """Draw a point for each example, and repeat it for the example's windows: int64 (windows,)."""
     return points.draw(_examples(batch), batch["example"].device)[batch["example"]]
 
 
@@ -300,12 +313,12 @@ def _examples(batch: dict[str, Tensor]) -> int:
 
 
 def _means(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Means of each group's values, (groups,)."""
+    """Mean of each group's values, (groups,)."""
     sums = torch.zeros(groups, device=values.device).index_add(0, group, values)
     return sums / group.bincount(minlength=groups)
 
 
 def _kept_measurements(kept: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Kept fractions of all tokens but [CLS], which always stays."""
+    """Kept fractions of all tokens except [CLS], which is always kept."""
     others = (kept - 1).sum(0) / (lengths - 1).sum().clamp(min=1)
     return {f"kept_{reduction}": fraction for reduction, fraction in enumerate(others)}

@@ -1,4 +1,4 @@
-"""The processes of data-parallel training."""
+"""Helpers for data-parallel training."""
 
 import hashlib
 from typing import Any
@@ -17,10 +17,10 @@ def world_size() -> int:
 
 
 def replicas(model: Any) -> list[str]:
-    """A digest of every process's parameters.
+    """A digest of each process's parameters.
 
     Raises:
-        TrainingError: they are not the same.
+        TrainingError: the processes' parameters differ.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -1,16 +1,16 @@
-"""Training a TR-BERT: the paper's four stages, each resumable, on transformers' Trainer.
+"""Training a TR-BERT: the paper's four stages on transformers' Trainer. Each stage can be resumed.
 
-1. `fine_tune`: the plain BERT on the task, reduction off. A fine-tuned backbone skips it.
-2. `imitation`: everything but the selectors frozen; they learn the tokens that the guide ranks highest, or, for
-   questions, how near a token is to a right answer (`losses`). Before it the dense model's logits and guide, where
-   they are needed, are computed once for the corpus (`teacher`).
-3. `selectors`: everything but the selectors frozen; they learn by reinforcement (Ye et al., section 3.3).
-4. `joint`: everything, with the task's loss of the reduced model against the dense model's logits.
+1. `fine_tune`: the dense model learns the task. A backbone that is already fine-tuned skips it (0 epochs).
+2. `imitation`: only the selectors are trained. They learn which tokens the guide ranks highest or, for questions, how
+   near a token is to a correct answer (`losses`). If needed, the dense model's outputs and guide are computed for the
+   whole corpus before this stage (`teacher`).
+3. `selectors`: only the selectors are trained, by reinforcement (Ye et al., section 3.3).
+4. `joint`: everything is trained, with the task loss of the reduced model against the dense model's outputs.
 
-With `speed_range` each document of a step is reduced for a speed-up drawn from that range, so that one model serves
-all of them, and its thresholds choose (`calibration`); with `speedup` alone all are reduced for that one; without
-either, λ decides, as in the paper, and the threshold is 0.5. Each stage starts from the last one's result; what each
-minimises is in `objectives`.
+With `speed_range`, each document of a step is reduced for a speed-up drawn from the range. One model then serves all of
+them, and its thresholds set the speed (`calibration`). With only `speedup`, all documents are reduced for that one.
+Without both, λ determines the speed, as in the paper, and the threshold is 0.5. Each stage starts from the result of
+the previous one. What a stage minimises is in `objectives`.
 """
 
 import copy
@@ -47,29 +47,30 @@ from .trainer import StageTrainer
 
 logger = get_logger(__name__)
 
-# Tokens that thresholds are set with; fewer where training begins, which moves them to what they should let through.
+# Tokens to set thresholds with. Initial cutoffs need fewer, because training adjusts them.
 _CALIBRATION_TOKENS = 60_000
 _STARTING_TOKENS = 15_000
 
 
 def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = None) -> dict:
-    """Run all stages and save the model, its tokenizer and, with `adapter_rank`, the adapter alone.
+    """Run all stages and save the model, its tokenizer and, with `adapter_rank`, also the adapter alone.
 
-    Args:
-        selection_policy: chooses the tokens of the joint stage and its evaluation instead of the selectors, for
-            comparisons with simpler rules.
-
-    In a process group of torch.distributed it trains data-parallel; the output must be a directory that all
+    In a torch.distributed process group, training is data-parallel. The output must then be a directory that all
     processes share.
 
-    Returns the measurements, also written to `output/training.json`: each stage's accuracy and FLOPs speed-up on
-    `evaluation` where one is given, its cost in dense forward passes a document, and a digest of the parameters that
-    each process ended with.
+    Args:
+        selection_policy: chooses the tokens in the joint stage and its evaluation instead of the selectors, for
+            comparisons with simpler rules.
+
+    Returns:
+        The measurements, also written to `output/training.json`: each stage's metrics and FLOPs speed-up on
+        `evaluation`, if given, its cost in dense forward passes per document, and a digest of each process's final
+        parameters.
 
     Raises:
-        ConfigurationError: options that do not go together, or stages in the output that were trained with others.
+        ConfigurationError: options that do not fit together, or stages in the output trained with other options.
         InputError: a corpus that cannot be read or has other labels.
-        TrainingError: a stage's selectors keep everything, or nothing; processes that ended with other parameters.
+        TrainingError: a stage's selectors keep everything or nothing, or the processes' final parameters differ.
     """
     torch.manual_seed(config.seed)
     if config.batch_size % world_size():
@@ -93,7 +94,7 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
 
 
 def _model(config: TrainingConfig) -> Model:
-    """The backbone with the selectors asked for, and a fresh head unless it is taken as fine-tuned."""
+    """The backbone with fresh selectors, and with a fresh head unless the fine-tune is skipped."""
     layers = None if config.reduction_layers is None else list(config.reduction_layers)
     task = task_named(config.task)
     learnt = task.learnt_head(config.train, config, config.problem_type)
@@ -119,7 +120,7 @@ def _model(config: TrainingConfig) -> Model:
 
 
 class _Run:
-    """A training run under way: what its stages share."""
+    """A training run: the state that its stages share."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class _Run:
         self.learn_from(corpus)
 
     def learn_from(self, corpus: LabelledCorpus) -> None:
-        """Train with these documents from now on."""
+        """Use this corpus for training from now on."""
         self.corpus, self.dataset = corpus, corpus.dataset(self.config.feature_distillation)
         self.documents = corpus.documents
         self.lengths = np.array([len(window.input_ids) for window in self.dataset.windows])
@@ -171,7 +172,7 @@ class _Run:
         if config.joint_epochs:
             if selection_policy is not None:
                 reinforced["samples"] = 0
-            # The backbone is the dense model's until this stage, and a resumed stage begins with it too.
+            # Here the backbone is still the dense model's, also in a resumed stage: its checkpoint is loaded later.
             dense = copy.deepcopy(model).requires_grad_(False) if config.crops else None
             self.dataset.crops = config.crops
             joint = Joint(
@@ -192,11 +193,11 @@ class _Run:
             self.evaluate("joint_without_reduction", reduce=False)
 
     def sample(self, tokens: int) -> list[Any]:
-        """Some of the training documents, of about so many tokens together."""
+        """A sample of the training documents, of about this many tokens in total."""
         return self.documents[:: max(1, int(self.lengths.sum()) // tokens)]
 
     def fractions(self) -> tuple[list[list[float]], list[float] | None]:
-        """The kept fractions to train for, one list a point, and those of the saved thresholds."""
+        """The kept fractions to train for, one list per point, and those of the saved thresholds."""
         config, model_config = self.config, self.model.config
         final = None if config.speedup is None else kept_fractions_for(config.speedup, model_config, self.lengths)
         if config.speed_range is None:
@@ -210,7 +211,7 @@ class _Run:
         return points, final
 
     def points(self) -> OperatingPoints:
-        """The points to train for, cut where the selectors' logits are now."""
+        """The points to train for, with cutoffs from the selectors' current logits."""
         reductions = len(self.model.config.reduction_layers)
         if self.config.speed_range is None and self.config.speedup is None:
             return OperatingPoints([], [], reductions)
@@ -221,7 +222,7 @@ class _Run:
         return OperatingPoints(fractions, cuts, reductions)
 
     def set_thresholds(self) -> None:
-        """The thresholds of the speed-up asked for, on training documents."""
+        """Set the thresholds for the requested speed-up, measured on training documents."""
         _, fractions = self.fractions()
         if fractions is None:
             self.model.config.selector_thresholds = [0.5] * len(self.model.config.reduction_layers)
@@ -231,7 +232,7 @@ class _Run:
             logger.info("kept fractions %s, thresholds %s", np.round(fractions, 3), np.round(thresholds, 3))
 
     def engine(self, *, reduce: bool = True) -> Engine:
-        """A copy of the model as it scores."""
+        """An engine with a copy of the model."""
         options = EngineOptions(reduce=reduce, dtype="float32")
         return Engine(merged_copy(self.model), self.tokenizer, options)
 
@@ -242,7 +243,7 @@ class _Run:
             logger.info("%s: %s", name, measured)
 
     def teacher(self) -> TeacherSignals:
-        """The dense model's signals, computed once for a dense model and corpus."""
+        """The dense model's signals, computed once per dense model and corpus and then read from a file."""
         cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
         autocast = self.config.autocast
         path = cache / f"teacher-{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
@@ -254,11 +255,11 @@ class _Run:
         return TeacherSignals.load(path)
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps of a stage, in one process."""
+        """Number of optimizer steps in this many epochs."""
         return round(epochs * len(self.dataset) / self.config.batch_size)
 
     def stage(self, name: str, objective: Objective) -> None:
-        """Train a stage, from its last checkpoint if a killed run left one; not at all if it is complete."""
+        """Train a stage, resuming from its last checkpoint, if any. A complete stage is loaded, not trained again."""
         config = self.config
         if not config.epochs(name):
             return
@@ -286,7 +287,7 @@ class _Run:
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # DataParallel would scatter tokens and cu_seqlens independently of each other
+            arguments._n_gpu = 1  # DataParallel would split tokens and cu_seqlens independently of each other
         trainer = StageTrainer(
             model=objective,
             args=arguments,
@@ -297,7 +298,7 @@ class _Run:
         checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         if checkpoint and state and state.global_step >= state.max_steps:
-            # Trainer would take one more step.
+            # Resuming would take one more step.
             objective.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -309,7 +310,7 @@ class _Run:
 
 
 def _bind_stages(stages: Path, config: TrainingConfig) -> None:
-    """Stages resume; those of other options must not be taken for this run's."""
+    """Record the options of the stages; raise ConfigurationError if existing stages were trained with others."""
     record, options = stages / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if record.is_file() and json.loads(record.read_text()) != options:
         raise ConfigurationError(
@@ -320,7 +321,7 @@ def _bind_stages(stages: Path, config: TrainingConfig) -> None:
 
 
 def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | None = None) -> dict[str, float]:
-    """The task's metrics and the FLOPs speed-up on a labelled corpus."""
+    """Measure the task's metrics and the FLOPs speed-up on a labelled corpus."""
     results = engine.score(corpus.documents, policy)
     return {
         "documents": len(corpus.documents),
@@ -330,9 +331,9 @@ def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | N
 
 
 def _trainable(model: Model, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
-    """The parameters a stage trains: the selectors, everything else, or, jointly, both."""
+    """The parameters that a stage trains: the selectors, everything else, or, in the joint stage, both."""
     for name, parameter in model.named_parameters():
-        if ".original_module." in name:  # peft's untouched copy of a module trained whole
+        if ".original_module." in name:  # peft's frozen copy of a module that is trained in full
             continue
         selector = ".selectors." in name
         adapted = not adapter or "lora_" in name or ".modules_to_save." in name

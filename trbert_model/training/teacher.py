@@ -1,7 +1,7 @@
-"""What the dense model knows and the selectors are to learn: its outputs, and how much each token matters to it.
+"""The dense model's signals for training the selectors: its outputs, and how much each token matters to it.
 
-Both are computed once for all windows of a corpus, by window and never by the order of training, so that later stages
-and later runs that start from the same dense model share them.
+They are computed once per window of a corpus, independently of the order of training, so that later stages and later
+runs with the same dense model can reuse them.
 """
 
 import hashlib
@@ -24,32 +24,32 @@ logger = get_logger(__name__)
 
 
 class TeacherSignals:
-    """The dense model's view of every window of a corpus.
+    """The dense model's signals for all windows of a corpus.
 
     Args:
-        targets: float32 (rows, columns), as `TaskLosses.signals` gives them.
-        target_bounds: int64 (windows + 1,): window i's rows are `target_bounds[i]:target_bounds[i + 1]` of them.
-        guide: float16 (layers, total tokens): of each token, at the input of each layer below `deep_layer`, its
-            saliency over the highest one of its window; no layers for a task that is not guided by it.
-        bounds: int64 (windows + 1,): window i's tokens are `bounds[i]:bounds[i + 1]` of `guide`.
+        targets: float32 (rows, columns), as from `TaskLosses.signals`.
+        target_bounds: int64 (windows + 1,): window i's rows of `targets` are `target_bounds[i]:target_bounds[i + 1]`.
+        guide: float16 (layers, total tokens): each token's saliency at the input of each layer below `deep_layer`,
+            divided by its window's maximum; no layers for a task that does not use saliency.
+        bounds: int64 (windows + 1,): window i's tokens in `guide` are `bounds[i]:bounds[i + 1]`.
     """
 
     def __init__(self, targets: Tensor, target_bounds: Tensor, guide: Tensor, bounds: Tensor):
         self.targets, self.target_bounds, self.guide, self.bounds = targets, target_bounds, guide, bounds
 
     def of_windows(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Targets (rows of these windows, columns) and guide float32 (layers, tokens of these windows)."""
+        """Targets (rows of these windows, columns) and guide, float32 (layers, tokens of these windows)."""
         rows = [self.targets[self.target_bounds[place] : self.target_bounds[place + 1]] for place in places]
         parts = [self.guide[:, self.bounds[place] : self.bounds[place + 1]] for place in places]
         return torch.cat(rows), torch.cat(parts, dim=1).float()
 
     @classmethod
     def load(cls, path: Path) -> "TeacherSignals":
-        """What `save` wrote."""
+        """Load signals that `save` wrote."""
         return cls(**load_file(path))
 
     def save(self, path: Path) -> None:
-        """Write them whole or not at all."""
+        """Write the signals to a file, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(vars(self), partial)
@@ -59,11 +59,11 @@ class TeacherSignals:
 def teacher_signals(
     model: Any, dataset: Any, tokens_per_batch: int = 4096, *, autocast: torch.dtype | None = None
 ) -> TeacherSignals:
-    """Run the dense model, a task's model or peft's wrapper around one, over a `labelled.WindowDataset`'s windows."""
+    """Run the dense model over all windows of a `labelled.WindowDataset`; model: a task's model, or peft's wrapper."""
     was_training, losses = model.training, dataset.losses
     model.eval()
     if losses.guided_by_saliency:
-        model.enable_input_require_grads()  # the guide's gradient must pass layers whose weights are all frozen
+        model.enable_input_require_grads()  # the guide's gradient must pass through layers with frozen weights
     device = next(model.parameters()).device
     all_lengths = torch.tensor([len(window.input_ids) for window in dataset.windows])
     targets, guides, start = [], [], 0
@@ -71,12 +71,12 @@ def teacher_signals(
         end = start + 1
         while end < len(all_lengths) and int(all_lengths[start : end + 1].sum()) <= tokens_per_batch:
             end += 1
-        # Each window an example of its own: what it says must not depend on those it is drawn with.
+        # Each window is its own example: its signals must not depend on the windows it is drawn with in training.
         batch = dataset.collate([[place] for place in range(start, end)])
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             found, scores = _signals(model, {name: value.to(device) for name, value in batch.items()}, losses)
         lengths = batch["cu_seqlens"].diff().tolist()
-        # Over each window's highest: only the order counts, and raw saliencies would vanish in half precision.
+        # Divided by the window's maximum: only the order matters, and raw saliencies would underflow in fp16.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
         guides.append(torch.cat(parts, dim=1).half())
         targets.append(found.float().cpu())
@@ -91,7 +91,7 @@ def teacher_signals(
 
 
 def _signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
-    """The dense model's outputs, and the guide if it is the saliency."""
+    """The dense model's outputs and the guide; without layers if the task does not use saliency."""
     if losses.guided_by_saliency:
         return guide(model, batch, losses)
     with torch.no_grad():
@@ -100,17 +100,17 @@ def _signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[
 
 
 def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
-    """The dense model's outputs and how much each token matters to its loss, fp32 (layers below `deep_layer`, tokens).
+    """The dense model's outputs, and each token's saliency: fp32 (layers below `deep_layer`, tokens).
 
-    abs⟨∂loss/∂h_d, h_d − h_i⟩ with h_k the input of layer k (thunlp/TR-BERT counts layer outputs from one, which is
-    the same), d = `deep_layer`, for every layer i below it. The loss of a document without a label is that to the
-    model's own most probable one.
+    The saliency at layer i is abs⟨∂loss/∂h_d, h_d − h_i⟩, where h_k is the input of layer k and d = `deep_layer`.
+    (thunlp/TR-BERT counts layer outputs from one, which is the same.) For an unlabelled document the loss is computed
+    against the model's own prediction.
     """
     deep = deep_layer(model.config)
     with torch.enable_grad():
         output = model(**inputs_of(batch), reduce=False, output_hidden_states=True)
         loss = losses.labelled(output, losses.completed(batch, losses.signals(output)))
-        # A sum, so that a document's gradients don't depend on the batch's size.
+        # Not the mean, so that a document's gradients do not depend on the batch size.
         (gradient,) = torch.autograd.grad(loss.sum(), output.hidden_states[deep])
     states = output.hidden_states
     scores = [(gradient * (states[deep] - states[layer])).sum(-1).abs().float().detach() for layer in range(deep)]
@@ -118,18 +118,21 @@ def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Ten
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's arguments among a batch's tensors."""
+    """Select the model's arguments from a batch."""
     return {name: batch[name] for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")}
 
 
 def deep_layer(config: TRBertConfig) -> int:
-    """Where the guide's gradient is taken: three quarters up, but below the top, where only [CLS] has a gradient."""
+    """The layer at whose input the guide's gradient is taken.
+
+    Three quarters of the layers, but at most the last layer: of its output, only [CLS] has a gradient.
+    """
     return min(math.ceil(config.num_hidden_layers * 3 / 4), config.num_hidden_layers - 1)
 
 
 def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:
-    """What tells the signals of one dense model, on one corpus and in one precision, from others."""
-    digest = hashlib.sha256(f"2;{autocast};".encode())  # 2: what is saved has changed once
+    """A hash that identifies the signals of a dense model on a corpus, in one precision."""
+    digest = hashlib.sha256(f"2;{autocast};".encode())  # 2: version of the file format
     for name, weight in sorted(model.state_dict().items()):
         if ".selectors." not in name:
             digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -1,4 +1,4 @@
-"""transformers' Trainer for a stage."""
+"""transformers' Trainer for a training stage."""
 
 from collections import defaultdict
 from typing import Any
@@ -10,12 +10,12 @@ from transformers import Trainer
 
 from ..errors import TrainingError
 
-# A selector that lets through more or less than this, over a logging period, has stopped choosing.
+# A selector whose kept fraction over a logging period is outside this range has stopped choosing.
 _COLLAPSED = (0.002, 0.998)
 
 
 class StageTrainer(Trainer):
-    """Transformers' Trainer for an `Objective`; logs its measurements, and stops when the selectors stop choosing."""
+    """transformers' Trainer for an `Objective`: logs its measurements, and stops if the selectors stop choosing."""
 
     def __init__(self, *args: Any, joint_learning_rate: float | None, **kwargs: Any):
         super().__init__(*args, **kwargs)

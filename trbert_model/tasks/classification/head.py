@@ -1,4 +1,4 @@
-"""The classification head: labels, or numbers, from a sequence's first token."""
+"""The classification head: predicts labels or numbers from a sequence's first token."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,13 @@ from .losses import losses_of
 
 @dataclass
 class TRBertSequenceClassifierOutput(ModelOutput):
-    """loss: (); logits: (sequences, labels); the others as in `TRBertModelOutput`."""
+    """Output of `TRBertForSequenceClassification`.
+
+    Attributes:
+        loss: ().
+        logits: (sequences, labels).
+        pooler_output, kept_tokens, hidden_states, selections: as in `TRBertModelOutput`.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -25,10 +31,10 @@ class TRBertSequenceClassifierOutput(ModelOutput):
 
 
 class TRBertForSequenceClassification(TRBertPreTrainedModel):
-    """Labels of a sequence, or numbers, from its first token; `config.problem_type` says which, as in transformers.
+    """Predicts labels or numbers from a sequence's first token, as `config.problem_type` says (as in transformers).
 
-    `forward` takes `labels`, as transformers does: int64 (sequences,), one label each, or float (sequences, labels), 1
-    for every label that it has, or numbers; and `TRBertModel.forward`'s arguments.
+    `forward` takes `TRBertModel.forward`'s arguments, and `labels` as in transformers: int64 (sequences,), one label
+    each, or float (sequences, labels), 1 for each label of the sequence, or numbers.
     """
 
     def __init__(self, config: TRBertConfig):

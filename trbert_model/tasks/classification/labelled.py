@@ -1,4 +1,4 @@
-"""Labelled documents: read, tokenised, cut into windows."""
+"""Labelled documents, for training and evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,12 @@ from .task import ClassificationTask, Window
 
 @dataclass(frozen=True)
 class RawTexts:
-    """A labelled Parquet file: texts, and of each what its label column holds: a label (as a string), a list of labels,
-    or a list of numbers; which of them, as a problem type."""
+    """Texts and labels of a Parquet file.
+
+    Attributes:
+        values: per text, depending on `problem_type`: a label (as a string), a list of labels, or a list of numbers.
+        problem_type: as in transformers.
+    """
 
     uri: str
     texts: list[str]
@@ -32,12 +36,12 @@ class RawTexts:
         """Read a file.
 
         Args:
-            problem_type: default: by the type of the label column: lists of labels are several, floating-point numbers
-                and lists of them are numbers, all else is one label.
+            problem_type: default: by the type of the label column. Lists of labels are multi-label, floating-point
+                numbers and lists of them are regression, and everything else is single-label.
 
         Raises:
-            InputError: the file cannot be read, a column is missing, a text or label is null, or the labels are not of
-                this type.
+            InputError: the file cannot be read, a column is missing, a text or label is null, or the labels do not fit
+                the problem type.
         """
         table = read_table(uri, [columns.text_column, columns.label_column])
         column, texts = table[columns.label_column], strings(table[columns.text_column].to_pylist())
@@ -65,10 +69,10 @@ class RawTexts:
         return cls(uri, texts, values, problem_type)
 
     def names(self, column: str) -> list[str]:
-        """The labels that there are, sorted; or names for the numbers of this column.
+        """The labels that occur, sorted; for regression, names for the numbers of this column.
 
         Raises:
-            InputError: there are too few to learn anything.
+            InputError: there are too few labels to learn from.
         """
         if self.problem_type == REGRESSION:
             numbers = len(self.values[0]) if self.values else 0
@@ -84,11 +88,13 @@ class RawTexts:
         return names
 
     def targets(self, names: Sequence[str]) -> np.ndarray:
-        """What is right, by the places of these labels, as the losses take it: int64 (documents,) or float32
-        (documents, labels).
+        """The targets as the losses take them: int64 (documents,) or float32 (documents, labels).
+
+        Args:
+            names: the model's labels, in the order of their indices.
 
         Raises:
-            InputError: a label is none of these.
+            InputError: a label is not in `names`, or the number of values per document differs.
         """
         if self.problem_type == REGRESSION:
             found = np.array(self.values, np.float32).reshape(len(self.values), -1)
@@ -109,7 +115,7 @@ class RawTexts:
 
 
 def _problem_type(kind: pa.DataType) -> str:
-    """What a label column of this type holds."""
+    """The problem type for a label column of this type."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if pa.types.is_floating(kind.value_type if is_list else kind):
         return REGRESSION
@@ -118,11 +124,13 @@ def _problem_type(kind: pa.DataType) -> str:
 
 @dataclass(frozen=True)
 class LabelledTexts(LabelledCorpus):
-    """Documents as token ids, int32 (tokens,) each, and what is right about them as `RawTexts.targets` gives it (for
-    those that nobody has labelled UNLABELLED, or NaN).
+    """Tokenised documents and their targets.
 
-    metric: the share of right labels; of several labels the F1 of those found, document by document; of numbers R², the
-    share of their variance that is explained.
+    Attributes:
+        documents: token ids, int32 (tokens,) each.
+        targets: as from `RawTexts.targets`; UNLABELLED or NaN for unlabelled documents.
+        metric: "accuracy" for one label; "f1" for several labels, of each document; "r2" for numbers, the share of
+            their variance that is explained.
     """
 
     documents: list[np.ndarray]
@@ -138,7 +146,7 @@ class LabelledTexts(LabelledCorpus):
         """Read and tokenise a labelled Parquet file.
 
         Raises:
-            InputError: as `RawTexts.read`, or a label that the model has not.
+            InputError: as in `RawTexts.read` and `RawTexts.targets`.
         """
         raw = RawTexts.read(uri, columns, task.labelling.problem_type)
         return cls(task.tokenize(raw.texts), raw.targets(task.labels), task)
@@ -168,7 +176,7 @@ class LabelledTexts(LabelledCorpus):
 
 
 class TextWindows(WindowDataset):
-    """One window of each document, of the several that a long one has a random one."""
+    """Draws one random window of each document."""
 
     def __init__(self, corpus: LabelledTexts, features: float = 0.0):
         super().__init__(corpus.documents, corpus.task)
@@ -183,7 +191,7 @@ class TextWindows(WindowDataset):
         return self.labels[place].tolist()
 
     def shown(self, window: Window) -> Window:
-        """The window, or with probability `crops` a random piece of it, of a fifth of its tokens or more."""
+        """The window, or with probability `crops` a random piece of it with at least about a fifth of its tokens."""
         tokens = len(window.input_ids) - 2  # [CLS] and [SEP] stay
         if not self.crops or tokens < 2 or float(torch.rand(())) >= self.crops:
             return window

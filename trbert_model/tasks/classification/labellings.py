@@ -1,6 +1,6 @@
-"""What a classifier says of a document: one of its labels, any number of them, or numbers.
+"""What a classifier predicts for a document: one label, several labels, or numbers.
 
-Called as transformers' `problem_type` calls them. The logits come from `ClassificationTask.combine`.
+The names are those of transformers' `problem_type`. The logits come from `ClassificationTask.combine`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_la
 
 @dataclass(frozen=True)
 class Labelling(ABC):
-    """How logits, float32 (documents, labels), are read; labels: their names; options: what is told."""
+    """Converts logits, float32 (documents, labels), to result columns; labels: their names, by index."""
 
     labels: tuple[str, ...]
     options: TaskOptions = DEFAULTS
@@ -32,20 +32,25 @@ class Labelling(ABC):
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """Of the result columns."""
+        """Names of the result columns."""
 
     @abstractmethod
     def columns(self, logits: np.ndarray) -> dict[str, pa.Array]:
-        """The result columns."""
+        """The result columns, by name."""
 
     @abstractmethod
     def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
-        """Documents by label."""
+        """Number of documents with each label."""
 
 
 class SingleLabel(Labelling):
-    """label: string; score: float32, its probability; probabilities: list<float32>, in the labels' order, on request.
-    Probabilities are the logits' softmax."""
+    """One label per document. Probabilities are the softmax of the logits.
+
+    Columns:
+        label: string.
+        score: float32, the label's probability.
+        probabilities: list<float32>, in the order of the labels, if requested.
+    """
 
     problem_type = SINGLE_LABEL
 
@@ -69,8 +74,12 @@ class SingleLabel(Labelling):
 
 
 class MultiLabel(Labelling):
-    """labels: list<string>, those with a probability of at least `label_threshold`, in the labels' order;
-    probabilities: list<float32>, every label's by itself, the logit's sigmoid."""
+    """Any number of labels per document. Each label's probability is the sigmoid of its logit.
+
+    Columns:
+        labels: list<string>, those with a probability of at least `label_threshold`, in the order of the labels.
+        probabilities: list<float32>, in the order of the labels.
+    """
 
     problem_type = MULTI_LABEL
     names = ("labels", "probabilities")
@@ -91,7 +100,7 @@ class MultiLabel(Labelling):
 
 
 class Regression(Labelling):
-    """score: float32, the model's number; or scores: list<float32>, in the labels' order, if it gives several."""
+    """score: float32, the predicted number; if there are several, scores: list<float32>, in the order of the labels."""
 
     problem_type = REGRESSION
 
@@ -112,28 +121,28 @@ _LABELLINGS: dict[str, type[Labelling]] = {each.problem_type: each for each in (
 
 
 def problem_type_of(config: "TRBertConfig") -> str:
-    """What a configuration says, and where it says nothing, what transformers takes it for."""
+    """The configuration's problem type, or transformers' default if it has none."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
 
 
 def check_problem_type(config: "TRBertConfig") -> None:
-    """Raises ConfigurationError if it is none that there is."""
+    """Raise ConfigurationError if the problem type is unknown."""
     if problem_type_of(config) not in _LABELLINGS:
         raise ConfigurationError(f"problem_type {config.problem_type!r} is none of {', '.join(_LABELLINGS)}")
 
 
 def labelling_of(config: "TRBertConfig", options: TaskOptions) -> Labelling:
-    """How a model's logits are read."""
+    """The labelling for a model's problem type."""
     labels = tuple(config.id2label[i] for i in range(config.num_labels))
     return _LABELLINGS[problem_type_of(config)](labels, options)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """(documents, labels) → probabilities, float32, computed in float64."""
+    """Logits (documents, labels) → probabilities, float32, computed in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """(documents, labels) → probabilities, float32, computed in float64."""
+    """Logits (documents, labels) → probabilities, float32, computed in float64."""
     return (0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)

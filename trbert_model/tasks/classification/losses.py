@@ -1,4 +1,4 @@
-"""What classification minimises in training, by what a classifier says of a document."""
+"""Training losses of classification, one class per problem type."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,18 +17,20 @@ from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, problem_type_of
 if TYPE_CHECKING:
     from ...configuration import TRBertConfig
 
-# The label of a document that has none, where it could have one; where it could have several, or numbers, NaN.
+# Target of an unlabelled document in single-label classification. The other problem types use NaN.
 UNLABELLED = -1
 
 
 @dataclass
 class ClassificationLosses(ABC):
-    """Batches have `labels`, see the classes below, and `teacher`, float32 (windows, labels + hidden): the dense
-    model's logits and what its classifier sees.
+    """Base class of the losses.
 
-    features: how much it counts in `distilled` that the classifier sees what the dense model's sees: the squared
-    distance over the squared length. The logits of a few labels say little about a document, these say all that the
-    dense model makes of it.
+    Batches have `labels`, described in the subclasses, and `teacher`, float32 (windows, labels + hidden): the dense
+    model's logits and the input of its classifier.
+
+    Args:
+        features: weight in `distilled` of the difference to the input of the dense model's classifier: squared distance
+            over squared norm. The logits of a few labels carry much less information about a document.
     """
 
     guided_by_saliency: ClassVar[bool] = True
@@ -37,15 +39,15 @@ class ClassificationLosses(ABC):
 
     @abstractmethod
     def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each sequence's logits, (sequences, labels), to its labels: (sequences,)."""
+        """The loss of logits, (sequences, labels), against labels: (sequences,)."""
 
     @abstractmethod
     def to_logits(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of each sequence's logits to other logits, (sequences, labels) both: (sequences,)."""
+        """The loss of logits, (sequences, labels), against the teacher's logits of the same shape: (sequences,)."""
 
     @abstractmethod
     def where_missing(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """The labels, and in the place of those that nobody knows the ones that these logits say."""
+        """The labels, with missing ones replaced by the predictions of these logits."""
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         labels = batch["labels"]
@@ -99,7 +101,7 @@ class SingleLabelLosses(ClassificationLosses):
 
 
 class MultiLabelLosses(ClassificationLosses):
-    """Each label's binary cross-entropy, their mean; labels: float32 (windows, labels), 1 for those it has."""
+    """Mean binary cross-entropy over the labels; labels: float32 (windows, labels), 1 for each label it has."""
 
     def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
@@ -113,8 +115,12 @@ class MultiLabelLosses(ClassificationLosses):
 
 @dataclass
 class RegressionLosses(ClassificationLosses):
-    """Squared errors, their mean, in units of `scale`, float32 (numbers,), such as each number's variance in a corpus:
-    so that the price of a token does not hang on the units. labels: float32 (windows, numbers)."""
+    """Mean squared error in units of `scale`; labels: float32 (windows, numbers).
+
+    Args:
+        scale: float32 (numbers,), for example each number's variance in a corpus, so that the relative weight of the
+            length penalty does not depend on the units.
+    """
 
     scale: Tensor | None = None
 
@@ -137,5 +143,5 @@ LOSSES: dict[str, type[ClassificationLosses]] = {
 
 
 def losses_of(config: "TRBertConfig") -> ClassificationLosses:
-    """The losses of a model's head."""
+    """The losses for a model's problem type."""
     return LOSSES[problem_type_of(config)](config.num_labels)

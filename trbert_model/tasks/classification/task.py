@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Window:
     """A piece of a document that fits the model's positions.
 
-    input_ids: int32 (tokens,), [CLS] and [SEP] included; new_tokens: how many of its tokens no earlier window had,
-    the weight of its logits in the document's.
+    Attributes:
+        input_ids: int32 (tokens,), with [CLS] and [SEP].
+        new_tokens: number of tokens that no earlier window has, at least 1: the weight of the window's logits.
     """
 
     input_ids: np.ndarray
@@ -36,10 +37,13 @@ class Window:
 
 @dataclass
 class ClassificationTask(Task):
-    """How documents become sequences, and sequences' outputs a document's.
+    """Turns documents into windows, and the windows' logits into document logits.
 
-    tokenizer: a fast BERT tokenizer, kept as a `BareTokenizer`; max_positions: tokens a sequence may have, [CLS] and
-    [SEP] included; labelling: how logits are read; options: `overflow`, and `stride`, by default an eighth of a window.
+    Args:
+        tokenizer: a fast tokenizer, kept as a `BareTokenizer`.
+        max_positions: maximum tokens of a sequence, with [CLS] and [SEP].
+        labelling: converts logits to result columns.
+        options: the default `stride` is an eighth of a window.
     """
 
     tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
@@ -77,11 +81,11 @@ class ClassificationTask(Task):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the labels, by index."""
+        """Names of the labels, by index."""
         return self.labelling.labels
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 (tokens,), without special tokens; of the part that is scored if it is cut."""
+        """Token ids of each text, int32 (tokens,), without special tokens; with "truncate", only those scored."""
         if self.overflow == "truncate":
             return self._first_tokens(texts)
         cut = [list(pieces(text, self.tokenizer)) for text in texts]
@@ -89,25 +93,25 @@ class ClassificationTask(Task):
         return [np.concatenate([next(ids) for _ in of_text]) for of_text in cut]
 
     def _first_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As many tokens of each text as a sequence takes."""
+        """The first token ids of each text, as many as fit in one sequence."""
         capacity = self.max_positions - 2
         cut = [pieces(text, self.tokenizer) for text in texts]
         documents = token_ids(self.tokenizer, [next(of_text) for of_text in cut])
         for i, rest in enumerate(cut):
-            # Hardly ever: a piece of white space, or of an endless word, has fewer tokens than a sequence takes.
+            # Rare: only pieces of white space or of one endless word have fewer tokens than fit in a sequence.
             while len(documents[i]) < capacity and (piece := next(rest, None)) is not None:
                 documents[i] = np.concatenate([documents[i], *token_ids(self.tokenizer, [piece])])
         return [ids[:capacity] for ids in documents]
 
     def windows(self, tokens: np.ndarray) -> Iterator[Window]:
-        """A document's windows, from its token ids."""
+        """Split a document's token ids into windows."""
         capacity = self.max_positions - 2
         cls, sep = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
         start = 0
         while True:
             end = min(start + capacity, len(tokens))
             new = end - start - (self.shared if start else 0)
-            # An empty document still is one window, of weight 1, so that every document has a result.
+            # An empty document has one window, of weight 1, so that every document has a result.
             yield Window(np.concatenate([cls, tokens[start:end], sep]).astype(np.int32), max(new, 1))
             if end == len(tokens) or self.overflow == "truncate":
                 return
@@ -122,7 +126,7 @@ class ClassificationTask(Task):
         return np.zeros(0, np.int32)
 
     def problem(self, document: np.ndarray) -> tuple[str, str] | None:
-        """Why a document cannot be scored, as a reason and a sentence."""
+        """Why a document cannot be scored, as a reason and a sentence; None if it can be scored."""
         return None if len(document) else ("no_tokens", "the tokenizer finds no token in the text")
 
     def to_column(self, documents: Sequence[np.ndarray]) -> pa.Array:
@@ -135,23 +139,23 @@ class ClassificationTask(Task):
                 yield document.values.to_numpy()
 
     def token_types(self, windows: Sequence[Window]) -> None:
-        """All of a document's tokens are of BERT's first type."""
+        """None: all token types are 0."""
         return None
 
     def window_outputs(self, output: Any, lengths: list[int]) -> list[np.ndarray]:
-        """A model's output → each window's logits, float32 (labels,)."""
+        """Split a model output into each window's logits, float32 (labels,)."""
         return list(output.logits.float().cpu().numpy())
 
     def combine(self, document: np.ndarray, windows: Sequence[Window], outputs: Sequence[np.ndarray]) -> np.ndarray:
         """The windows' mean logits, weighted by their new tokens, float64 (labels,).
 
-        Also of several labels: in training a window stands for its document with all of its labels, so what it says is
-        already about the document.
+        This is also right for several labels: in training each window has all labels of its document, so its logits
+        already describe the whole document.
         """
         return np.average(np.asarray(outputs, np.float64), axis=0, weights=[window.new_tokens for window in windows])
 
     def gathered(self, combined: list[np.ndarray]) -> np.ndarray:
-        """Documents' logits, float32 (documents, labels)."""
+        """The documents' logits, float32 (documents, labels)."""
         return np.array(combined, np.float32).reshape(len(combined), len(self.labels))
 
     @property

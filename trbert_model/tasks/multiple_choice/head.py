@@ -1,4 +1,4 @@
-"""The multiple-choice head: one of several options, each a sequence of its own."""
+"""The multiple-choice head: selects one of several options, each in a sequence of its own."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,13 @@ from ...reduction.state import SelectionPolicy
 
 @dataclass
 class TRBertMultipleChoiceOutput(ModelOutput):
-    """loss: (); logits: (groups, choices); kept_tokens as in `TRBertModelOutput`."""
+    """Output of `TRBertForMultipleChoice`.
+
+    Attributes:
+        loss: ().
+        logits: (groups, choices).
+        kept_tokens: as in `TRBertModelOutput`.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -25,10 +31,10 @@ class TRBertMultipleChoiceOutput(ModelOutput):
 
 
 class TRBertForMultipleChoice(TRBertPreTrainedModel):
-    """One of several options, from the [CLS] of one row an option: thunlp/TR-BERT's head for RACE.
+    """Selects one of several options from the [CLS] of one row per option: thunlp/TR-BERT's head for RACE.
 
-    The rows of a group begin with the same tokens ([CLS], article and question). These are judged together: each goes
-    on in all rows of its group or in none, by the mean of its keep logits. An option's own tokens always go on.
+    The rows of a group begin with the same tokens ([CLS], article and question). Each shared token is kept in all rows
+    of its group or in none, by the mean of its keep logits. The option's own tokens are always kept.
     """
 
     def __init__(self, config: TRBertConfig):
@@ -55,13 +61,13 @@ class TRBertForMultipleChoice(TRBertPreTrainedModel):
         """Compute on (groups, choices, length) tensors, or on a varlen batch when `cu_seqlens` is given.
 
         Args:
-            shared_tokens: int64 (groups,), with how many tokens all rows of a group begin alike.
-            cu_seqlens, num_choices: of a varlen batch whose rows are `num_choices` a group, group after group.
-            labels: int64 (groups,), the right option.
-            reduce, selection_policy: `TRBertModel.forward`'s.
+            shared_tokens: int64 (groups,), number of tokens that all rows of a group begin with.
+            cu_seqlens, num_choices: for a varlen batch, in which each group is `num_choices` consecutive rows.
+            labels: int64 (groups,), the correct option.
+            reduce, selection_policy: as in `TRBertModel.forward`.
 
         Raises:
-            InputError: rows that do not make whole groups.
+            InputError: the rows do not form whole groups.
         """
         if cu_seqlens is None:
             num_choices = input_ids.shape[1]

@@ -1,4 +1,4 @@
-"""The question-answering head: start and end logits of every token."""
+"""The question-answering head: start and end logits for every token."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,14 @@ from ...reduction.state import Selection
 
 @dataclass
 class TRBertQuestionAnsweringOutput(ModelOutput):
-    """loss: (); start_logits and end_logits: (total tokens,), or (batch, length) with the dtype's minimum at masked
-    positions for padded input; the others as in `TRBertModelOutput`."""
+    """Output of `TRBertForQuestionAnswering`.
+
+    Attributes:
+        loss: ().
+        start_logits, end_logits: (total tokens,). For padded input (batch, length), with the dtype's minimum at masked
+            positions.
+        kept_tokens, hidden_states, selections: as in `TRBertModelOutput`.
+    """
 
     loss: Tensor | None = None
     start_logits: Tensor | None = None
@@ -27,13 +33,13 @@ class TRBertQuestionAnsweringOutput(ModelOutput):
 
 
 class TRBertForQuestionAnswering(TRBertPreTrainedModel):
-    """Start and end logits for every token; a skipped token answers from the state it left with.
+    """Predicts start and end logits for every token. A dropped token's logits come from the state it was dropped with.
 
-    thunlp/TR-BERT's head for TriviaQA is the same one, trained with one softmax over all windows of a document, which
-    is how every question is trained and answered here (`losses.AnswerLosses`, `tasks.question_answering`).
+    It is the same head as thunlp/TR-BERT's for TriviaQA, which is trained with one softmax over all windows of a
+    document. Here all questions are trained and answered this way (`AnswerLosses`, `QuestionAnsweringTask`).
 
-    `forward` takes `start_positions` and `end_positions`, int64 (sequences,), token indices within the sequence (the
-    column, for padded input), and `TRBertModel.forward`'s arguments.
+    `forward` takes `TRBertModel.forward`'s arguments, and `start_positions` and `end_positions`, int64 (sequences,):
+    token indices in the sequence (for padded input, columns).
     """
 
     def __init__(self, config: TRBertConfig):
@@ -84,7 +90,7 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
 
 
 def _position_loss(logits: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Mean cross-entropy of one position a sequence."""
+    """Mean cross-entropy; positions: int64 (sequences,), the correct token of each sequence."""
     if cu_seqlens is None:
         return F.cross_entropy(logits, positions)
     sequences = logits.split(cu_seqlens.diff().tolist())

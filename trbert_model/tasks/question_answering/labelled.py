@@ -1,4 +1,4 @@
-"""Questions with their right answers: read, tokenised, cut into windows."""
+"""Questions with their correct answers, for training and evaluation."""
 
 import json
 import random
@@ -20,7 +20,14 @@ from .task import EncodedQuestion, QuestionAnsweringTask
 
 @dataclass(frozen=True)
 class LabelledQuestions(LabelledCorpus):
-    """Encoded questions with the answers that are right, none for a question without one, and where they begin."""
+    """Encoded questions with their correct answers.
+
+    Attributes:
+        documents: the encoded questions.
+        answers: the correct answers of each question; none if it cannot be answered.
+        starts: the first character of each answer in the context.
+        ids: the questions' ids.
+    """
 
     documents: list[EncodedQuestion]
     answers: list[list[str]]
@@ -34,8 +41,8 @@ class LabelledQuestions(LabelledCorpus):
         """Read and tokenise a Parquet file with `answers` and `answer_start` lists, or a SQuAD-format JSON file.
 
         Raises:
-            InputError: it cannot be read, a column is missing, an answer is not where it says, or a question leaves no
-                room for its context; names the row.
+            InputError: the file cannot be read, a column is missing, an answer is not at its start position, or a
+                question leaves no room for its context. The message names the file, column or question.
         """
         rows = read_questions(uri, columns.question_column, columns.context_column)
         documents = task.encode([row["question"] for row in rows], [row["context"] for row in rows])
@@ -54,7 +61,10 @@ class LabelledQuestions(LabelledCorpus):
         )
 
     def predictions(self, results: DocumentResults) -> list[str]:
-        """Each question's answer; "" for none, which is decided by which is more probable."""
+        """Each question's predicted answer; "" for no answer.
+
+        If some questions of the corpus are unanswerable, "" is predicted if it is more probable than the best span.
+        """
         threshold = 0.0 if any(not answers for answers in self.answers) else None
         spans = [answer.best(threshold) for answer in results.outputs]
         return [
@@ -78,10 +88,10 @@ class LabelledQuestions(LabelledCorpus):
 
 
 def read_questions(uri: str, question_column: str, context_column: str) -> list[dict[str, Any]]:
-    """Rows of id, question, context, answers and starts of a Parquet or SQuAD-format JSON file.
+    """Read id, question, context, answers and starts of each row of a Parquet or SQuAD-format JSON file.
 
     Raises:
-        InputError: the file cannot be read, or has no questions.
+        InputError: the file cannot be read, a column is missing or has nulls, or the JSON has no questions.
     """
     if uri.endswith(".json"):
         return _read_squad(uri)
@@ -118,14 +128,14 @@ def _read_squad(uri: str) -> list[dict[str, Any]]:
 
 
 class QuestionWindows(WindowDataset):
-    """Two windows of each question: one that holds its answer, if one does, and another."""
+    """Draws at most two windows of each question: one that contains the answer, if there is one, and others."""
 
     losses = AnswerLosses()
     WINDOWS = 2
 
     def __init__(self, corpus: LabelledQuestions):
         super().__init__(corpus.documents, corpus.task)
-        self.spans: list[list[tuple[int, int]]] = []  # of each window: first and last token of each answer in it
+        self.spans: list[list[tuple[int, int]]] = []  # per window: first and last token of each answer in it
         for i, document in enumerate(corpus.documents):
             tokens = [
                 span

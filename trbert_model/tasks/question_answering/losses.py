@@ -1,4 +1,4 @@
-"""What question answering minimises in training."""
+"""Training losses of question answering."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,11 +12,14 @@ from ...varlen import first_tokens
 
 
 class AnswerLosses:
-    """Start and end each by one softmax over all scored positions of an example's windows, as answers are decoded.
+    """Losses of start and end, each with one softmax over the windows of an example, as in decoding.
 
-    Batches have `scored`, `start_targets` and `end_targets`, bool (total tokens,): the positions that take part, and
-    those that are right, of which there may be several (an answer that several windows hold; every window's first
-    token, where there is no answer); `example`, int64 (windows,); and `teacher`, float32 (total tokens, 2).
+    Batches have:
+        scored: bool (total tokens,), the positions in the softmax.
+        start_targets, end_targets: bool (total tokens,), the correct positions. There may be several: of an answer that
+            several windows contain, or, if there is no answer, every window's first token.
+        example: int64 (windows,).
+        teacher: float32 (total tokens, 2).
     """
 
     guided_by_saliency: ClassVar[bool] = False
@@ -47,13 +50,13 @@ class AnswerLosses:
         return lengths.long()
 
     def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
-        """How near a token is to a right answer: 1 at its ends, and e times less every `NEAR` tokens.
+        """Score tokens by their distance to a correct answer: 1 at its ends, e times less every `NEAR` tokens.
 
-        Not the paper's saliency: what a dense model's loss depends on is not what it takes to answer
+        The paper's saliency is not used: the tokens that a dense model's loss depends on are not those needed to answer
         (docs/experiments.md, "What the selectors of questions imitate").
         """
         right = batch["start_targets"] | batch["end_targets"]
-        right[first_tokens(batch["cu_seqlens"])] = False  # no answer: nothing is near it
+        right[first_tokens(batch["cu_seqlens"])] = False  # a first token is the target for no answer
         distance = torch.zeros(len(right), device=right.device).masked_fill(~right, -torch.inf)
         bounds = batch["cu_seqlens"].tolist()
         for start, end in zip(bounds, bounds[1:]):
@@ -64,14 +67,15 @@ class AnswerLosses:
         return distance.exp().expand(len(layers), -1)
 
     def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
-        # Whatever the counts: a window without an answer has nothing to keep, and logits that say so can be compared
-        # between windows.
+        # Independent of the counts: a window without an answer has nothing to keep, and logits that express this are
+        # comparable across windows.
         return self.guide(batch, layers)
 
     def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
-        """Cross-entropy, which makes logits of different questions comparable, plus a penalty for each token of an
-        example that is above one at an end of its answer (docs/experiments.md, "What the selectors of questions
-        imitate").
+        """Cross-entropy plus a ranking penalty (docs/experiments.md, "What the selectors of questions imitate").
+
+        Cross-entropy makes the logits of different questions comparable. The penalty pushes the logits of an example's
+        other tokens below those at the ends of its answer.
         """
         ends = targets == 1.0
         pairs = (example[ends, None] == example) & ~ends
@@ -83,7 +87,7 @@ class AnswerLosses:
 
     @staticmethod
     def _log_softmax(logits: Tensor, batch: dict[str, Tensor], repeats: int) -> tuple[Tensor, Tensor, int]:
-        """Log-probabilities within each example, (repeats · tokens,), each token's example, and how many there are."""
+        """Log-probabilities within each example, (repeats · tokens,), each token's example, and number of examples."""
         windows, lengths = batch["example"], batch["cu_seqlens"].diff().long()
         count = int(windows.max()) + 1
         example = windows.repeat_interleave(lengths)

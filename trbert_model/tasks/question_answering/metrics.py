@@ -9,18 +9,18 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 
 
 def normalized(answer: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
+    """Convert to lower case and remove punctuation, articles and extra white space."""
     kept = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", kept).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the answers; no answers mean that "" is right."""
+    """1.0 if the prediction equals one of the answers, else 0.0. Without answers, "" is correct."""
     return max((float(normalized(prediction) == normalized(answer)) for answer in answers or [""]), default=0.0)
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """The highest harmonic mean of word precision and recall over the answers; no answers mean that "" is right."""
+    """The highest harmonic mean of word precision and recall over the answers. Without answers, "" is correct."""
     return max(_f1(prediction, answer) for answer in answers or [""])
 
 

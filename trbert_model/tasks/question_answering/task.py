@@ -1,7 +1,7 @@
-"""Extractive question answering: question and context → windows → start and end logits → one answer a question.
+"""Extractive question answering: question and context → windows → start and end logits → one answer per question.
 
-All positions of all windows of a question share one softmax, in training and here, so scores are comparable across
-windows. The first token of each window stands for "no answer".
+All windows of a question share one softmax, in training too, so scores are comparable across windows. The first token
+of each window stands for "no answer".
 """
 
 import unicodedata
@@ -24,20 +24,26 @@ if TYPE_CHECKING:
     from ...modeling import TRBertPreTrainedModel
     from .labelled import LabelledQuestions
 
-# A window must have room for a passage beside its question.
+# Least number of context tokens that must fit in a window beside the question.
 _LEAST_CONTEXT_TOKENS = 16
-# A context's fields, as a column has them.
+# Fields of a context in the Arrow column.
 _CONTEXT = ("text", "ids", "starts", "ends")
 _SPAN = pa.struct(
     [("answer", pa.string()), ("score", pa.float32()), ("start_char", pa.int32()), ("end_char", pa.int32())]
 )
-# Joiners and selectors that belong to the character before them although they are no combining marks.
+# Joiners, variation selectors and keycaps, which belong to the character before them but are no combining marks.
 _EXTENDERS = {"\u200d", "\ufe0e", "\ufe0f", "\u20e3"}
 
 
 @dataclass(frozen=True)
 class EncodedContext:
-    """A context, its token ids, int32 (tokens,), and the characters where each begins and ends, int32 (tokens,)."""
+    """A tokenised context.
+
+    Attributes:
+        text: the context.
+        ids: int32 (tokens,), token ids.
+        starts, ends: int32 (tokens,), the characters of each token are `text[start:end]`.
+    """
 
     text: str
     ids: np.ndarray
@@ -45,7 +51,7 @@ class EncodedContext:
     ends: np.ndarray
 
     def tokens(self, start: int, end: int) -> tuple[int, int] | None:
-        """The first and last token of the characters from `start` to before `end`; None if no token lies in them."""
+        """First and last token of the characters `text[start:end]`; None if they have no token."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.starts, end, side="left")) - 1
         return (first, last) if first <= last else None
@@ -53,7 +59,7 @@ class EncodedContext:
 
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """A question's token ids, int32 (tokens,), and its context, which several questions may share."""
+    """Token ids of a question, int32 (tokens,), and its context, which several questions may share."""
 
     ids: np.ndarray
     context: EncodedContext
@@ -63,8 +69,12 @@ class EncodedQuestion:
 class QuestionWindow:
     """[CLS] question [SEP] passage [SEP], with a second [SEP] before the passage for RoBERTa.
 
-    input_ids, token_type_ids: int32 (tokens,); passage: where the passage begins in the window; first: its first
-    token's place among the context's tokens; count: its tokens; new_tokens: those that no earlier window had.
+    Attributes:
+        input_ids, token_type_ids: int32 (tokens,).
+        passage: index of the passage's first token in the window.
+        first: index of the passage's first token in the context.
+        count: number of tokens in the passage.
+        new_tokens: number of tokens in the passage that no earlier window has; at least 1.
     """
 
     input_ids: np.ndarray
@@ -77,7 +87,7 @@ class QuestionWindow:
 
 @dataclass(frozen=True)
 class Span:
-    """An answer: characters of the context, `context[start:end]`, and its probability."""
+    """A possible answer: `context[start:end]`, in characters, and its probability."""
 
     start: int
     end: int
@@ -86,13 +96,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Answer:
-    """The most probable spans of a question, best first, and the probability that the context has no answer."""
+    """The most probable spans of a question, best first, and the probability that there is no answer."""
 
     spans: tuple[Span, ...]
     null_score: float
 
     def best(self, threshold: float | None) -> Span | None:
-        """The first span, or None where "no answer" is more probable than it by more than the threshold."""
+        """The best span; None if there is none, or if "no answer" is more probable by more than `threshold`."""
         if not self.spans or (threshold is not None and self.null_score - self.spans[0].score > threshold):
             return None
         return self.spans[0]
@@ -100,11 +110,13 @@ class Answer:
 
 @dataclass
 class QuestionAnsweringTask(Task):
-    """How questions become sequences, and sequences' outputs answers.
+    """Turns questions into windows, and the windows' outputs into answers.
 
-    tokenizer: a fast BERT tokenizer, kept as a `BareTokenizer`; max_positions: tokens a sequence may have; options:
-    `overflow`, `stride`, by default a quarter of the room for the passage and at most 128, and what is told of answers;
-    pair_separators: [SEP] tokens between a question and its passage.
+    Args:
+        tokenizer: a fast tokenizer, kept as a `BareTokenizer`.
+        max_positions: maximum tokens of a sequence.
+        options: the default `stride` is a quarter of the tokens left for the passage, and at most 128.
+        pair_separators: number of [SEP] tokens between a question and its passage.
     """
 
     tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
@@ -129,13 +141,13 @@ class QuestionAnsweringTask(Task):
         self.tokenizer = BareTokenizer.of(self.tokenizer)
 
     def encode(self, questions: Sequence[str], contexts: Sequence[str]) -> list[EncodedQuestion]:
-        """Token ids and offsets; a context that occurs more than once is tokenised once and shared."""
+        """Tokenise questions and contexts. Equal contexts are tokenised once and shared."""
         known = {context: self._encode_context(context) for context in dict.fromkeys(contexts)}
         ids = self._encode_questions(questions)
         return [EncodedQuestion(question, known[context]) for question, context in zip(ids, contexts)]
 
     def _encode_questions(self, questions: Sequence[str]) -> list[np.ndarray]:
-        if self.tokenizer.spaces_count():  # so that a question's first word is known in the middle of a passage
+        if self.tokenizer.spaces_count():  # then the first word has the same tokens as in the middle of a passage
             questions = [f" {question.lstrip()}" if question.strip() else "" for question in questions]
         return token_ids(self.tokenizer, questions)
 
@@ -152,7 +164,7 @@ class QuestionAnsweringTask(Task):
         return EncodedContext(text, np.concatenate(ids), where[:, 0], where[:, 1])
 
     def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> tuple[list[EncodedQuestion], dict[int, str]]:
-        """As `Task.encode_rows`: rows of a question and a context each."""
+        """As `Task.encode_rows`; each row is a question and a context."""
         contexts = list(dict.fromkeys(context for _, context in rows))
         encoded, bad_contexts = encode_apart(lambda some: [self._encode_context(text) for text in some], contexts)
         ids, bad_questions = encode_apart(self._encode_questions, [question for question, _ in rows])
@@ -173,7 +185,7 @@ class QuestionAnsweringTask(Task):
         return EncodedQuestion(none, EncodedContext("", none, none, none))
 
     def problem(self, document: EncodedQuestion) -> tuple[str, str] | None:
-        """Why a question cannot be answered, as a reason and a sentence."""
+        """Why a question cannot be answered, as a reason and a sentence; None if it can be answered."""
         if not len(document.ids) or not len(document.context.ids):
             what = "context" if len(document.ids) else "question"
             return "no_tokens", f"the tokenizer finds no token in the {what}"
@@ -185,19 +197,19 @@ class QuestionAnsweringTask(Task):
         return None
 
     def _shared(self, question: EncodedQuestion) -> int:
-        """Tokens that a question's windows share."""
+        """Number of context tokens that consecutive windows of a question share."""
         return min(128, self.room(question) // 4) if self.stride is None else self.stride
 
     def room(self, question: EncodedQuestion) -> int:
-        """Tokens of the context that fit beside a question; less than 1 if the question is too long."""
+        """Number of context tokens that fit in a window with the question; 0 if the question is too long."""
         room = self.max_positions - 2 - self.pair_separators - len(question.ids)
         return room if room >= min(_LEAST_CONTEXT_TOKENS, self.max_positions // 4) else 0
 
     def windows(self, question: EncodedQuestion) -> Iterator[QuestionWindow]:
-        """A question's windows over its context.
+        """Split a question's context into windows.
 
         Raises:
-            ConfigurationError: the question leaves no room for a passage, or the stride is as long as the room.
+            ConfigurationError: the question leaves no room for a passage, or the stride is not less than the room.
         """
         room = self.room(question)
         shared = self._shared(question)
@@ -221,7 +233,7 @@ class QuestionAnsweringTask(Task):
             start = end - shared
 
     def to_column(self, documents: Sequence[EncodedQuestion]) -> pa.Array:
-        """struct<question, context>; a context that several questions share is there once."""
+        """struct<question, context>; a context that several questions share is stored once."""
         places: dict[int, int] = {}
         contexts: list[EncodedContext] = []
         for document in documents:
@@ -246,17 +258,17 @@ class QuestionAnsweringTask(Task):
                 yield EncodedQuestion(question.values.to_numpy(), contexts[place])
 
     def token_types(self, windows: Sequence[QuestionWindow]) -> list[np.ndarray]:
-        """Each window's token types."""
+        """Each window's token type ids, int32 (tokens,)."""
         return [window.token_type_ids for window in windows]
 
     def window_outputs(self, output: Any, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """A model's output → each window's start and end logits, float32 (tokens,)."""
+        """Split a model output into each window's start and end logits, float32 (tokens,)."""
         bounds = np.cumsum(lengths)[:-1]
         starts, ends = (np.split(x.float().cpu().numpy(), bounds) for x in (output.start_logits, output.end_logits))
         return list(zip(starts, ends))
 
     def gathered(self, combined: list[Answer]) -> list[Answer]:
-        """Questions' answers."""
+        """The answers as they are."""
         return combined
 
     @property
@@ -264,9 +276,15 @@ class QuestionAnsweringTask(Task):
         return (*_SPAN.names, "null_score", *(("spans",) if self.options.spans else ()))
 
     def result_columns(self, outputs: Sequence[Answer], documents: Iterable[EncodedQuestion]) -> dict[str, pa.Array]:
-        """answer: string, null if there is none; score: float32, its probability; start_char, end_char: int32, its
-        place in the context; null_score: float32, the probability of no answer; spans: all that were found, best first,
-        on request."""
+        """The answers as result columns.
+
+        Returns:
+            answer: string, null for no answer.
+            score: float32, the answer's probability.
+            start_char, end_char: int32, the answer's position in the context.
+            null_score: float32, the probability of no answer.
+            spans: all spans found, best first, if requested.
+        """
 
         def row(span: Span | None, text: str) -> dict[str, Any]:
             if span is None:
@@ -318,7 +336,7 @@ class QuestionAnsweringTask(Task):
         windows: Sequence[QuestionWindow],
         outputs: Sequence[tuple[np.ndarray, np.ndarray]],
     ) -> Answer:
-        """The answer from start and end logits of each window's tokens, float (tokens,) each."""
+        """Find the answer from the start and end logits of each window's tokens, float (tokens,) each."""
         context, logits = document.context, outputs
         starts = [np.asarray(s, np.float64) for s, _ in logits]
         ends = [np.asarray(e, np.float64) for _, e in logits]
@@ -333,14 +351,14 @@ class QuestionAnsweringTask(Task):
                 span = _without_spaces(context.text, int(start), int(end))
                 if span[0] > span[1]:
                     continue
-                # Windows overlap: the same characters found twice are one answer.
+                # Windows overlap: a span found twice is one answer with both probabilities.
                 found[span] = found.get(span, 0.0) + float(np.exp(log_probability))
         best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[: self.n_best]
         spans = tuple(Span(start, whole_characters(context.text, end), score) for (start, end), score in best)
         return Answer(spans, float(np.exp(null)))
 
     def _spans(self, start: np.ndarray, end: np.ndarray) -> Iterator[tuple[int, int, float]]:
-        """The best spans of a window: first and last token of the passage, log-probability."""
+        """The best spans of a window: first and last token in the passage, log-probability."""
         if not len(start):
             return
         reach = min(self.max_answer_tokens, len(start))
@@ -354,22 +372,27 @@ class QuestionAnsweringTask(Task):
 
 
 def whole_characters(text: str, end: int) -> int:
-    """An end moved past the marks that belong to the character before it: tokenizers strip accents, and the last
-    letter's would be cut off where the text holds them apart."""
+    """Move an end past the marks that belong to the character before it.
+
+    Tokenizers strip accents. If the text stores the last letter's accent as a separate character, the token's end
+    leaves it out.
+    """
     while end < len(text) and (unicodedata.combining(text[end]) or text[end] in _EXTENDERS):
         end += 1
     return end
 
 
 def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
-    """A span without the white space around it, which some tokenizers' tokens hold; its end before its start if there
-    is nothing else in it."""
+    """Remove the white space around a span, which some tokenizers include in tokens.
+
+    The end is before the start if the span has only white space.
+    """
     found = text[start:end]
     return end - len(found.lstrip()), start + len(found.rstrip())
 
 
 def _scored(logits: np.ndarray, window: QuestionWindow) -> np.ndarray:
-    """The positions that take part in the softmax: "no answer" and the passage."""
+    """The logits in the softmax: the first token's ("no answer") and the passage's."""
     return np.concatenate([logits[:1], logits[window.passage : window.passage + window.count]])
 
 
