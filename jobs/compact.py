@@ -1,10 +1,10 @@
-"""Copy a complete output of jobs/score.py into few large objects, for readers that suffer from many small ones.
+"""Copy a complete output of jobs/score.py into few large objects, for readers that are slow with many small ones.
 
     python jobs/compact.py --output s3://bucket/scores --into s3://bucket/scores-2026-11-22
 
-The output stays as it is, and is what later runs go by; the copy has its own _SUCCESS, written last. Run again after a
-failure, it finishes. Exit codes: 0 done; 1 failed, run it again; 2 the output is not complete or the place not empty;
-4 stopped by a signal, run it again; 5 a scoring run is at work on the output.
+The output is not changed, and later runs still use it. The copy has its own _SUCCESS, written last. After a failure,
+run the command again to finish. Exit codes: 0 done; 1 failed, run it again; 2 the output is not complete or the target
+is not empty; 4 stopped by a signal, run it again; 5 a scoring run is working on the output.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Make a TR-BERT of a checkpoint: transformers BERT or DistilBERT, or the original TR-BERT's format.
+"""Convert a checkpoint to a TR-BERT: transformers BERT, DistilBERT, RoBERTa or XLM-R, or the original TR-BERT's format.
 
     python jobs/convert.py path/to/checkpoint path/to/trbert
     python jobs/convert.py path/to/backbone path/to/trbert --adapter path/to/adapter
 
-Fresh selectors keep every token, so the converted model answers as its source does; jobs/train.py teaches them. With
---adapter, the backbone and an adapter that jobs/train.py --adapter-rank saved become the trained classifier.
+New selectors keep every token, so the converted model predicts the same as its source; jobs/train.py trains them. With
+--adapter, the backbone and an adapter saved by jobs/train.py --adapter-rank become the trained classifier.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from trbert_model.checkpoints.conversion import KINDS, apply_adapter, convert_ch
 from trbert_model.errors import ConfigurationError
 from trbert_model.terminal import printable
 
-# What tokenizers of the BERT family consist of.
+# Files of a tokenizer of the BERT family.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
             "--max-positions out with --adapter"
         )
-    # A local path is the converter's to judge: it reads directories that are no models yet.
+    # The converter checks local directories itself.
     src = Path(options.src) if Storage(options.src).is_local else fetch_model(options.src)
     if options.adapter:
         model = apply_adapter(src, options.adapter)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _directory(place: Storage) -> Iterator[Path]:
-    """A local directory whose files go to the place when the block ends: config.json last, for it makes a model."""
+    """Yield a local directory, and copy its files to `place` afterwards: config.json last, as it marks a model."""
     if place.is_local:
         yield Path(place.root)
         return

@@ -1,10 +1,10 @@
-"""Measure what a model gives at every speed, on a labelled corpus, and write its calibration table.
+"""Measure a model's quality at several speeds on a labelled corpus, and write its calibration table.
 
     python jobs/evaluate.py --model model --corpus labelled.parquet
 
-The table goes into the model directory as calibration.json, where jobs/score.py --speedup and --max-drop look for it,
-and is drawn as calibration.png. The documents should be none of the training's. With --no-write the model directory
-is left alone: a test set, for instance, is for looking at the table, not for choosing from it.
+The table is written to the model directory as calibration.json, which jobs/score.py --speedup and --max-drop read, and
+plotted as calibration.png. Use documents that the model was not trained on. With --no-write the model directory is not
+changed, for example to measure on a test set, from which no speed should be chosen.
 """
 
 import logging
@@ -41,7 +41,7 @@ class EvaluateConfig(LabelledColumns):
         for name in ("model", "corpus"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is required")
-        Storage(self.corpus)  # refuses credentials in a URI before anything names it
+        Storage(self.corpus)  # refuses a URI with credentials before it is printed anywhere
         if not self.speedups or not min(self.speedups) > 1:
             raise UsageError(f"speedups {self.speedups} must be more than 1 each")
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def as_text(table: Calibration) -> str:
-    """The table for a terminal."""
+    """Format the table for a terminal."""
     others = list(table.dense_other_metrics)
     dense = [f"{table.dense_metric:.2f}% {table.metric}"]
     dense += [f"{table.dense_other_metrics[name]:.2f}% {name}" for name in others]

@@ -5,8 +5,8 @@
 
 Exit codes: 0 the output is complete; 1 the run failed, run it again to finish; 2 an option, the input, the model or
 the output does not fit, nothing was started; 3 done, but with unreadable shards or more bad rows than
---max-bad-rows; 4 stopped by SIGTERM, SIGHUP, Ctrl-C or --stop-after, run it again to go on; 5 another run is at work on
-the output, nothing was started, or it has taken the output over.
+--max-bad-rows; 4 stopped by SIGTERM, SIGHUP, Ctrl-C or --stop-after, run it again to continue; 5 another run is working
+on the output (nothing was started), or has taken it over.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipeline.stopping import StopRequest
 
 def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopRequest()
-    with stop.on_signals():  # from now on: the imports take seconds
+    with stop.on_signals():  # before the imports, which take seconds
         return _main(arguments, stop)
 
 

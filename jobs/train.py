@@ -1,10 +1,10 @@
-"""Train a TR-BERT from a BERT or DistilBERT checkpoint and a labelled Parquet corpus.
+"""Train a TR-BERT from a BERT, DistilBERT, RoBERTa or XLM-R checkpoint and a labelled Parquet corpus.
 
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 
-Fine-tunes the dense model, teaches the token selectors by imitation and by reinforcement, trains both together; run
-again after a kill, it resumes. With --num-workers N it trains data-parallel through Ray Train. The model directory is
-what jobs/score.py --model takes.
+Fine-tunes the dense model, trains the token selectors by imitation and by reinforcement learning, then trains both
+together. If training was interrupted, run it again to resume. With --num-workers N it is data-parallel, through Ray
+Train. Pass the model directory to jobs/score.py --model.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours, rest = workers.parse_known_args(arguments)
     config = parse_options(TrainingConfig, rest, __doc__ or "")
     for corpus in filter(None, (config.train, config.evaluation, config.unlabelled)):
-        Storage(corpus)  # refuses credentials in a URI before anything names it
+        Storage(corpus)  # refuses a URI with credentials before it is printed anywhere
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     if ours.num_workers > 1:
-        from pipeline.train import train_distributed  # late: who trains alone needs no Ray
+        from pipeline.train import train_distributed  # only here, since a single process needs no Ray
 
         measured = train_distributed(config, ours.num_workers)
     else:

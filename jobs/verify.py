@@ -2,8 +2,8 @@
 
     python jobs/verify.py --output s3://bucket/scores
 
-Prints what is missing, doubled, extra or damaged. Exit codes: 0 every row of the input is there exactly once; 3 it is
-not; 1 something could not be read; 2 there is no such output or input.
+Prints what is missing, doubled, extra or damaged. Exit codes: 0 the output holds every row of the input exactly once;
+3 it does not; 1 something could not be read; 2 the output or the input does not exist.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""`_SUCCESS`: that an output is complete, and a manifest of everything in it. Also how markers are read.
+"""`_SUCCESS`, the manifest of a complete output, and the reading of markers.
 
-It is deleted before a run changes anything and written, by a PUT that replaces nothing, when every row of every shard
-of the corpus is a result or quarantined. A run that was paused meanwhile may still write one that is no longer true, so
-runs and readers believe it only if it names the markers that are there.
+A run deletes `_SUCCESS` before it changes anything. It creates the file, never replacing one, when every row of the
+corpus is either a result or quarantined. A run that was paused may create one that is out of date, so runs and readers
+use it only if it names the markers that exist.
 """
 
 import json
@@ -21,10 +21,10 @@ _OF_A_MARKER = {"shard", "version", "size", "written", "rows", "results", "quara
 
 
 def read_markers(output: Storage, paths: Iterable[str]) -> Iterator[tuple[str, Marker | None]]:
-    """Markers with their paths; None for one that is damaged.
+    """Read the markers at these paths. Yields each path with its marker, or with None if the marker is damaged.
 
     Raises:
-        StorageError: one cannot be read; names it.
+        StorageError: a marker cannot be read; names it.
     """
     for path, data in output.read_many(paths):
         try:
@@ -34,7 +34,7 @@ def read_markers(output: Storage, paths: Iterable[str]) -> Iterator[tuple[str, M
 
 
 def _entries(data: bytes, names: set[str]) -> dict[str, Any]:
-    """A JSON object that has these entries; else a ValueError."""
+    """Parse a JSON object; raises ValueError if it is none or lacks one of these names."""
     values = json.loads(data)
     if not isinstance(values, dict) or not names <= values.keys():
         raise ValueError(f"{', '.join(sorted(names))} are not all there")
@@ -42,20 +42,23 @@ def _entries(data: bytes, names: set[str]) -> dict[str, Any]:
 
 
 def marker_path(marker: Marker) -> str:
-    """Where a marker lies."""
+    """The path of a marker in the output."""
     return Shard(marker["shard"], marker["version"], marker["size"]).marker
 
 
 def named_objects(marker: Marker) -> set[str]:
-    """Everything that a complete shard has, beside its marker."""
+    """The paths of the results and quarantine objects of a marker's shard."""
     names = {split["object"] for split in marker["splits"]}
     return names | {f"{QUARANTINE}/{split['object']}" for split in marker["splits"] if split["quarantined"]}
 
 
 def newest(markers: Iterable[Marker]) -> list[Marker]:
-    """One marker a shard, the one of the latest run: between a new version's marker and the removal of the old one
-    both are there, and a run that was paused may write an old one late. Runs are ordered by their leases' numbers;
-    markers of before there were such have none."""
+    """The marker of the latest run for each shard, sorted by shard.
+
+    A shard has two markers after a new version is marked and before the old marker is deleted. A run that was paused
+    may also write an old marker late, so runs are ordered by `epoch`, their lease's number. Markers of older versions
+    have no epoch.
+    """
     found: dict[str, Marker] = {}
     for marker in markers:
         if marker["shard"] not in found or _order(marker) > _order(found[marker["shard"]]):
@@ -68,7 +71,11 @@ def _order(marker: Marker) -> tuple[int, float]:
 
 
 def read_manifest(output: Storage) -> dict[str, Any] | None:
-    """What `_SUCCESS` says; None if it is not there. Whether it is true, its caller finds out."""
+    """The content of `_SUCCESS`; None if it does not exist. The caller must check that it matches the markers.
+
+    Raises:
+        StorageError: it cannot be read or is damaged.
+    """
     data = output.read_if_there(SUCCESS)
     try:
         return _entries(data, {"shards"}) if data is not None else None
@@ -77,7 +84,7 @@ def read_manifest(output: Storage) -> dict[str, Any] | None:
 
 
 def complete_markers(output: Storage) -> list[Marker]:
-    """The newest marker of every complete shard: from the manifest where it names what is there, else one by one.
+    """The newest marker of every complete shard, taken from `_SUCCESS` if that names exactly the existing markers.
 
     Raises:
         StorageError: a marker cannot be read or is damaged; names it.
@@ -90,7 +97,7 @@ def complete_markers(output: Storage) -> list[Marker]:
         try:
             return newest(_undamaged(output, paths))
         except StorageError as error:
-            # A run may just have replaced one of them; then look again.
+            # A run may have deleted a marker after the listing: list again.
             if attempt == 2 or not isinstance(error.__cause__, FileNotFoundError):
                 raise
     raise AssertionError
@@ -111,13 +118,16 @@ def write_manifest(
     run_id: str,
     epoch: int = 0,
 ) -> dict[str, Any]:
-    """Write `_SUCCESS`. To be called when the output is complete and no older one is there.
+    """Create `_SUCCESS` for a complete output that has none, and return its content.
 
     Args:
-        identity: what the output is bound to.
-        markers: one a shard, those of `removed` too.
-        removed: shards with results here that are no longer in the corpus.
-        epoch: the run's number.
+        identity: what the output was made with (`job.make_identity`).
+        markers: of all shards, including those in `removed`.
+        removed: shards that have results in the output and are no longer in the corpus.
+        epoch: the number of the run's lease.
+
+    Raises:
+        PipelineError: another run created a different one meanwhile.
     """
     markers = newest(markers)
     totals = {count: sum(marker[count] for marker in markers) for count in ("rows", "results", "quarantined")}

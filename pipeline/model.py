@@ -1,4 +1,4 @@
-"""The model of a run: what the driver knows of it, and its files on this machine."""
+"""The model of a run: its metadata for the driver, and its files on this machine."""
 
 import contextlib
 import hashlib
@@ -17,8 +17,15 @@ from .storage import Storage, StoredFile
 
 @dataclass(frozen=True)
 class Model:
-    """A model as far as the driver needs it: where it was given, its local directory, digest, window length in tokens,
-    and its task."""
+    """A model as the driver knows it.
+
+    Attributes:
+        uri: directory or URI as given in the options.
+        directory: local directory with the files.
+        digest: SHA-256 of the files that decide the results.
+        window: window length in tokens.
+        task: the task of the model's head.
+    """
 
     uri: str
     directory: Path
@@ -28,14 +35,15 @@ class Model:
 
 
 def fetch_model(uri: str) -> Path:
-    """A model directory on this machine: the path itself if it is local, else a cached copy of the URI.
+    """Return a local model directory: the path itself if it is local, otherwise a cached copy of the URI.
 
-    Whatever does not count (`trbert_model.checkpoints.files.counted_files`), as pickled weights, is not fetched.
+    Of a URI, only files that decide the results (`trbert_model.checkpoints.files.counted_files`) and tables about the
+    model are fetched, so no pickled weights.
 
     Raises:
-        UsageError: there is no config.json at the URI, or its index of weights is damaged, names files outside the
-            model or some that are not there.
-        StorageError: it cannot be read.
+        UsageError: there is no config.json, or the index of the weights is damaged, names files outside the model or
+            names missing files.
+        StorageError: the model cannot be read, or the copy cannot be stored.
     """
     storage = Storage(uri)
     if storage.is_local:
@@ -52,7 +60,7 @@ def fetch_model(uri: str) -> Path:
         raise UsageError(str(error)) from error
     if missing := [name for name in names if name not in stored]:
         raise UsageError(f"{uri}: {INDEX} names {missing[:5]}, which are not there")
-    # The calibration tables count for nothing in the results, but speeds are chosen from them.
+    # The calibration tables do not change the results, but speeds are chosen from them.
     files = [stored[name] for name in sorted({*names, *ABOUT_THE_MODEL} & stored.keys())]
     listing = "\n".join([uri, *(f"{file.path} {file.version}" for file in files)])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trbert-pipeline"
@@ -65,7 +73,7 @@ def fetch_model(uri: str) -> Path:
             for file in files:
                 (whole / file.path).parent.mkdir(parents=True, exist_ok=True)
                 storage.fetch(file.path, whole / file.path)
-            # Another process may have been faster; then its copy is the same.
+            # Another process may have stored the same copy meanwhile.
             if not _is_whole(directory, files):
                 with contextlib.suppress(OSError):
                     directory.rename(Path(partial) / "damaged")
@@ -77,7 +85,9 @@ def fetch_model(uri: str) -> Path:
 
 
 def _is_whole(directory: Path, files: list[StoredFile]) -> bool:
-    """Whether a copy has these files in their sizes, where the listing knows them. What tidies up caches goes by the
-    files' age; contents are for the model's digest to tell."""
+    """Whether a cached copy has all of these files, with the listed sizes (0: unknown).
+
+    Cache cleaners may delete single files by their age. The contents are checked later, by the model's digest.
+    """
     paths = [(directory / file.path, file.size) for file in files]
     return all(path.is_file() and size in (0, path.stat().st_size) for path, size in paths)

@@ -1,4 +1,4 @@
-"""Where the model actors go: how many, on what, and whether the cluster has room for them beside the readers."""
+"""Placement of the model actors: how many, with which resources, and whether they fit the cluster with the readers."""
 
 import dataclasses
 import time
@@ -11,14 +11,22 @@ from .config import ScoreConfig
 from .errors import UsageError
 from .stopping import StopRequest
 
-# A GPU's actor keeps one core busy launching kernels; less than a whole one, so that a machine with as many GPUs as
-# CPUs has room for readers, and not a reader's share, so that Ray Data does not fuse the two stages.
+# A GPU actor keeps one core busy launching kernels. It requests less than 1, so that a machine with as many GPUs as
+# CPUs has room for readers, and not the readers' share, so that Ray Data does not fuse the two stages.
 GPU_ACTOR_CPUS = 0.75
 
 
 @dataclass(frozen=True)
 class Placement:
-    """num_actors actors, each with these CPUs (Ray's logical ones), GPUs and torch threads."""
+    """The number and resources of the model actors.
+
+    Attributes:
+        num_actors: number of actors.
+        cpus_per_actor: Ray's logical CPUs that each actor takes.
+        gpus_per_actor: GPUs that each actor takes; 0 runs it on the CPU.
+        threads: torch threads of each actor; None: torch's default.
+        nodes: number of live nodes in the cluster.
+    """
 
     num_actors: int
     cpus_per_actor: float
@@ -32,7 +40,7 @@ class Placement:
 
     @property
     def dtype(self) -> str:
-        """What dtype "auto" means there."""
+        """The dtype that "auto" means for these actors."""
         return auto_dtype(self.gpus_per_actor)
 
     def as_dict(self) -> dict[str, Any]:
@@ -40,19 +48,19 @@ class Placement:
 
 
 def auto_dtype(gpus_per_actor: float) -> str:
-    """What dtype "auto" means for an actor with so many GPUs."""
+    """The dtype that "auto" means for an actor with this many GPUs."""
     return "bfloat16" if gpus_per_actor else "float32"
 
 
 def place(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Placement:
-    """Choose the actors' number and resources from the cluster, and make sure that they fit.
+    """Choose the number and resources of the actors from the cluster's nodes, and make sure that they fit.
 
-    Actors that fill every CPU would leave none to the readers that feed them, and the run would hang
-    (ray-project/ray#44687); so `spare_cpus` must stay free on some node.
+    Actors that take every CPU would leave none for the readers that feed them, and the run would hang
+    (ray-project/ray#44687). So `spare_cpus` must stay free on some node.
 
     Raises:
-        UsageError: they do not fit, also not after `wait_for_resources` seconds; says what there is and what is asked.
-        StoppedError: the run was stopped meanwhile.
+        UsageError: they do not fit, even after `wait_for_resources` seconds; names the resources found and requested.
+        StoppedError: the run was stopped while waiting.
     """
     deadline = time.monotonic() + config.wait_for_resources
     asked = False
@@ -66,7 +74,7 @@ def place(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Place
             if time.monotonic() >= deadline:
                 raise UsageError(problem)
             if not asked:
-                # An autoscaling cluster starts nodes for what is asked of it.
+                # An autoscaling cluster starts nodes for requested resources.
                 bundle = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
                 bundles = [{name: amount for name, amount in bundle.items() if amount}] * placement.num_actors
                 ray.autoscaler.sdk.request_resources(bundles=[*bundles, {"CPU": 1}])
@@ -75,12 +83,12 @@ def place(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Place
             stop.check()
     finally:
         if asked:
-            # It stands until it is withdrawn, and its nodes with it. They idle long enough for the actors to come.
+            # A request keeps its nodes until it is withdrawn. The actors start before idle nodes are removed.
             ray.autoscaler.sdk.request_resources(bundles=[])
 
 
 def _choose(config: ScoreConfig, nodes: list[dict[str, float]], spare_cpus: float) -> Placement:
-    """What is configured, and for the rest as many actors as fit, at least one."""
+    """The configured placement, by default with as many actors as fit, at least one."""
     cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     gpus_per_actor = (1.0 if gpus else 0.0) if config.gpus_per_actor is None else config.gpus_per_actor
@@ -89,7 +97,7 @@ def _choose(config: ScoreConfig, nodes: list[dict[str, float]], spare_cpus: floa
         most = int(gpus / gpus_per_actor)
     else:
         threads = config.threads_per_actor or _threads(config.num_actors, [count for count in cpus if count >= 1])
-        # One less than its threads: they use the core that its reader mostly leaves idle too.
+        # One less than its threads, which also use the reader's core, as it is mostly idle.
         cpus_per_actor = float(max(1, threads - 1))
         most = sum(int(count // threads) for count in cpus)
     for num_actors in range(most, 0, -1) if config.num_actors is None else ():
@@ -100,7 +108,7 @@ def _choose(config: ScoreConfig, nodes: list[dict[str, float]], spare_cpus: floa
 
 
 def _threads(num_actors: int | None, cpus: list[float]) -> int:
-    """Torch threads of an actor on CPUs: a share of the smallest node, about four."""
+    """Torch threads of a CPU actor: its share of the CPUs if `num_actors` is given, otherwise about four."""
     smallest = int(min(cpus, default=1))
     if num_actors is not None:
         return max(1, min(smallest, int(sum(cpus) // num_actors)))
@@ -108,7 +116,7 @@ def _threads(num_actors: int | None, cpus: list[float]) -> int:
 
 
 def _misfit(placement: Placement, nodes: list[dict[str, float]], spare_cpus: float) -> str | None:
-    """Why the actors and a reader do not fit the nodes, by first fit; None if they do."""
+    """Why the actors, placed first-fit, and a reader do not fit the nodes; None if they do."""
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
     have = ", ".join(f"{cpu:g} CPUs and {gpu:g} GPUs" for cpu, gpu in free) or "none"
     want = f"{placement.num_actors} actors of {placement.cpus_per_actor:g} CPUs and {placement.gpus_per_actor:g} GPUs"

@@ -1,7 +1,7 @@
-"""What is to be done: the corpus's shards less what an output already holds of them.
+"""What a run has to do: the corpus's shards minus what the output already holds.
 
-A shard is complete if its marker is there, every object that the marker names, and no further results. Markers come
-from `_SUCCESS` where it is there, and nothing but them is opened.
+A shard is complete if its marker and every object that the marker names exist, and no other results of this version
+do. Markers are taken from `_SUCCESS` if it names them; no other objects are opened.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,16 @@ from .storage import Storage
 class Plan:
     """What a run has to do.
 
-    pending: shards to score, with the indices of the splits whose results are there already.
-    complete: the other shards; markers: theirs, by path.
-    distrusted: markers of pending shards, which are no longer, or never were, true.
-    superseded: files that go away when their shard is complete, unless its marker names them; removed: the files of
-    shards that are no longer in the corpus. Both by the shards' keys, in the order of `deletion_order`.
-    manifest: `_SUCCESS`, if it is that of exactly these complete shards; has_success: whether there is any.
+    Attributes:
+        pending: shards to score, each with the indices of the splits whose results already exist.
+        complete: the other shards.
+        markers: markers of the complete shards, by path.
+        distrusted: paths of the markers of pending shards, which are out of date or were never valid.
+        superseded: by shard key, files to delete when the shard is complete, unless its marker names them.
+        removed: by shard key, files of shards that are no longer in the corpus. These lists and those of
+            `superseded` are in `deletion_order`.
+        manifest: content of `_SUCCESS`, if it describes exactly these complete shards.
+        has_success: whether `_SUCCESS` exists.
     """
 
     pending: list[tuple[Shard, frozenset[int]]] = field(default_factory=list)
@@ -37,15 +41,20 @@ class Plan:
 
 
 def deletion_order(path: str) -> tuple[int, str]:
-    """Markers first, so that no reader is led to an object that is gone; quarantined rows last, so that a death never
-    leaves results that look as if they were a split's all."""
+    """Sort key for files to delete: markers first, then results, then quarantined rows.
+
+    So no marker names an object that is deleted, and a process that dies between two deletions never leaves results
+    without their quarantined rows.
+    """
     return 0 if path.startswith(f"{MARKERS}/") else 2 if path.startswith(f"{QUARANTINE}/") else 1, path
 
 
 def make_plan(shards: Sequence[Shard], output: Storage, identity_key: str | None = None) -> Plan:
-    """Subtract what the output holds from the shards.
+    """Compare the shards with the files in the output.
 
-    identity_key: what the run would write into its objects (`commit.identity_key`); markers of others are not believed.
+    Args:
+        identity_key: what the run would write into its objects (`commit.identity_key`). Markers with another key are
+            not trusted; None trusts all.
     """
     files: dict[str, list[tuple[str, str, str, int | None]]] = {}  # shard key → (version, path, folder, index)
     there = set()
@@ -91,13 +100,13 @@ def _manifest(output: Storage) -> dict[str, Any] | None:
     try:
         return read_manifest(output)
     except StorageError as error:
-        if isinstance(error.__cause__, ValueError):  # damaged: it goes, like one that is not true
+        if isinstance(error.__cause__, ValueError):  # damaged: it is deleted, like one that is out of date
             return None
         raise
 
 
 def _markers(output: Storage, paths: list[str], manifest: dict[str, Any] | None) -> dict[str, Marker]:
-    """The markers at these paths, from the manifest where it has them; without those that are damaged."""
+    """The undamaged markers at these paths, by path; those that the manifest has are not read."""
     told = {marker_path(marker): marker for marker in manifest["shards"]} if manifest else {}
     known = {path: told[path] for path in paths if path in told}
     unknown = [path for path in paths if path not in told]
@@ -105,13 +114,13 @@ def _markers(output: Storage, paths: list[str], manifest: dict[str, Any] | None)
 
 
 def _is_ours(marker: Marker, shard: Shard, identity_key: str | None) -> bool:
-    """Whether it speaks of this shard, and was not written late by a run with other options."""
+    """Whether a marker is for this shard and version, and was not written late by a run with other options."""
     others = identity_key is not None and marker.get("identity", identity_key) != identity_key
     return (marker["shard"], marker["version"]) == (shard.path, shard.version) and not others
 
 
 def _is_of(manifest: dict[str, Any], plan: Plan) -> bool:
-    """Whether a manifest says what there is: all of these shards, and beside them only those it calls removed."""
+    """Whether no shard is pending and the manifest names the complete shards and, besides, only removed ones."""
     removed = set(manifest.get("removed", ()))
     told = {marker_path(marker) for marker in manifest["shards"] if marker["shard"] not in removed}
     return not plan.pending and told == {shard.marker for shard in plan.complete}

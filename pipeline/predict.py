@@ -1,4 +1,4 @@
-"""Encoded splits → scored splits, in actors that hold a model; and the same model for ordinary `map_batches`."""
+"""Scoring of encoded splits by model actors, and the same model as a class for `Dataset.map_batches`."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ _MOST_SECONDS_BETWEEN_LOADS = 30.0
 
 @dataclass(frozen=True)
 class ActorSplit:
-    """Which actor computed a split, when (seconds since the epoch), and how long its model took to load."""
+    """The actor that scored a split, when (seconds since the epoch), and how many seconds its model took to load."""
 
     actor: str
     loaded_seconds: float
@@ -47,8 +47,12 @@ class ActorSplit:
 
 
 def result_columns(task: Task, results: DocumentResults, documents: Iterable[Any]) -> dict[str, pa.Array]:
-    """The model's results as the result columns, in their order: the task's own, and num_tokens: int64; num_windows:
-    int32; kept_tokens: list<int32>, one a reduction."""
+    """Convert the model's results into columns, in their order.
+
+    Returns:
+        The task's own columns, then num_tokens (int64), num_windows (int32) and kept_tokens (list<int32>, one per
+        reduction).
+    """
     columns = task.result_columns(results.outputs, documents)
     columns["num_tokens"] = pa.array(results.num_tokens, pa.int64())
     columns["num_windows"] = pa.array(results.num_windows.astype(np.int32), pa.int32())
@@ -57,24 +61,27 @@ def result_columns(task: Task, results: DocumentResults, documents: Iterable[Any
 
 
 class TRBertPredictor:
-    """A class for `Dataset.map_batches`: adds the result columns of the model's task to batches with its columns of
-    texts.
+    """A class for `Dataset.map_batches` that adds the result columns of the model's task to each batch.
 
         ray.data.read_parquet(…).map_batches(
             TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
 
-    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row comes back: where a text is null,
-    empty or no text, the results are null and `error` says why; elsewhere `error` is null.
+    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row is returned: if a text cannot be
+    scored (null, empty or not text), the results are null and `error` says why; otherwise `error` is null.
 
     Args:
         model: directory or URI of a TR-BERT model.
         text_column: the column with the documents, for classification.
-        question_column, context_column: the columns of a model that answers questions.
+        question_column, context_column: the columns with questions and contexts, for question answering.
         threads: torch threads; default: torch's own.
         speedup, max_drop: take the thresholds from the model's calibration table, as jobs/score.py does.
-        digest: the digest that the model must have, as a scoring run gives it to its actors.
-        options: the arguments of `trbert_model.engine.EngineOptions`, the task's (`probabilities`, `spans`, …) among
-            them.
+        digest: the digest that the model must have; a scoring run passes it to its actors.
+        options: the arguments of `trbert_model.engine.EngineOptions`, including the task's (`probabilities`, `spans`,
+            …).
+
+    Raises:
+        UsageError: there is no such model, its calibration table does not fit, or a batch lacks a column with texts.
+        StorageError: the model cannot be read.
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class TRBertPredictor:
             raise UsageError(f"no column {missing[0]!r} in the batch; its columns are {names}")
 
     def _score(self, columns: list[list[Any]]) -> dict[str, pa.Array]:
-        """Result columns for columns of texts of which some may be no text, with `error`."""
+        """Score columns of values, some of which may not be text; returns the result columns and `error`."""
         rows, errors = [], []
         for values in zip(*columns):
             checked = [check_text(value, name) for value, name in zip(values, self.text_columns)]
@@ -155,11 +162,11 @@ class TRBertPredictor:
 
 
 class _StoppedError(Exception):
-    """The run is to stop at once."""
+    """The run stops now, without finishing the split."""
 
 
 class SplitPredictor(TRBertPredictor):
-    """Ray Data stage: an encoded split → its scored split. A split that fails comes back with `error`."""
+    """Ray Data stage that scores encoded splits. A split that fails is returned with `error`."""
 
     def __init__(
         self,
@@ -170,8 +177,16 @@ class SplitPredictor(TRBertPredictor):
         alive_interval: float = 30.0,
         **options: Any,
     ):
-        """stop_interval: seconds between two questions whether to stop; alive_interval: between two times that it says
-        that it is alive; options: as TRBertPredictor takes them."""
+        """Load the model.
+
+        Args:
+            passed_columns: columns to copy from the input to the results.
+            id_column: the one of them that names the documents.
+            ledger: where work, deaths and failed loads are recorded.
+            stop_interval: seconds between checks whether to stop.
+            alive_interval: seconds between the actor's reports that it is alive.
+            options: the arguments of TRBertPredictor.
+        """
         self.passed_columns, self.id_column, self.ledger = passed_columns, id_column, ledger
         self.stop_interval = stop_interval
         self._load(**options)
@@ -186,8 +201,11 @@ class SplitPredictor(TRBertPredictor):
             time.sleep(interval)
 
     def _load(self, **options: Any) -> None:
-        """Load the model; if it cannot be had, say so and try again until the run ends. Ray would start the actor anew
-        without end, and tell nobody: the driver gives up when all it hears is this."""
+        """Load the model; if an expected error prevents it, report that to the ledger and retry until the run ends.
+
+        If this raised, Ray would restart the actor forever without telling the driver. The driver stops the run if
+        there are only failed loads.
+        """
         for number in itertools.count():
             self.ledger.begin_load()
             try:
@@ -223,7 +241,7 @@ class SplitPredictor(TRBertPredictor):
         except _StoppedError:
             return stopped_table(row)
         except Exception as error:
-            # Raising would make Ray compute the split again and in the end fail the run: name it and go on.
+            # Raising would make Ray compute the split again and finally fail the run: report the split and go on.
             logger.exception("split %d of shard %s cannot be scored", row["index"], row["shard"])
             return error_table(row, error)
         stats.predict_seconds = time.perf_counter() - clock
@@ -233,7 +251,7 @@ class SplitPredictor(TRBertPredictor):
         return split_table(row | scored | {"stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))})
 
     def _results(self, shard: str, split: pa.Table, entry: Entry) -> tuple[pa.Table, pa.Table, SplitStats]:
-        """A split's results, its quarantined rows, and what they took."""
+        """Score a split; returns its results, its quarantined rows and its statistics."""
         before = dataclasses.replace(self.engine.statistics)
         documents, rejected = from_ipc(split["payload"][0]), from_ipc(split["rejected"][0])
         killed = sorted(entry.care.killers)
@@ -244,14 +262,14 @@ class SplitPredictor(TRBertPredictor):
                 for position, name in zip(killed, names)
             ]
             rejected = rejected_table(rejected.to_pylist() + rows)
-        # The last column is the documents', whatever the passed columns are called.
+        # By position, since a passed column may have the same name as the documents' column.
         encoded = documents.column(documents.num_columns - 1)
         if entry.care.one_at_a_time:
             scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
             scored = self.engine.score(self._until_stopped(encoded, entry))
-        # Again from the column, without the token ids' copies: a million-token document is not held twice.
+        # Read the column again, which copies no token ids, so that a long document is not held twice.
         kept = self.task.from_column(documents.column(documents.num_columns - 1))
         documents = documents.remove_column(documents.num_columns - 1)
         columns: dict[str, Any] = {}
@@ -279,9 +297,9 @@ class SplitPredictor(TRBertPredictor):
         return pa.table(columns), rejected, stats
 
     def _score_each(self, encoded: pa.ChunkedArray, entry: Entry) -> DocumentResults:
-        """One document after the other, so that one that kills the process is found; those that have are left out.
+        """Score the documents one at a time, to find one that kills the process; known ones are left out.
 
-        Results do not depend on a document's batch, so they are what a whole split's are.
+        Results do not depend on a document's batch, so they equal those of a split scored at once.
         """
         scored = [self.engine.score([])]
         for position, document in enumerate(self._until_stopped(encoded, entry)):
@@ -292,7 +310,7 @@ class SplitPredictor(TRBertPredictor):
         return DocumentResults.concatenate(scored)
 
     def _until_stopped(self, encoded: pa.ChunkedArray, entry: Entry) -> Iterator[Any]:
-        """The documents, as long as the run may go on with what it has begun; each one is a sign of progress."""
+        """Yield the documents. Every `stop_interval`, report progress, and raise _StoppedError if the run stops now."""
         asked = time.monotonic()
         for document in self.task.from_column(encoded):
             if time.monotonic() - asked > self.stop_interval:

@@ -1,4 +1,4 @@
-"""Telling processes apart: on this machine and elsewhere, also those that had a number before."""
+"""Identification of processes across machines, containers and reused PIDs."""
 
 import os
 import socket
@@ -10,14 +10,17 @@ from typing import Any
 
 
 def clock() -> float:
-    """Seconds that go on while this process is paused or the machine sleeps, for leases."""
+    """Monotonic seconds for leases, which also count time while this process is paused or the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 @cache
 def this_process() -> dict[str, Any]:
-    """This process as others can look for it: host and number for people; boot, PID namespace and start time (None
-    where the system does not tell them) for `is_gone`; `name` is unique."""
+    """Describe this process so that other processes can check for it with `is_gone`.
+
+    `host` is for people. `boot`, `pid_namespace` and `started` are None if the system does not provide them. `name` is
+    unique.
+    """
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -32,8 +35,11 @@ os.register_at_fork(after_in_child=this_process.cache_clear)
 
 
 def is_gone(process: dict[str, Any]) -> bool:
-    """Whether a process is known to be no more. False where that cannot be seen: on another machine, or on this one in
-    another container, whose numbers mean other processes."""
+    """Whether a process is known to have ended.
+
+    False if this cannot be determined: the process is on another machine, or in another container, which has PIDs of
+    its own.
+    """
     here = this_process()
     if not all(here[name] is not None and process.get(name) == here[name] for name in ("boot", "pid_namespace")):
         return False
@@ -49,9 +55,9 @@ def is_gone(process: dict[str, Any]) -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since the boot; None if that is not told."""
+    """When a process on this machine started, in clock ticks since boot; None if unknown."""
     stat = _read(f"/proc/{pid}/stat")
-    return stat.rpartition(")")[2].split()[19] if stat else None  # the name before it may hold anything
+    return stat.rpartition(")")[2].split()[19] if stat else None  # the name in parentheses may contain anything
 
 
 def _pid_namespace() -> str | None:

@@ -1,4 +1,4 @@
-"""Every use of what Ray does not document. A Ray without it runs all the same, after a warning of what is lacking."""
+"""All uses of undocumented parts of Ray. If a version of Ray lacks one, a warning is logged and the run goes on."""
 
 import contextlib
 import os
@@ -24,31 +24,34 @@ except ImportError:
 
 logger = get_logger(__name__)
 
-# Versions of Ray in which these parts mean what they are used for here: from the first one to before the second.
+# Versions of Ray in which these parts are known to work: at least the first, below the second.
 _VERSIONS = ((2, 60), (3, 0))
 
 
 class OverError(ExecutionTimeoutError):
-    """A stopped run's grace is over."""  # Ray Data takes others for its own bugs, and prints their tracebacks
+    """A stopped run did not end in time."""  # Ray Data reports other errors as internal ones, with tracebacks
 
 
 @contextlib.contextmanager
 def listening_on_loopback() -> Iterator[None]:
-    """A Ray that is started in the block listens on 127.0.0.1 alone."""
+    """Make a Ray that is started in the block listen on 127.0.0.1 only."""
     if not _has(ray_constants, "ENABLE_RAY_CLUSTER", "a local Ray listens on all of this machine's addresses"):
         yield
         return
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        with environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):  # the same, for the processes that it starts
+        with environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):  # the same for the processes that Ray starts
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 class EndWhenOver(ExecutionCallback or object):  # type: ignore[misc]
-    """Ends Ray Data's execution when a run's grace is over: whoever waits for a split would wait on, where none comes
-    (for want of a machine for the actors, say). Ray Data makes it from its class, in the thread that starts the run."""
+    """Callback that ends an execution of Ray Data with an OverError when a stopped run's time is over.
+
+    Without it, the driver would wait forever for a split that never comes, for example if there is no machine for the
+    actors. Ray Data instantiates the class in the thread that starts the execution.
+    """
 
     is_over: ContextVar[Callable[[], bool] | None] = ContextVar("is_over", default=None)
 
@@ -62,7 +65,7 @@ class EndWhenOver(ExecutionCallback or object):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def ending_when(is_over: Callable[[], bool]) -> Iterator[None]:
-    """Executions of Ray Data that are started in the block end with an OverError once `is_over` says so."""
+    """Make executions of Ray Data that are started in the block end with an OverError once `is_over` returns true."""
     context, name = ray.data.DataContext.get_current(), "custom_execution_callback_classes"
     owner = None if ExecutionCallback is None else context
     if not _has(owner, name, "a stopped run that waits for a machine is left behind, not ended"):
@@ -79,7 +82,7 @@ def ending_when(is_over: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
-    """Variables of the environment for as long as the block runs."""
+    """Set environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -93,12 +96,12 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def worker_errors(error: BaseException) -> list[BaseException]:
-    """What a failed training's workers raised, in Ray's wrapper if it is another than the one that is known here."""
+    """The errors that the workers of a failed training raised, without Ray's wrapper if it is a known one."""
     return [getattr(each, "_base_exc", each) for each in getattr(error, "worker_failures", {}).values()]
 
 
 def _has(owner: Any, name: str, without: str) -> bool:
-    """Whether this Ray has a part, by its version and by looking; if not, one warning of what is lacking."""
+    """Whether this Ray has a known version and `owner` has the part; if not, warn once about the consequence."""
     first, end = _VERSIONS
     found = first <= tuple(int(part) for part in ray.__version__.split(".")[:2]) < end and hasattr(owner, name)
     if not found:

@@ -1,4 +1,4 @@
-"""Statistics: small records that add up, from one split to the run's report."""
+"""Statistics of a run: records of single splits, which add up to the run's report."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from .plan import Plan
 
 @dataclass
 class SplitStats:
-    """What one split, or any sum of splits, took and gave. Seconds are busy seconds of the stage that spent them."""
+    """Counts and times of one split or a sum of splits. Seconds are busy seconds of the stage they are named after."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -25,7 +25,7 @@ class SplitStats:
     labels: dict[str, int] = field(default_factory=dict)  # label → documents
     tokens: int = 0
     windows: int = 0
-    kept_tokens: list[int] = field(default_factory=list)  # one a reduction
+    kept_tokens: list[int] = field(default_factory=list)  # one per reduction
     flops: float = 0.0
     dense_flops: float = 0.0
     read_seconds: float = 0.0
@@ -37,7 +37,7 @@ class SplitStats:
     storage_retries: int = 0
 
     def count_bad(self, rows: list[dict[str, Any]]) -> None:
-        """Add quarantined rows by their reasons."""
+        """Count quarantined rows by reason."""
         for row in rows:
             self.bad_rows[row["reason"]] = self.bad_rows.get(row["reason"], 0) + 1
 
@@ -68,7 +68,14 @@ class SplitStats:
 
 @dataclass
 class ActorSpan:
-    """When a model actor was there (seconds since the epoch) and how long its model took to load."""
+    """The activity of a model actor.
+
+    Attributes:
+        loaded_seconds: how long its model took to load.
+        first_start: when it started its first split, in seconds since the epoch.
+        last_end: when it finished its last split, in seconds since the epoch.
+        busy_seconds: time spent on splits.
+    """
 
     loaded_seconds: float
     first_start: float
@@ -77,7 +84,7 @@ class ActorSpan:
 
 
 class RunStatistics:
-    """Collects what the driver sees while a run goes on."""
+    """Collects the statistics of a run on the driver."""
 
     def __init__(self, run_id: str, plan: Plan, started: float):
         self.run_id, self.plan = run_id, plan
@@ -91,27 +98,27 @@ class RunStatistics:
         self.shards_completed = 0
         self.removed: list[str] = []  # shards with results that are no longer in the corpus
         self.stopped: str | None = None
-        self.deaths = 0  # processes that died at their work
-        self.hung = 0  # of these, those that were ended because they gave no sign of progress
-        self.quarantined = 0  # rows of the shards this run completed, also those an earlier run had put aside
+        self.deaths = 0  # processes that died while working
+        self.hung = 0  # processes that were killed because they showed no progress
+        self.quarantined = 0  # rows of the shards this run completed, including those quarantined by earlier runs
         self._lock = threading.Lock()
         self._bytes_total = float(sum(shard.size for shard, _ in plan.pending))
         self._bytes_done = 0.0
 
     def add_shard(self, quarantined: int) -> None:
-        """A shard got its marker; called by the threads that write them."""
+        """Count a completed shard; called by the threads that write markers."""
         with self._lock:
             self.shards_completed += 1
             self.quarantined += quarantined
 
     def skip(self, shard: Shard, rows: int, shard_rows: int) -> None:
-        """Rows that an earlier run committed are not this run's work."""
+        """Exclude rows that an earlier run committed from the work of this run."""
         self._bytes_total -= shard.size * rows / max(shard_rows, 1)
 
     def add_split(
         self, stats: SplitStats, shard: Shard, rows: int, shard_rows: int, actor_split: dict[str, Any]
     ) -> None:
-        """A split is committed: its share of the shard's rows moves the progress, its actor was busy with it."""
+        """Add a committed split to the totals, to the progress and to its actor's activity."""
         self.total = self.total + stats
         self.splits += 1
         self._bytes_done += shard.size * rows / max(shard_rows, 1)
@@ -122,14 +129,14 @@ class RunStatistics:
         span.busy_seconds += end - start
 
     def steady_seconds(self) -> float:
-        """From the first split's arrival at an actor to the last one's departure."""
-        spans = list(self.actors.values())  # a copy: the progress line comes from another thread
+        """Seconds from the start of the first split on an actor to the end of the last one."""
+        spans = list(self.actors.values())  # a copy, since the progress line is made in another thread
         if not spans:
             return 0.0
         return max(span.last_end for span in spans) - min(span.first_start for span in spans)
 
     def progress_line(self) -> str:
-        """One line: documents, speed, kept tokens, and the time to the end at the present speed."""
+        """One line: documents, speed, kept tokens, and the remaining time at the current speed."""
         elapsed = max(time.time() - self.started, 1e-9)
         steady = max(self.steady_seconds(), 1e-9)
         done = min(self._bytes_done / max(self._bytes_total, 1.0), 1.0)
@@ -144,7 +151,7 @@ class RunStatistics:
         )
 
     def report(self, *, status: str, exit_code: int, settings: dict[str, Any]) -> dict[str, Any]:
-        """The run report, as `_runs/<run id>.json` holds it."""
+        """Build the run report, as stored in `_runs/<run id>.json`."""
         self.finished = self.finished or time.time()
         total, steady, wall = self.total, self.steady_seconds(), self.finished - self.started
         computed = sum(span.busy_seconds for span in self.actors.values())
@@ -223,7 +230,7 @@ class RunStatistics:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The run report for a terminal."""
+    """Format the run report for a terminal."""
     shards, seconds, speed = report["shards"], report["seconds"], report["per_second_steady_state"]
     lines = [
         f"{report['status']}  (run {report['run']}, exit code {report['exit_code']})",
@@ -271,7 +278,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _listed(what: str, reasons: dict[str, str], most: int = 50) -> list[str]:
-    """Lines for shards or splits with their reasons, not all of very many."""
+    """One line for each shard or split with its reason, at most `most` of them."""
     rows = [(name.replace("\n", "\\n"), f": {reason}" if reason else "") for name, reason in sorted(reasons.items())]
     lines = [f"  {what:11} {name}{reason}" for name, reason in rows]
     more = len(lines) - most

@@ -1,8 +1,8 @@
-"""The rows that carry splits through the Ray Data pipeline: one fixed schema, from the first stage to the last.
+"""The rows that carry splits through the Ray Data pipeline, with one fixed schema for all stages.
 
-A row is one split: plain columns, and documents or results as Arrow IPC bytes. A stage that fails fills `error` and
-passes the row on, so no split vanishes. Nothing here needs the model, so that the processes that write results start
-without it.
+A row is one split: plain columns, and documents or results as Arrow IPC bytes. A stage that fails sets `error` and
+passes the row on, so that no split is lost. Nothing here imports the model, so that the processes that write results
+start without it.
 """
 
 from enum import StrEnum
@@ -16,42 +16,42 @@ SPLIT_SCHEMA = pa.schema(
         ("version", pa.string()),
         ("size", pa.int64()),
         ("shard_rows", pa.int64()),
-        ("index", pa.int32()),  # -1: no split, the row only says how many the shard has
-        ("num_splits", pa.int32()),  # on the shard's last row; null before it
+        ("index", pa.int32()),  # -1: not a split; the row has the shard's num_splits or error
+        ("num_splits", pa.int32()),  # on the shard's last row; otherwise null
         ("rows", pa.int64()),
-        ("skipped_rows", pa.int64()),  # rows of splits that were there already, since the row before
+        ("skipped_rows", pa.int64()),  # rows of already committed splits since the shard's previous row
         ("payload", pa.large_binary()),
         ("rejected", pa.large_binary()),
         ("stats", pa.string()),
-        ("actor", pa.string()),  # who predicted it and when, `predict.ActorSplit` as JSON
+        ("actor", pa.string()),  # which actor scored it and when, `predict.ActorSplit` as JSON
         ("committed", pa.string()),  # what was published, `commit.Committed` as JSON
-        ("error", pa.string()),  # why there is nothing else, for people
+        ("error", pa.string()),  # why a stage failed, for people
         ("error_kind", pa.string()),  # the same for the driver, an `ErrorKind`
     ]
 )
 
 
 class ErrorKind(StrEnum):
-    """Why a row has an error."""
+    """The cause of a row's error."""
 
-    WORK = "work"  # the shard or the split is at fault, or what it was read from
-    OUTPUT = "output"  # its results could not be written
+    WORK = "work"  # the shard, the split or the input's storage
+    OUTPUT = "output"  # the results could not be written
     STOPPED = "stopped"  # the run was asked to stop
 
 
 def split_table(row: dict[str, Any]) -> pa.Table:
-    """One row in the pipeline's schema."""
+    """A table of one row in the pipeline's schema."""
     return pa.Table.from_pylist([row], schema=SPLIT_SCHEMA)
 
 
 def error_table(row: dict[str, Any], error: Exception, kind: ErrorKind = ErrorKind.WORK) -> pa.Table:
-    """A row whose stage failed, without its payload."""
+    """The row of a split or shard that a stage failed on, without its payload."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return _failed_table(row, reason, kind)
 
 
 def stopped_table(row: dict[str, Any]) -> pa.Table:
-    """A row of work that was left undone because the run stops."""
+    """The row of a split or shard that was not processed because the run stops."""
     return _failed_table(row, "stopped", ErrorKind.STOPPED)
 
 
@@ -60,7 +60,7 @@ def _failed_table(row: dict[str, Any], reason: str, kind: ErrorKind) -> pa.Table
 
 
 def to_ipc(table: pa.Table) -> bytes:
-    """A table as Arrow IPC stream bytes."""
+    """Convert a table to Arrow IPC stream bytes."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -68,6 +68,6 @@ def to_ipc(table: pa.Table) -> bytes:
 
 
 def from_ipc(data: Any) -> pa.Table:
-    """Arrow IPC stream bytes (or a binary scalar) as a table, without a copy."""
+    """Read a table from Arrow IPC stream bytes (or a binary scalar) without copying."""
     buffer = data.as_buffer() if isinstance(data, pa.Scalar) else pa.py_buffer(data)
     return pa.ipc.open_stream(buffer).read_all()

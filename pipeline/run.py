@@ -1,4 +1,4 @@
-"""A scoring run from end to end. Read this file first: it wires the stages that the others hold."""
+"""A scoring run from end to end. Read this file first: it connects the stages, which are in the other files."""
 
 import json
 import secrets
@@ -33,14 +33,20 @@ from .stream import COMMIT_CPUS, READER_CPUS, Patience, Stream, say
 
 logger = get_logger(__name__)
 
-# 2 and 5 are the errors' own: a UsageError, an OutputBusyError.
+# The errors have exit codes of their own, such as 2 (UsageError) and 5 (OutputBusyError).
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run of a job: its name in reports and markers, when it started (seconds since the epoch), what stops it, and
-    when it gives up."""
+    """One run of a job.
+
+    Attributes:
+        run_id: its name in reports and markers.
+        started: when it started, in seconds since the epoch.
+        stop: request to stop it.
+        patience: when it gives up.
+    """
 
     run_id: str = field(default_factory=lambda: time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3))
     started: float = field(default_factory=time.time)
@@ -49,21 +55,23 @@ class RunContext:
 
 
 def score(config: ScoreConfig, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Score a corpus: everything that the output does not hold yet.
-
-    Returns the run report (also in the output as `_runs/<run id>.json`); its `exit_code` is 0 for a complete output,
-    3 for a complete one with unreadable shards or more bad rows than `max_bad_rows`, 1 if splits could not be scored,
-    4 if the run was stopped (SIGTERM, SIGHUP, Ctrl-C, `stop_after`) before it was complete. With `dry_run`, returns
-    `plan_of`'s plan.
+    """Score the rows of a corpus that the output does not hold yet.
 
     Args:
-        stop: how a caller asks the run to stop; signals do as well, where this is the main thread.
+        config: the options.
+        stop: lets the caller stop the run. Signals stop it too if this is the main thread.
+
+    Returns:
+        The run report, which is also written to the output as `_runs/<run id>.json`. Its `exit_code` is 0 if the
+        output is complete, 3 if it is complete but for unreadable shards or has more bad rows than `max_bad_rows`, 1
+        if splits could not be scored, and 4 if the run was stopped (SIGTERM, SIGHUP, Ctrl-C, `stop_after`) before the
+        output was complete. With `dry_run`, the result of `plan_of`.
 
     Raises:
-        UsageError: nothing was started, because of the option, input, model or output that it names.
-        OutputBusyError: nothing was started, because another run is at work on the output, or it took it over.
-        AbandonedError: the run was stopped and did not end in the time that it had.
-        PipelineError: the run broke off; what was committed stays, and running again finishes it.
+        UsageError: an option, the input, the model or the output does not fit; nothing was started.
+        OutputBusyError: another run is working on the output (nothing was started), or has taken it over.
+        AbandonedError: the run was stopped and did not end in time.
+        PipelineError: the run failed. Committed splits are kept, and the next run finishes the rest.
     """
     run = RunContext(stop=stop or StopRequest())
     run.stop.grace = config.stop_grace
@@ -83,7 +91,7 @@ def _score(config: ScoreConfig, run: RunContext) -> dict[str, Any]:
     except PipelineError as error:
         if stop.since is None or stop.failed:
             raise
-        # Whatever else it was, it had only the grace to be tried again.
+        # Retries end with the grace, so the stop may have caused any other error too.
         meanwhile = "" if isinstance(error, StoppedError) else f"; meanwhile: {error}"
         statistics = RunStatistics(run.run_id, Plan(), run.started)
         statistics.stopped = stop.reason
@@ -94,7 +102,7 @@ def _score(config: ScoreConfig, run: RunContext) -> dict[str, Any]:
 
 
 def run_job(job: Job, run: RunContext) -> dict[str, Any]:
-    """Lock the output, plan what it lacks, start Ray if it lacks anything; `score` says what comes of it."""
+    """Lock the output, plan what is missing, and start Ray if anything is. Returns and raises the same as `score`."""
 
     def lost() -> None:
         run.stop.request("another run has taken the output over", failed=True)
@@ -106,7 +114,7 @@ def run_job(job: Job, run: RunContext) -> dict[str, Any]:
         plan = None if job.differences else make_plan(job.shards, job.output, job.recorded_key)
         if plan is not None and not plan.pending:
             return _Run(job, plan, run, lock).execute()
-        if (gpus := job.config.gpus_per_actor) is not None:  # then so is the dtype, without a cluster
+        if (gpus := job.config.gpus_per_actor) is not None:  # then the dtype is known without a cluster
             job = job.on(auto_dtype(gpus))
             job.require_output()
         run.stop.check()
@@ -117,13 +125,13 @@ def run_job(job: Job, run: RunContext) -> dict[str, Any]:
                 say(str(job.expectation))
             run.stop.check()
             bind_output(job.output, job.identity, overwrite=job.config.overwrite, defaults=identity_defaults())
-            if plan is None or job.differences:  # then nothing is left of what there was
+            if plan is None or job.differences:  # then bind_output has cleared the output
                 plan = make_plan(job.shards, job.output, job.identity_key)
             return _Run(job, plan, run, lock).execute(placement)
 
 
 def plan_of(job: Job) -> dict[str, Any]:
-    """What a run would do: shards and bytes to read, what is done, and whether the output would be refused."""
+    """What a run would do: shards and bytes to read, what is complete, and whether the output would be refused."""
     differences = job.differences
     fresh = Plan(pending=[(shard, frozenset()) for shard in job.shards])
     plan = fresh if differences else make_plan(job.shards, job.output, job.recorded_key)
@@ -142,7 +150,7 @@ def plan_of(job: Job) -> dict[str, Any]:
 
 @dataclass
 class _ShardProgress:
-    """A shard's splits as they come in: those committed, by index, and how many there are once that is known."""
+    """A shard's committed splits by index, and its number of splits, None until it is known."""
 
     shard: Shard
     splits: dict[int, Committed] = field(default_factory=dict)
@@ -154,23 +162,24 @@ class _ShardProgress:
 
 
 class _Run:
-    """One run: what the driver does with the rows that come out of the stream, and what it leaves in the output."""
+    """One run on the driver: processes the rows that leave the pipeline, and writes markers, manifest and report."""
 
     def __init__(self, job: Job, plan: Plan, context: RunContext, lock: OutputLock):
         self.job, self.config, self.output, self.plan = job, job.config, job.output, plan
         self.run_id, self.stop, self.patience, self.lock = context.run_id, context.stop, context.patience, lock
         self.statistics = RunStatistics(self.run_id, plan, context.started)
         self.progress = {shard.path: _ShardProgress(shard) for shard, _ in plan.pending}
-        self.markers: dict[str, Marker] = dict(plan.markers)  # by path: of the complete shards
+        self.markers: dict[str, Marker] = dict(plan.markers)  # by path; of complete and removed shards
         self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
         self.written: list[Future] = []
         self.failed_shards: set[str] = set()
         self.failure: str | None = None
 
     def execute(self, placement: Placement | None = None) -> dict[str, Any]:
-        """Run the pipeline, mark the output complete if it is, write the report, whatever happens in between.
+        """Run the pipeline, create `_SUCCESS` if the output is complete, and write the report even after an error.
 
-        placement: where the actors go; a run with nothing to do needs none.
+        Args:
+            placement: placement of the actors; None if there is nothing to do.
         """
         labels_before = last_labels(self.output, self.job.model.digest) if self.plan.pending else {}
         if self.plan.complete:
@@ -178,7 +187,7 @@ class _Run:
         status, code = "broken off", EXIT_FAILED
         try:
             has_manifest = self._open_manifest()
-            for shard in self.plan.complete:  # what a run that died after the marker has left
+            for shard in self.plan.complete:  # left by a run that died after it wrote the marker
                 self.output.delete(self.plan.superseded.get(shard.key, []))
             if placement is not None and self.plan.pending:
                 self._settle()
@@ -200,15 +209,15 @@ class _Run:
             report["warnings"] = kept_drift(report["kept_fractions"], self.job.expectation)
             report["warnings"] += label_drift(report["labels"], labels_before)
             try:
-                # Its name is this run's alone: written also by one that has lost the output.
+                # No other run writes this name, so a run that has lost the output may write it too.
                 place = self.output.fenced(lambda: None)
                 place.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
-            except StorageError as error:  # the report is returned all the same, and an error under way is not hidden
+            except StorageError as error:  # still return the report, and do not replace an error that is being raised
                 logger.error("the run report is not in the output: %s", error)
         return report
 
     def _open_manifest(self) -> bool:
-        """Whether `_SUCCESS` is true and stays; else it goes, and so do markers that are not true."""
+        """Return whether `_SUCCESS` is valid; if it is not, delete it and the invalid markers."""
         removed = self.statistics.removed = sorted(self._removed_shards())
         manifest = self.plan.manifest
         goes = bool(removed) and self.config.delete_removed
@@ -220,7 +229,7 @@ class _Run:
         return False
 
     def _removed_shards(self) -> list[str]:
-        """The shards with results in the output that the corpus no longer has; keys where there is no marker."""
+        """The shards in the output that are no longer in the corpus: by path, or by key if there is no marker."""
         first = {key: files[0] for key, files in self.plan.removed.items()}  # markers come first
         marked = {path: key for key, path in first.items() if path.startswith(f"{MARKERS}/")}
         read = dict(read_markers(self.output, marked))
@@ -229,7 +238,7 @@ class _Run:
         return [names.get(key, key) for key in first]
 
     def _close_manifest(self, has_manifest: bool) -> None:
-        """`_SUCCESS` for an output that is complete, unless it is there."""
+        """Finish a complete output: delete removed shards if configured, and create `_SUCCESS` unless it exists."""
         if self.config.delete_removed:
             for files in self.plan.removed.values():
                 self.output.delete(files)
@@ -240,7 +249,7 @@ class _Run:
             write_deaths(self.output, {})
 
     def _settle(self) -> None:
-        """Take over what an earlier run has left of the shards to score, as far as it is whole."""
+        """Take over the intact splits that earlier runs committed of the pending shards."""
         settled = settle_done(self.output, self.plan.pending, self.job.identity_key)
         for (path, index), committed in settled.items():
             self.progress[path].splits[index] = committed
@@ -259,13 +268,13 @@ class _Run:
             written.result()
 
     def _take(self, row: dict[str, Any]) -> None:
-        """Account for a row that left the pipeline, and mark its shard when that was the last one."""
+        """Record a row that left the pipeline, and write its shard's marker if the shard is now complete."""
         progress = self.progress[row["shard"]]
         if row["error_kind"] == ErrorKind.STOPPED:
             return
         if row["error"] is not None:
             if row["error_kind"] == ErrorKind.OUTPUT:
-                # The output has failed for longer than the retries last: more results would have nowhere to go.
+                # The retries are used up, so further results could not be written either.
                 self.failure = row["error"]
                 self.stop.request("the output cannot be written", failed=True)
             if row["index"] < 0:
@@ -278,7 +287,7 @@ class _Run:
         if row["num_splits"] is not None:
             progress.num_splits = row["num_splits"]
             for index in [index for index in progress.splits if index >= row["num_splits"]]:
-                del progress.splits[index]  # no split of this shard, whoever has written it
+                del progress.splits[index]  # not a split of this shard
         if row["index"] >= 0:
             progress.splits[row["index"]] = Committed(**json.loads(row["committed"]))
             self.statistics.add_split(
@@ -305,7 +314,7 @@ class _Run:
         self.statistics.add_shard(marker["quarantined"])
 
     def _verdict(self) -> tuple[str, int]:
-        """How the run ended, and its exit code."""
+        """The status and exit code of the run."""
         statistics, config = self.statistics, self.config
         accounted = self.failed_shards | set(statistics.unreadable)
         vanished = [
@@ -326,7 +335,7 @@ class _Run:
         return ("complete" if self.plan.pending else "complete already: nothing to do"), EXIT_COMPLETE
 
     def _settings(self, placement: Placement | None) -> dict[str, Any]:
-        """What the report says of the run's conditions."""
+        """The report's entries about options, model, placement and versions."""
         config, model, expectation = self.config, self.job.model, self.job.expectation
         packages = ("ray", "torch", "transformers", "pyarrow", "s3fs")
         return {

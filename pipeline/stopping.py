@@ -1,4 +1,4 @@
-"""Stopping a run from outside: a signal, `stop_after`, a lost lock, an output that fails.
+"""Stopping a run early: on a signal, after `stop_after`, or if the lock is lost or the output fails.
 
 Imports nothing heavy, so that a command can listen for signals before it imports Ray and torch.
 """
@@ -21,11 +21,13 @@ _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGINT: "
 
 
 class StopRequest:
-    """Whether, why and since when a run is to stop; the first reason counts. Safe to ask for in a signal handler.
+    """Whether, why and since when a run should stop. Only the first request counts. Safe to use in a signal handler.
 
-    grace: seconds that work under way has to finish once a stop was asked for. failed: the run itself asks, because it
-    cannot go on. last_words: seconds after the grace in which splits that were told to abandon what they do can say so,
-    and what is complete is still recorded.
+    Attributes:
+        grace: seconds that work in progress has to finish after the request.
+        last_words: seconds after the grace in which abandoned splits can report this and complete ones are recorded.
+        reason: why the run should stop; None before a request.
+        failed: whether the run made the request itself, because it cannot go on.
     """
 
     def __init__(self, grace: float = 15.0, last_words: float = 10.0) -> None:
@@ -33,7 +35,7 @@ class StopRequest:
         self.reason: str | None = None
         self.failed = False
         self.since: float | None = None  # time.monotonic()
-        self.deadline: tuple[float, str] | None = None  # time.time() at which the run stops by itself, and the reason
+        self.deadline: tuple[float, str] | None = None  # time.time() at which the run stops, and the reason
         self.when_abandoned: list[Callable[[], None]] = []
 
     def request(self, reason: str, failed: bool = False) -> None:
@@ -46,32 +48,32 @@ class StopRequest:
 
     @property
     def is_over(self) -> bool:
-        """Whether whatever has not come back by now is left behind."""
+        """Whether the grace and the last words are over; what has not ended by then is abandoned."""
         return self.since is not None and time.monotonic() - self.since > self.grace + self.last_words
 
     def check(self) -> None:
-        """Raise StoppedError if a stop was asked for: between two steps of a run's preparation."""
+        """Raise StoppedError if a stop was requested. For use between the steps of a run's preparation."""
         if self.since is not None:
             raise StoppedError(f"stopped ({self.reason}); run again to go on")
 
     def wait(self, seconds: float) -> None:
-        """Sleep, unless or until a stop is asked for."""
+        """Sleep until a stop is requested, at most for `seconds`."""
         until = time.monotonic() + seconds
         while self.since is None and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _POLL_SECONDS))
 
     def wait_in_grace(self, seconds: float) -> None:
-        """Sleep, unless or until a stop's grace is over: between two attempts at the same request."""
+        """Sleep until the grace is over, at most for `seconds`. For use between two attempts at the same request."""
         until = time.monotonic() + seconds
         while not self.grace_is_over and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _POLL_SECONDS))
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[Callable[[], None]]:
-        """SIGTERM, SIGHUP and Ctrl-C ask to stop as long as the block runs; a second Ctrl-C interrupts at once.
+        """Make SIGTERM, SIGHUP and Ctrl-C request a stop while the block runs. A second Ctrl-C interrupts at once.
 
-        Yields a function that installs the handlers again: Ray puts its own in. Signals that are ignored (nohup) stay
-        so. Other threads than the main one cannot listen, and change nothing.
+        Yields a function that installs the handlers again, since Ray replaces them. Signals that are ignored (nohup)
+        stay ignored. Outside the main thread, which alone can handle signals, this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield lambda: None
@@ -98,13 +100,13 @@ class StopRequest:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def run(self, body: Callable[[], Result]) -> Result:
-        """Run `body` in a thread of its own while this one listens.
+        """Run `body` in a new thread while this one handles signals and the deadline.
 
-        Whatever `body` waits for (a request that hangs, Ray that does not start), this returns within the grace and
-        `last_words` seconds of a stop.
+        Even if `body` is blocked (by a hanging request, or a Ray that does not start), this returns about `grace` and
+        `last_words` seconds after a stop was requested.
 
         Raises:
-            AbandonedError: `body` did not end in that time; it was left behind, without its lock.
+            AbandonedError: `body` did not end in that time. Its thread is abandoned, and its lock released.
         """
         ended: Future[Result] = Future()
 
@@ -114,7 +116,7 @@ class StopRequest:
             except BaseException as error:  # noqa: BLE001 - raised again where it was called
                 ended.set_exception(error)
 
-        context = contextvars.copy_context()  # Ray Data's settings are of a context
+        context = contextvars.copy_context()  # the caller's context variables hold in the thread too
         with self.on_signals() as install:
             threading.Thread(target=context.run, args=(execute,), name="run", daemon=True).start()
             try:
@@ -126,14 +128,14 @@ class StopRequest:
             return ended.result()
 
     def _wait_for(self, ended: Future, install: Callable[[], None]) -> bool:
-        """Look at everything once; whether `ended` has."""
+        """Wait briefly for `ended`, then check signals, deadline and grace; returns whether it has ended."""
         with contextlib.suppress(TimeoutError):
             ended.exception(_POLL_SECONDS)
             return True
         install()
         if self.deadline is not None and time.time() > self.deadline[0]:
             self.request(self.deadline[1])
-        # What watches over the streaming gives up at `is_over`; a moment later so does this, on everything else.
+        # The stream ends by itself at `is_over`. Everything else is abandoned a little later.
         if self.since is not None and time.monotonic() - self.since > self.grace + self.last_words + 2.0:
             error = AbandonedError(f"stopped ({self.reason}) while something did not answer; run again to go on")
             error.exit_code = PipelineError.exit_code if self.failed else StoppedError.exit_code

@@ -1,9 +1,9 @@
-"""Where files live: one class over fsspec for local paths and object stores.
+"""File access: one class over fsspec for local paths and object stores.
 
-Requests that fail for a passing reason (throttling, a server's fault, a connection) are made again with exponential
-backoff and full jitter until a budget of seconds is spent; everything else, and what is left then, becomes a
-StorageError of one line. Credentials come from the environment or the usual AWS configuration, read inside each
-process: a Storage pickles without them, and its errors name places, never credentials.
+Requests that fail for a transient reason (throttling, server errors, connection errors) are retried with exponential
+backoff and full jitter for a limited time. All other errors, and those that persist, become a StorageError of one
+line. Each process reads the credentials from the environment or the usual AWS configuration. A Storage pickles without
+them, and its errors never contain them.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ logger = get_logger(__name__)
 
 Result = TypeVar("Result")
 
-# Longer than an S3 server takes to come back, shorter than anyone wants to wait for a wrong endpoint.
+# Longer than an S3 server takes to restart, but short enough to wait for if the endpoint is wrong.
 RETRY_SECONDS = 180.0
-_LONGEST_WAIT = 15.0  # seconds between two attempts at most; jitter makes it anything below
-_LISTING_ATTEMPTS = 4  # of each page: a listing of a thousand pages must not begin anew because of one
+_LONGEST_WAIT = 15.0  # maximum seconds between two attempts; jitter shortens them
+_LISTING_ATTEMPTS = 4  # for each page, so that a listing of a thousand pages does not restart because of one
 _FILES_AT_ONCE = 512
 
-# Error codes of S3 beside the statuses 409 (a conditional write met another one), 429 and 5xx. Of the 400s these are
-# about a body that was cut or damaged on its way.
+# S3's transient error codes, in addition to the statuses 409 (concurrent conditional writes), 429 and 5xx. Those in the
+# second line have status 400 and are about a body that was truncated or damaged in transit.
 _PASSING_CODES = {
     *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
     *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),
@@ -61,15 +61,15 @@ _PASSING_NUMBERS = {
     getattr(errno, "EREMOTEIO", errno.EBUSY),
 }
 
-# Temporary files of local writes. Who was killed while it wrote leaves its own behind; one that has not changed for so
-# many seconds is nobody's any more.
+# Temporary files of local writes. A process that is killed while writing leaves its file behind. A file that has not
+# changed for this many seconds is considered abandoned.
 _TEMPORARY = "._trbert-"
 _ABANDONED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A listed file: its path below the listed root, bytes, and what tells one version of it from another."""
+    """A listed file: its path below the listed root, its size in bytes, and a hash that identifies its version."""
 
     path: str
     size: int
@@ -77,14 +77,17 @@ class StoredFile:
 
 
 class Storage:
-    """A prefix in some file system.
+    """A prefix in a file system.
 
     Args:
-        uri: a local path or any fsspec URI. `memory://` is refused: it is one process's own.
-        retry_seconds: for how long after its first attempt a request that fails for a passing reason is made again;
-            the last attempt may end later.
-        stop: no request is made again after this request's grace. Stays in this process.
-        fence: called before each attempt to write, create or delete; raises what forbids it. Stays in this process.
+        uri: a local path or any fsspec URI except `memory://`, which is private to one process.
+        retry_seconds: how long to retry a request that fails for a transient reason, counted from its first attempt.
+            The last attempt may end later.
+        stop: nothing is retried after this stop request's grace. Not pickled.
+        fence: called before each attempt to write, create or delete; raises an error to prevent it. Not pickled.
+
+    Raises:
+        UsageError: the URI is malformed, contains credentials or has the protocol `memory://`.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Storage:
         protocol = uri.split("://", 1)[0] if "://" in uri else "file"
         if protocol == "file" and re.match(r"[a-z][a-z0-9+.-]+:/[^/]", uri):
             raise UsageError(f"{uri}: a URI has two slashes after its protocol (a local path of this name: ./{uri})")
-        if protocol in ("file", "local"):  # absolute: Ray's workers have working directories of their own
+        if protocol in ("file", "local"):  # absolute, since Ray's workers have other working directories
             uri = os.path.abspath(os.path.expanduser(uri.removeprefix(f"{protocol}://")))
         self.uri = uri.rstrip("/") if uri.strip("/") else uri
         if protocol == "memory":
@@ -107,7 +110,7 @@ class Storage:
         self.protocol = protocol
         self.retry_seconds = retry_seconds
         self._stop, self._fence = stop or StopRequest(), fence
-        self.retries = 0  # attempts beyond the first of each request, by this object
+        self.retries = 0  # attempts beyond the first of each of this object's requests
         self._fs: fsspec.AbstractFileSystem | None = None
         self._root = ""
 
@@ -121,28 +124,28 @@ class Storage:
         return f"Storage({self.uri!r})"
 
     def fenced(self, fence: Callable[[], None]) -> "Storage":
-        """The same place, changed only as long as `fence` allows it."""
+        """A copy of this storage that writes and deletes only if `fence` allows it."""
         return Storage(self.uri, self.retry_seconds, self._stop, fence)
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        """The file system, made on first use in each process."""
+        """The fsspec file system, created on first use in each process."""
         if self._fs is None:
             try:
-                if self.is_local:  # url_to_fs would take what follows a "::" in a path for another URL
+                if self.is_local:  # url_to_fs would take the text after "::" in a path for another URL
                     fs, root = fsspec.filesystem("file"), self.uri
                 else:
                     fs, root = fsspec.core.url_to_fs(self.uri, **self._options())
             except (ValueError, ImportError, OSError) as error:
                 raise UsageError(f"{self.uri}: {error}") from error
             if self.is_s3:
-                fs.retries = 1  # its own would multiply with ours, and they have no budget of time
+                fs.retries = 1  # its own retries would multiply with ours, without a time limit
             self._fs, self._root = fs, root.rstrip("/") if root != "/" else root
         return self._fs
 
     @property
     def root(self) -> str:
-        """The prefix in the file system's own terms."""
+        """The prefix as a path of the file system."""
         return self._root if self._fs or self.fs else ""
 
     @property
@@ -161,12 +164,12 @@ class Storage:
         return {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
 
     def location(self, path: str) -> str:
-        """A path below the prefix → its full path in the file system."""
+        """The full path in the file system of a path below the prefix."""
         return f"{self.root}/{path}" if path else self.root
 
     @contextlib.contextmanager
     def errors(self, action: str, path: str = "") -> Iterator[None]:
-        """Turn what file systems raise into a StorageError that names the place."""
+        """Turn errors of file systems into a StorageError that names the path."""
         try:
             yield
         except PipelineError:
@@ -176,7 +179,7 @@ class Storage:
             raise StorageError(f"{place}: cannot {action}: {_reason(error)}") from error
 
     def _call(self, action: str, path: str, request: Callable[[], Result]) -> Result:
-        """Make a request, again while it fails for a passing reason and the budget lasts."""
+        """Make a request, and retry it for `retry_seconds` while it fails for a transient reason."""
 
         def count(state: RetryCallState) -> None:
             self.retries += 1
@@ -199,10 +202,10 @@ class Storage:
             return retrying(request)
 
     def files(self, below: str = "") -> list[StoredFile]:
-        """All files under a path below the prefix, in the order of their paths; none if there is nothing.
+        """List all files under a path below the prefix, sorted by path. The list is empty if the path does not exist.
 
         Raises:
-            StorageError: it cannot be listed, or there is no such bucket.
+            StorageError: the path cannot be listed, or the bucket does not exist.
         """
         try:
             found = self._call("list", below, lambda: self.fs.find(self.location(below), detail=True))
@@ -210,24 +213,24 @@ class Storage:
             if isinstance(error.__cause__, FileNotFoundError) and self.is_local:
                 return []
             raise
-        if not found and self.is_s3:  # where a missing bucket lists as an empty one
+        if not found and self.is_s3:  # a missing bucket is listed as an empty one
             bucket = self.root.split("/", 1)[0]
             self._call("list", below, lambda: self.fs.call_s3("head_bucket", Bucket=bucket))
         found = self._regular(found)
         return sorted((self._stored_file(name, info) for name, info in found.items()), key=lambda file: file.path)
 
     def glob(self) -> list[StoredFile]:
-        """The files that the prefix, read as a pattern, matches."""
+        """List the files that match the prefix as a glob pattern, sorted by path."""
         fixed = glob_root(self.location(""))
         found = self._call("list", "", lambda: self.fs.glob(self.root, detail=True))
         files = self._regular(found)
         return sorted((self._stored_file(n, i, base=fixed) for n, i in files.items()), key=lambda file: file.path)
 
     def _regular(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Of what was listed the files and, with what they link to, the links; a pipe would block who opens it."""
+        """The files and links of a listing, links with their targets' attributes. Opening a pipe would block."""
         files = {}
         for name, info in found.items():
-            if info.get("islink"):  # the listing has the link's own time, `version` its target's
+            if info.get("islink"):  # the listing has the link's own time, `version` the target's
                 with contextlib.suppress(FileNotFoundError):
                     info = self.fs.info(name)
             if info["type"] == "file" or info.get("islink"):
@@ -238,12 +241,12 @@ class Storage:
         base = (self.root if base is None else base).rstrip("/")
         if name.rstrip("/") == base:  # a single file, or an object named like the prefix
             base = name.rpartition("/")[0].rstrip("/")
-        # One slash and no more: keys may have empty parts, and are not found without them.
+        # Remove only one slash: keys may have empty parts, which belong to the name.
         return StoredFile(name[len(base) :].removeprefix("/"), info["size"] or 0, _version(info))
 
     def listed(self, path: str) -> str | None:
-        """The version of a file below the prefix by the present listing; None if it is not in it."""
-        if self.is_s3:  # of a folder of a hundred thousand only what is asked for
+        """The version of a file below the prefix in a new listing; None if it is not listed."""
+        if self.is_s3:  # only keys that begin with the path, as its folder may be large
             found = self._call("list", path, lambda: self.fs.find(self.root, detail=True, prefix=path))
             files = [self._stored_file(name, info) for name, info in found.items()]
         else:
@@ -251,7 +254,7 @@ class Storage:
         return next((file.version for file in files if file.path == path), None)
 
     def version(self, path: str) -> str:
-        """The present version of a file below the prefix, as `files` would give it."""
+        """The current version of a file below the prefix, as in `files`."""
         return _version(self._call("read", path, lambda: self.fs.info(self.location(path))))
 
     def open(self, path: str) -> IO[bytes]:
@@ -259,16 +262,16 @@ class Storage:
         location = self.location(path)
         if self.is_local:
             return self._call("read", path, lambda: self.fs.open(location, "rb"))
-        # pyarrow asks for exactly what it needs: what is read ahead of that would be read for nothing.
+        # pyarrow requests exactly the bytes it needs, so reading ahead would be wasted.
         file = self._call("read", path, lambda: self.fs.open(location, "rb", cache_type="none"))
         return _RetryingFile(file, lambda request: self._call("read", path, request))  # type: ignore[return-value]
 
     def read(self, path: str) -> bytes:
-        """A whole file below the prefix."""
+        """Read a whole file below the prefix."""
         return self._call("read", path, lambda: self.fs.cat_file(self.location(path)))
 
     def read_if_there(self, path: str) -> bytes | None:
-        """A whole file below the prefix; None if there is none."""
+        """Read a whole file below the prefix; None if it does not exist."""
         try:
             return self.read(path)
         except StorageError as error:
@@ -277,12 +280,12 @@ class Storage:
             raise
 
     def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Whole files below the prefix, many requests at a time where the file system can, in the order given."""
+        """Read whole files below the prefix, concurrently if the file system can. Yields them in the given order."""
         paths = list(paths)
         for start in range(0, len(paths), _FILES_AT_ONCE):
             some = {self.location(path): path for path in paths[start : start + _FILES_AT_ONCE]}
             with self.errors("read"):
-                # Not `cat`, which takes "[", "?" and "*" in the prefix for a pattern.
+                # Not `cat`, which would take "[", "?" and "*" in the prefix for a pattern.
                 contents = self.fs.cat_ranges(list(some), None, None, on_error="return")
             for path, data in zip(some.values(), contents):
                 yield path, data if isinstance(data, bytes) else self.read(path)
@@ -292,7 +295,7 @@ class Storage:
         self._call("read", path, lambda: self.fs.get_file(self.location(path), str(to)))
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a whole file at once, replacing an older one: readers see the old or the new, never a part."""
+        """Write or replace a file atomically: readers see the old or the new content, never a part."""
 
         def request() -> None:
             self._fence()
@@ -305,9 +308,9 @@ class Storage:
         self._call("write", path, request)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a whole file at once unless it exists; whether this call wrote it.
+        """Write a file atomically unless it exists. Returns whether this call wrote it.
 
-        False may also mean that it did and the answer was lost: who must know compares the contents.
+        False may also mean that this call wrote it and the response was lost. To find out, compare the contents.
         """
 
         def request() -> bool:
@@ -327,7 +330,7 @@ class Storage:
         return self._call("write", path, request)
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete files below the prefix, in this order; those already gone are no error."""
+        """Delete files below the prefix in the given order; missing files are ignored."""
 
         def request(location: str) -> None:
             self._fence()
@@ -338,14 +341,14 @@ class Storage:
             self._call("delete", path, partial(request, self.location(path)))
 
     def sweep(self) -> int:
-        """Remove temporary files that killed processes have left below the prefix, where it is local; how many."""
+        """Remove temporary files that killed processes left below a local prefix. Returns how many."""
         if not self.is_local:
             return 0
         removed, before = 0, time.time() - _ABANDONED_SECONDS
         for directory, _, names in os.walk(self.root):
             for name in names:
                 path = os.path.join(directory, name)
-                # It may go, or its directory be closed to us, meanwhile: then it is somebody else's.
+                # Another process may have deleted it, or we may lack the permission.
                 with contextlib.suppress(OSError):
                     if name.startswith(_TEMPORARY) and os.lstat(path).st_mtime < before:
                         os.unlink(path)
@@ -354,17 +357,17 @@ class Storage:
 
 
 def open_file(uri: str) -> IO[bytes]:
-    """A file anywhere, opened for reading; its requests are made again as a Storage's are.
+    """Open a file at any URI for reading, with the retries of a Storage.
 
     Raises:
-        UsageError: the URI is none.
-        StorageError: it cannot be opened.
+        UsageError: the URI is invalid.
+        StorageError: the file cannot be opened.
     """
     return Storage(uri).open("")
 
 
 class _RetryingFile(io.RawIOBase):
-    """A remote file opened for reading whose reads go through `call`; a read that comes short is made again too."""
+    """A remote file, open for reading. `call` retries its reads, also those that return too few bytes."""
 
     def __init__(self, file: Any, call: Callable[[Callable[[], bytes]], bytes]):
         self._file, self._call, self._position = file, call, 0
@@ -404,15 +407,17 @@ class _RetryingFile(io.RawIOBase):
 
 
 def _check_authority(uri: str) -> None:
-    """Refuse URIs without a bucket and URIs with credentials. A secret key may hold a "/", so that what is before it
-    looks like a host with a port that is no number."""
+    """Refuse URIs without a bucket and URIs with credentials.
+
+    A secret key may contain "/", and the part before it then looks like a host with a port that is not a number.
+    """
     for part in uri.split("::"):
         try:
             url = urlsplit(part)
         except ValueError as error:
             raise UsageError(f"{uri}: {error}") from error
         host, _, port = url.netloc.partition(":")
-        # Azure's own form is abfs://container@account…: a name, where credentials would be a name and a secret.
+        # Azure's URIs have the form abfs://container@account…; credentials would be a name and a secret, with a colon.
         named = url.scheme in ("abfs", "abfss", "wasb", "wasbs") and ":" not in url.netloc
         if ("@" in url.netloc and not named) or (port and not port.isdigit()):
             place = f"{url.scheme}://…" + ("@" + part.rpartition("@")[2] if "@" in part else "")
@@ -424,12 +429,12 @@ def _check_authority(uri: str) -> None:
 
 
 def glob_root(pattern: str) -> str:
-    """The directory of a pattern before its first wildcard."""
+    """The directory that precedes a pattern's first wildcard."""
     return re.split(r"[*?[]", pattern, maxsplit=1)[0].rsplit("/", 1)[0]
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether a request that failed so may succeed when it is made again."""
+    """Whether a request that failed with this error may succeed if it is retried."""
     if (refusal := _refusal(error)) is not None:
         response = refusal.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -438,13 +443,13 @@ def is_passing(error: BaseException) -> bool:
 
 
 def _refusal(error: BaseException | None) -> ClientError | None:
-    """What an object store answered, if that is what an error tells."""
+    """The error response of an object store, if the error or its cause is one."""
     causes = (error, error.__cause__ if error else None)
     return next((each for each in causes if isinstance(each, ClientError)), None)
 
 
 def _reason(error: BaseException | None) -> str:
-    """An error in one line, without what must not be shown."""
+    """Describe an error in one line, without secrets."""
     refusal = _refusal(error)
     code = (refusal.response.get("Error") or {}).get("Code") if refusal else None
     text = " ".join(str(error).split()) or type(error).__name__
@@ -462,18 +467,18 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _without_secrets(text: str) -> str:
-    """A text without user information and signatures of URLs, nor the values of the environment's secrets."""
+    """Mask user information and signatures in URLs, and the values of AWS credentials in the environment."""
     text = re.sub(r"//[^/@\s]+@", "//***@", text)
     text = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", r"\1***", text)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         value = os.environ.get(name, "")
-        if len(value) >= 8:  # a shorter one is nobody's, and would be found inside words
+        if len(value) >= 8:  # a shorter value is not a real key, and would match inside words
             text = text.replace(value, "***")
     return text
 
 
 def _is_there_already(error: OSError) -> bool:
-    """Whether a conditional write found the object there; s3fs says so only in the error's cause."""
+    """Whether a conditional write failed because the object exists; s3fs reports this only in the error's cause."""
     if isinstance(error, FileExistsError):
         return True
     cause = error.__cause__
@@ -482,12 +487,12 @@ def _is_there_already(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def _beside(path: str, data: bytes) -> Iterator[str]:
-    """A synced temporary file with `data` in the directory of `path`, hidden from readers, gone afterwards."""
+    """Write `data` to a synced temporary file in the directory of `path`, hidden from readers, and delete it later."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=directory, prefix=_TEMPORARY)
     try:
-        with open(handle, "wb") as file:  # which a full disk may fail to close, too
+        with open(handle, "wb") as file:  # closing it may fail, too, if the disk is full
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -499,6 +504,6 @@ def _beside(path: str, data: bytes) -> Iterator[str]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """Size and ETag, or modification time where there is none, as a short hash."""
+    """A short hash of a file's size and its ETag, or its modification time if it has no ETag."""
     changed = info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("updated")
     return hashlib.sha256(f"{info['size']}:{changed}".encode()).hexdigest()[:12]

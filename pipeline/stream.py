@@ -1,4 +1,4 @@
-"""The Ray Data pipeline of a run, from shards to committed splits, and what watches over it while it streams."""
+"""The Ray Data pipeline of a run, from shards to committed splits, and its supervision while it runs."""
 
 import contextlib
 import sys
@@ -29,8 +29,8 @@ from .watch import LOOK_SECONDS, StopWatch
 
 logger = get_logger(__name__)
 
-# Ray Data fuses neighbouring stages that ask for the same resources, and reading would then run inside the actors
-# (340 ms of idle GPU between splits); so every stage asks for something else. Actors take 1 CPU or more.
+# Ray Data fuses neighbouring stages that request the same resources. Reading would then run inside the actors, with
+# 340 ms of idle GPU between splits. So each stage requests a different share; those of actors are in `placement.py`.
 READER_CPUS = 0.5
 COMMIT_CPUS = 0.25
 
@@ -39,8 +39,10 @@ COMMIT_CPUS = 0.25
 class Patience:
     """When a run gives up.
 
-    loads_an_actor: none of which succeeded: nobody can load the model. idle_seconds: without a sign of progress: an
-    actor that has the model is not at work any more. look_seconds: between two looks at both.
+    Attributes:
+        loads_an_actor: attempts per actor to load the model, none of them successful, before the run gives up.
+        idle_seconds: seconds that all work must be idle as well, since progress means that an actor has the model.
+        look_seconds: seconds between two checks.
     """
 
     loads_an_actor: int = 4
@@ -49,9 +51,10 @@ class Patience:
 
 
 class Stream:
-    """The pipeline of a job over the shards that are pending.
+    """The pipeline of a job over its pending shards.
 
-    failure: why nothing more is to be expected of it, once that is so.
+    Attributes:
+        failure: why the run cannot go on; None if it can.
     """
 
     def __init__(self, job: Job, placement: Placement, statistics: RunStatistics, patience: Patience = Patience()):
@@ -61,8 +64,7 @@ class Stream:
         self._ledger = start_ledger(self._deaths)
 
     def run(self, pending: list[tuple[Shard, frozenset[int]]], take: Callable[[dict], None], stop: StopRequest) -> None:
-        """Feed the shards in and have the committed splits' rows taken as they come, until they all have or the run
-        was stopped and its grace is over."""
+        """Run the pipeline and pass each row to `take`, until all are done or a stopped run's time is over."""
         done = threading.Event()
         reporter = threading.Thread(target=self._report_progress, args=(done,), daemon=True)
         reporter.start()
@@ -76,19 +78,19 @@ class Stream:
                     for row in rows:
                         take(row)
                 except OverError as error:
-                    logger.debug("%r", error)  # why is said; the run's verdict tells what is missing
+                    logger.debug("%r", error)  # the reason was shown; the run's status says what is missing
         finally:
             done.set()
             reporter.join()
         self._keep_deaths()
 
     def _rows(self, pending: list[tuple[Shard, frozenset[int]]]) -> Generator[dict[str, Any], None, None]:
-        """The rows that come out of the pipeline; closing it ends the pipeline."""
+        """Yield the rows that leave the pipeline. Closing the generator ends the pipeline."""
         for table in self.dataset(pending).iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
             yield from table.to_pylist()
 
     def dataset(self, pending: list[tuple[Shard, frozenset[int]]]) -> ray.data.Dataset:
-        """The pipeline as Ray Data's, not started yet."""
+        """Build the Ray Data pipeline without starting it."""
         job, placement, ledger = self.job, self.placement, self._ledger
         groups = shard_groups(pending)
         return (
@@ -120,7 +122,7 @@ class Stream:
         )
 
     def _look(self) -> str | None:
-        """Every few seconds: keep what is known of deaths, end what hangs; why nothing more is to be expected."""
+        """Store known deaths, kill hung processes, and return why the run cannot go on, if so. Called periodically."""
         self._keep_deaths()
         config, patience = self.job.config, self.patience
         if timeout := config.document_timeout:
@@ -154,5 +156,5 @@ class Stream:
 
 
 def say(line: str) -> None:
-    """A line for whoever watches the run, on stderr."""
+    """Print a line for the user to stderr."""
     print(printable(line), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Training on several workers with Ray Train: the same recipe, data-parallel."""
+"""Data-parallel training on several workers with Ray Train, with the same recipe."""
 
 import dataclasses
 import json
@@ -19,13 +19,16 @@ from .storage import open_file
 
 
 def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any]:
-    """`trbert_model.training.train` on this many workers, one GPU each if the cluster has that many, else CPUs.
+    """Run `trbert_model.training.train` on several workers, with one GPU each if there are enough, otherwise on CPUs.
 
-    Backbone, corpora and output must be places that all workers share. Returns the measurements.
+    Backbone, corpora and output must be accessible to all workers.
+
+    Returns:
+        The measurements, as in the output's training.json.
 
     Raises:
-        UsageError: the batch cannot be shared out evenly, or the cluster has no room.
-        PipelineError: a worker failed; says why.
+        UsageError: `batch_size` is not a multiple of `num_workers`, or the cluster is too small.
+        PipelineError: a worker failed; gives the reason.
     """
     if config.batch_size % num_workers:
         raise UsageError(f"batch_size {config.batch_size} must be a multiple of num_workers {num_workers}")
@@ -62,7 +65,7 @@ def _worker(options: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The project's own error in what Ray Train wraps around it, in one line."""
+    """The project's own error inside the one of Ray Train, otherwise the last line of the latter."""
     for raised in worker_errors(error):
         if isinstance(raised, TRBertError | PipelineError):
             return f"{type(raised).__name__}: {raised}"

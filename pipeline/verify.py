@@ -1,4 +1,4 @@
-"""Does an output hold every row of its input exactly once? The objects themselves tell, not what runs said of them."""
+"""Verification that an output holds every row of its input exactly once, by reading all of its objects."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from .errors import StorageError, UsageError
 from .manifest import SUCCESS, Marker, named_objects, newest, read_manifest, read_markers
 from .storage import Storage
 
-_AT_ONCE = 16  # shards looked at at a time
+_AT_ONCE = 16  # shards checked at a time
 _AGAIN = "delete it and run again"
 
 
@@ -39,7 +39,7 @@ class VerifyConfig:
 
 @dataclass
 class Verification:
-    """What is there and what is wrong. Rows are counted; `problems` has a line for every shard, object or file."""
+    """The result of a verification: counts of rows, and a line in `problems` for each faulty shard, object or file."""
 
     shards: int = 0
     rows: int = 0  # of the input's readable shards
@@ -58,11 +58,12 @@ class Verification:
 def verify(config: VerifyConfig) -> Verification:
     """Check an output, or a compacted copy of one, against its input, row by row.
 
-    Every object is read whole: its checksum is compared with its marker's, and its (shard, row)s are counted.
+    Every object is read completely: its checksum is compared with that in the marker, and its (shard, row) pairs are
+    counted.
 
     Raises:
-        UsageError: there is no such output or input.
-        StorageError: something cannot be read that is there.
+        UsageError: the output or the input does not exist.
+        StorageError: something that exists cannot be read.
     """
     output = Storage(config.output)
     recorded = output_identity(output)
@@ -98,13 +99,13 @@ def verify(config: VerifyConfig) -> Verification:
 
 
 def _input_rows(shard: Shard, root: Storage) -> int:
-    """A shard's row count, from its footer."""
+    """The number of rows in a shard, from its Parquet footer."""
     with root.open(shard.path) as file, root.errors("read", shard.path):
         return pq.ParquetFile(file).metadata.num_rows
 
 
 def _check_pending(shard: Shard, root: Storage, files: set[str]) -> Verification:
-    """A shard that is not complete: its rows are missing, whatever splits of it are there."""
+    """Report an incomplete shard: all of its rows count as missing, even if some of its splits exist."""
     try:
         rows = _input_rows(shard, root)
     except StorageError as error:
@@ -116,7 +117,7 @@ def _check_pending(shard: Shard, root: Storage, files: set[str]) -> Verification
 
 
 class _Rows:
-    """The rows of a shard that its objects hold."""
+    """The row numbers of a shard that are in its objects."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = [np.zeros(0, np.int64)]
@@ -125,7 +126,7 @@ class _Rows:
         self._parts.append(rows)
 
     def compare(self, path: str, expected: int, found: Verification) -> None:
-        """Note what is missing, doubled or extra against `expected` rows, from 0 up."""
+        """Report missing, doubled and extra rows, where rows 0 to `expected` - 1 are expected."""
         seen, times = np.unique(np.concatenate(self._parts), return_counts=True)
         inside = (seen >= 0) & (seen < expected)
         missing = np.setdiff1d(np.arange(expected), seen)
@@ -138,7 +139,7 @@ class _Rows:
 
 
 def _check_shard(shard: Shard, marker: Marker, root: Storage, output: Storage) -> Verification:
-    """A shard with a marker: every one of its rows must be in its objects once, and the marker be true."""
+    """Check a shard with a marker: each of its rows must be in its objects once, and the marker must match them."""
     found = Verification(rows=_input_rows(shard, root))
     rows, strange = _Rows(), 0
     counts = Counter[str]()
@@ -175,8 +176,12 @@ def _check_shard(shard: Shard, marker: Marker, root: Storage, output: Storage) -
 
 
 class _Told:
-    """What a results object says of its split's quarantined rows: how many, and which (None: an older version wrote it,
-    or it is damaged, which its checksum tells)."""
+    """The metadata of a results object about its split's quarantined rows.
+
+    Attributes:
+        quarantined: number of rows.
+        rejected: the rows; None if an older version wrote the object or it is damaged, which its checksum shows.
+    """
 
     def __init__(self, data: bytes | None):
         self.quarantined, self.rejected = 0, None
@@ -189,7 +194,7 @@ class _Told:
 
 
 def _read_object(output: Storage, name: str, sha256: str, found: Verification) -> tuple[bytes | None, pa.Table | None]:
-    """An object's bytes, and its shards and rows; what is wrong with it is noted."""
+    """Read an object: its bytes and its `shard` and `row` columns. Problems are added to `found`."""
     data = output.read_if_there(name)
     if data is None:
         found.problems.append(f"missing: {name}: the object is gone; the next run computes it again")
@@ -204,14 +209,14 @@ def _read_object(output: Storage, name: str, sha256: str, found: Verification) -
 
 
 def _count(table: pa.Table, path: str, rows: _Rows) -> int:
-    """Add a table's rows of this shard; how many are of others."""
+    """Add a table's rows of this shard to `rows`; returns how many rows are of other shards."""
     mine = table["shard"].to_numpy(zero_copy_only=False) == path
     rows.add(table["row"].to_numpy()[mine])
     return int((~mine).sum())
 
 
 def _check_files(files: set[str], markers: dict[str, Marker], shards: list[Shard], found: Verification) -> None:
-    """Whatever readers of the prefix or the quarantine would see and the shards' own markers do not name is extra."""
+    """Report as extra what readers of the prefix or the quarantine would see but no current shard's marker names."""
     present = {shard.marker for shard in shards} & markers.keys()
     keys = {shard.key for shard in shards}
     begun = {f"{shard.key}-{shard.version}" for shard in shards if shard.marker not in present}
@@ -225,10 +230,10 @@ def _check_files(files: set[str], markers: dict[str, Marker], shards: list[Shard
     for path in sorted(files - named - ours):
         first = path.split("/")[0]
         if first.startswith(("_", ".")) and first not in (MARKERS, QUARANTINE):
-            continue  # leases, run reports, and what readers do not look at
+            continue  # leases, run reports, and other files that readers ignore
         key = _key(path)
         if path.rpartition("/")[2].rpartition("-")[0] in begun:
-            continue  # splits of a shard that is not complete, which is said
+            continue  # splits of an incomplete shard, which is already reported
         if key is None:
             found.problems.append(f"extra: {path}: not of this pipeline; no run deletes it")
         elif key in keys:
@@ -238,14 +243,14 @@ def _check_files(files: set[str], markers: dict[str, Marker], shards: list[Shard
 
 
 def _key(path: str) -> str | None:
-    """The shard's key in the name of an object or marker; None for other files."""
+    """The shard key in the name of an object or marker; None for other files."""
     folder, _, name = path.rpartition("/")
     match = OBJECT_NAME.match(name)
     return match["key"] if match and folder in ("", MARKERS, QUARANTINE) else None
 
 
 def _check_manifest(output: Storage, markers: dict[str, Marker], shards: list[Shard], found: Verification) -> None:
-    """`_SUCCESS` holds the markers that are there."""
+    """Check that `_SUCCESS` holds the existing markers."""
     try:
         manifest = read_manifest(output)
     except StorageError as error:
@@ -268,7 +273,7 @@ def _check_manifest(output: Storage, markers: dict[str, Marker], shards: list[Sh
 
 
 def _copy_manifest(output: Storage) -> dict[str, Any] | None:
-    """What `jobs/compact.py` says of a copy; None if this is none."""
+    """The manifest of a copy made by `jobs/compact.py`; None if the output is not such a copy."""
     data = output.read_if_there(SUCCESS)
     try:
         copy = json.loads(data) if data is not None else None
@@ -280,7 +285,7 @@ def _copy_manifest(output: Storage) -> dict[str, Any] | None:
 def _verify_copy(
     copy: dict[str, Any], shards: list[Shard], root: Storage, output: Storage, files: set[str]
 ) -> Verification:
-    """A compacted copy: its parts are whole, and hold every row of the input once, as the input is now."""
+    """Check a compacted copy: its parts must be intact, and hold every row of the current input exactly once."""
     found = Verification(shards=len(shards))
     rows = {shard.path: _Rows() for shard in shards}
     removed = set(copy.get("removed", ()))
@@ -315,7 +320,7 @@ def _verify_copy(
 
 
 def _ranges(rows: list[int]) -> str:
-    """Row numbers for people: 3, 7-9, … (not all of very many)."""
+    """Format row numbers as ranges: 3, 7-9, … (at most 20)."""
     parts: list[list[int]] = []
     for row in rows:
         if parts and row == parts[-1][1] + 1:
@@ -327,7 +332,7 @@ def _ranges(rows: list[int]) -> str:
 
 
 def summary(found: Verification) -> str:
-    """A verification for a terminal."""
+    """Format a verification for a terminal."""
     problems = f"{len(found.problems)} problems: the output does not hold every row exactly once"
     head = "the output holds every row exactly once" if found.holds else problems
     return printable(

@@ -1,4 +1,4 @@
-"""What watches over a run while splits stream: passes a stop on, ends work that hangs, sees when there is no hope."""
+"""Supervision of a run while its pipeline runs: passing on a stop request, and periodic checks."""
 
 import threading
 import time
@@ -8,17 +8,17 @@ from .ledger import LedgerClient, Stop
 from .stopping import StopRequest
 
 LOOK_SECONDS = 5.0
-_INTERVAL = 0.5  # seconds between two looks at the request
+_INTERVAL = 0.5  # seconds between two checks of the request
 
 
 class StopWatch:
     """Passes a stop request on to a run's processes.
 
     Args:
-        request: what to watch.
-        ledger: how the processes hear of it.
-        say: where to announce it.
-        look: called every `look_seconds`; returns a reason to stop if the run cannot get any further.
+        request: the stop request to watch.
+        ledger: passes it on to the processes.
+        say: shows a line to the user.
+        look: called every `look_seconds`; returns a reason to stop if the run cannot go on.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StopWatch:
 
     @property
     def is_over(self) -> bool:
-        """Whether whatever has not come back by now is left behind."""
+        """Whether a stopped run's time is over; what has not ended by then is abandoned."""
         return self._request.is_over
 
     def _watch(self) -> None:
