@@ -38,9 +38,9 @@ def prepare(data: Path, corpora: Path) -> None:
         _, first = np.unique(np.array(table["text"].to_pylist()).astype(str), return_index=True)
         table = table.take(np.sort(first))  # without duplicates, which could be in both training and test
         order = np.random.default_rng(0).permutation(table.num_rows)
-        cuts = {"train": order[:5000], "test": order[5000:10000], "dev": order[10000 : 10000 + DEV]}
+        parts = {"train": order[:5000], "test": order[5000:10000], "dev": order[10000 : 10000 + DEV]}
         unlabelled = table.take(order[10000 + DEV :]).select(["text"])
-        _write(corpora / "imdb", {**{name: table.take(rows) for name, rows in cuts.items()}, "unlabelled": unlabelled})
+        _write(corpora / "imdb", {**{name: table.take(rows) for name, rows in parts.items()}, "unlabelled": unlabelled})
     if not (corpora / "hyperpartisan-4/test.parquet").exists():
         _five_folds(pq.read_table(data / "hyperpartisan-train.parquet"), corpora)
     for version, name in (("1.1", "squad"), ("2.0", "squad2")):
@@ -119,7 +119,7 @@ def _within(row: dict[str, Any], paragraphs: Sequence[str]) -> dict[str, Any]:
     """
     own = paragraphs.index(row["context"])
     shift = sum(len(paragraph) + 1 for paragraph in paragraphs[:own])
-    places = sorted(
+    occurrences = sorted(
         {
             (match.start() + shift, answer)
             for answer in set(row["answers"])
@@ -131,9 +131,9 @@ def _within(row: dict[str, Any], paragraphs: Sequence[str]) -> dict[str, Any]:
         "id": row["id"],
         "question": row["question"],
         "context": "\n".join(paragraphs),
-        "answers": [answer for _, answer in places],
-        "answer_start": [start for start, _ in places],
-        "ambiguous": len(places) > len(set(row["answers"])),
+        "answers": [answer for _, answer in occurrences],
+        "answer_start": [start for start, _ in occurrences],
+        "ambiguous": len(occurrences) > len(set(row["answers"])),
     }
 
 

@@ -27,7 +27,7 @@ from trbert_model import TRBertConfig, TRBertForSequenceClassification
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.reduction.state import Candidates, SelectionPolicy
-from trbert_model.varlen import places_in
+from trbert_model.varlen import positions_in
 
 FORCED = ((0.5, 0.25), (0.3, 0.1), (0.1, 0.05))
 
@@ -37,19 +37,19 @@ def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
     previous = (1.0, *fractions)
 
     def policy(candidates: Candidates) -> torch.Tensor:
-        places = places_in(candidates.cu_seqlens, len(candidates.logits))
+        positions = positions_in(candidates.cu_seqlens, len(candidates.logits))
         share = fractions[candidates.reduction] / previous[candidates.reduction]
-        return torch.floor((places + 1) * share) > torch.floor(places * share)
+        return torch.floor((positions + 1) * share) > torch.floor(positions * share)
 
     return policy
 
 
 @torch.inference_mode()
 def run_padded(
-    bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, in_order: bool
+    bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, sort_by_length: bool
 ) -> np.ndarray:
-    """Compute padded batches; in_order: sort the windows by length first. Logits (windows, labels) in input order."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if in_order else list(range(len(windows)))
+    """Compute padded batches, of windows sorted by length on request. Logits (windows, labels) in input order."""
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if sort_by_length else list(range(len(windows)))
     logits = np.zeros((len(windows), bert.config.num_labels), np.float32)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -87,9 +87,9 @@ def compare(
         systems[f"{name}, bfloat16"] = functools.partial(engine.score, policy=reductions.get(name))
     ours = set(systems)
     if baselines:
-        systems["padded 16, unsorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, in_order=False)
-        systems["padded 16, sorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, in_order=True)
-        systems["batch 1"] = lambda docs: run_padded(bert, windows_of(docs), 1, in_order=False)
+        systems["padded 16, unsorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, sort_by_length=False)
+        systems["padded 16, sorted"] = lambda docs: run_padded(bert, windows_of(docs), 16, sort_by_length=True)
+        systems["batch 1"] = lambda docs: run_padded(bert, windows_of(docs), 1, sort_by_length=False)
     seconds, results, peak = measure(systems, documents, block, lambda: matrix_product_peak(model.config))
 
     dense_flops = total(results["dense"], "flops")

@@ -35,18 +35,18 @@ SPEEDUPS = (2.0, 3.0, 4.0)
 BATCH = 8  # windows
 
 
-def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[dict[str, Any]]:
+def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[dict[str, Any]]:
     """The percentage of windows with the dense model's label, one row for each choice of layers and speed-up."""
     models = {layers: convert_checkpoint(dense, reduction_layers=list(layers)).eval() for layers in LAYERS}
-    lengths = np.array([len(dataset.windows[place].input_ids) for place in places])
+    lengths = np.array([len(dataset.windows[index].input_ids) for index in indices])
     settings = [
         (layers, speedup, torch.tensor(kept_fractions_for(speedup, models[layers].config, lengths)))
         for layers in LAYERS
         for speedup in SPEEDUPS
     ]
     agreed, flops = np.zeros(len(settings)), np.zeros(len(settings))
-    for start in range(0, len(places), BATCH):
-        batch = dataset.collate([[int(place)] for place in places[start : start + BATCH]])
+    for start in range(0, len(indices), BATCH):
+        batch = dataset.collate([[int(index)] for index in indices[start : start + BATCH]])
         batch["labels"].fill_(UNLABELLED)  # the guide must not depend on the correct labels
         tokens = batch["cu_seqlens"].diff().long()
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16()):
@@ -66,7 +66,7 @@ def agreement(dense: Path, dataset: WindowDataset, places: np.ndarray) -> list[d
         {
             "layers": layers,
             "speedup": speedup,
-            "agreement": 100 * float(agreed[i] / len(places)),
+            "agreement": 100 * float(agreed[i] / len(indices)),
             "flops_speedup": float(whole / flops[i]),
         }
         for i, (layers, speedup, _) in enumerate(settings)
@@ -83,10 +83,10 @@ def measured(workshop: Workshop, name: str, limit: int) -> dict[str, Any]:
         engine = Engine.from_pretrained(dense, EngineOptions(reduce=False))
         part = "dev" if workshop.file(corpus, "dev").exists() else "test"
         dataset = workshop.read(corpus, part, engine).dataset()
-        places = np.random.default_rng(0).permutation(len(dataset.windows))[:limit]
-        rows.append(agreement(dense, dataset, places))
-        windows.append(len(places))
-        logging.info("%s, %d windows: %s", corpus, len(places), rows[-1])
+        indices = np.random.default_rng(0).permutation(len(dataset.windows))[:limit]
+        rows.append(agreement(dense, dataset, indices))
+        windows.append(len(indices))
+        logging.info("%s, %d windows: %s", corpus, len(indices), rows[-1])
     joined = []
     for same in zip(*rows):
         means = {

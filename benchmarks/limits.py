@@ -56,9 +56,9 @@ SECONDS, MIB = 60.0, 2048.0  # the limits
 REBUILT = "recognised from its markers, `_SUCCESS` made anew"
 
 
-def put_all(place: Storage, files: dict[str, bytes]) -> None:
+def put_all(storage: Storage, files: dict[str, bytes]) -> None:
     """Write many small objects, in parallel."""
-    fs, root = fsspec.core.url_to_fs(place.uri)
+    fs, root = fsspec.core.url_to_fs(storage.uri)
     names = list(files)
     for start in range(0, len(names), 2000):
         fs.pipe({f"{root}/{name}": files[name] for name in names[start : start + 2000]})
@@ -84,10 +84,10 @@ def finish(config: ScoreConfig) -> None:
 
 def run(config: ScoreConfig, *arguments: str, expected: int) -> dict[str, Any]:
     """Run jobs/score.py as a process: seconds, peak MiB of the driver (without Ray's processes), exit code."""
-    places = ["--input", config.input, "--output", config.output, "--model", config.model]
+    uris = ["--input", config.input, "--output", config.output, "--model", config.model]
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "jobs/score.py", *places, *arguments],
+        [sys.executable, "jobs/score.py", *uris, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},

@@ -38,12 +38,12 @@ def main() -> None:
         try:
             os.environ.update(server.environment)
             bucket = server.bucket("soak")
-            place = Storage(f"{bucket}/in")
+            corpus = Storage(f"{bucket}/in")
             for number in range(int(arguments.minutes * DOCUMENTS_PER_MINUTE / SHARD_DOCUMENTS)):
                 some = [texts[(number * SHARD_DOCUMENTS + i) % len(texts)] for i in range(SHARD_DOCUMENTS)]
-                place.write(f"{number:05d}.parquet", parquet_bytes(pa.table({"text": some})))
+                corpus.write(f"{number:05d}.parquet", parquet_bytes(pa.table({"text": some})))
             config = ScoreConfig(
-                input=place.uri,
+                input=corpus.uri,
                 output=f"{bucket}/out",
                 model=str(arguments.model),
                 num_actors=1,

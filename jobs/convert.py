@@ -65,15 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _directory(place: Storage) -> Iterator[Path]:
-    """Yield a local directory, and copy its files to `place` afterwards: config.json last, as it marks a model."""
-    if place.is_local:
-        yield Path(place.root)
+def _directory(storage: Storage) -> Iterator[Path]:
+    """Yield a local directory, and copy its files to `storage` afterwards: config.json last, as it marks a model."""
+    if storage.is_local:
+        yield Path(storage.root)
         return
     with tempfile.TemporaryDirectory(prefix="trbert-") as directory:
         yield Path(directory)
         for path in sorted(Path(directory).iterdir(), key=lambda path: (path.name == "config.json", path)):
-            place.write(path.name, path.read_bytes())
+            storage.write(path.name, path.read_bytes())
 
 
 def _layers(text: str | None) -> list[int] | None:

@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = Path(config.corpus).name
     table = calibrate(engine, corpus, key=key, name=name, speedups=config.speedups)
     print(printable(as_text(table)))
-    place = Storage(config.model)
+    storage = Storage(config.model)
     if config.write:
-        place.write(FILE, with_table(directory, table))
+        storage.write(FILE, with_table(directory, table))
         print(printable(f"\nwritten to {config.model}/{FILE}"))
-    plot = config.plot or (f"{place.root}/calibration.png" if config.write and place.is_local else None)
+    plot = config.plot or (f"{storage.root}/calibration.png" if config.write and storage.is_local else None)
     if plot is not None:
         draw_calibration(table, plot)
         print(printable(f"drawn in {plot}"))

@@ -13,7 +13,7 @@ from trbert_model.errors import TRBertError
 from .config import ScoreConfig
 from .corpus import RUNS
 from .errors import StorageError, UsageError
-from .model import Model
+from .model import ModelSource
 from .storage import Storage
 
 # The fraction of documents by which label shares may differ between two runs, beyond what chance explains.
@@ -51,7 +51,7 @@ class Expectation:
         )
 
 
-def choose(config: ScoreConfig, model: Model) -> tuple[ScoreConfig, Expectation | None]:
+def choose(config: ScoreConfig, model: ModelSource) -> tuple[ScoreConfig, Expectation | None]:
     """Replace `speedup` or `max_drop` with the thresholds they select, and look up what to expect of the run.
 
     `config.dtype` must not be "auto". If neither option is set, the expectation is that of the given thresholds or the
@@ -80,7 +80,7 @@ def choose(config: ScoreConfig, model: Model) -> tuple[ScoreConfig, Expectation 
     return config, None
 
 
-def pick(model: Model, dtype: str, *, speedup: float | None, max_drop: float | None) -> Expectation:
+def pick(model: ModelSource, dtype: str, *, speedup: float | None, max_drop: float | None) -> Expectation:
     """Look up the operating point for a least FLOPs `speedup` or a `max_drop` in percentage points; the other is None.
 
     Raises:
@@ -100,7 +100,7 @@ def pick(model: Model, dtype: str, *, speedup: float | None, max_drop: float | N
         raise UsageError(str(error)) from error
 
 
-def _table(model: Model, dtype: str) -> Calibration | None:
+def _table(model: ModelSource, dtype: str) -> Calibration | None:
     try:
         return read_calibration(model.directory, calibration_key(model.digest, dtype, model.window))
     except TRBertError as error:

@@ -144,15 +144,15 @@ def _settled(output: Storage, name: str, data: bytes, identity_key: str) -> Comm
     quarantined, sha256 = counts["quarantined"], None
     if quarantined:
         path = f"{QUARANTINE}/{name}"
-        there = output.read_if_there(path)
+        existing = output.read_if_there(path)
         if "rejected" in counts:
             rejected = embedded_rejects(counts)
-            if there is None or not holds(there, rejected):
-                there = parquet_bytes(rejected)
-                output.write(path, there)
-        elif there is None or pq.ParquetFile(pa.BufferReader(there)).metadata.num_rows != quarantined:
+            if existing is None or not holds(existing, rejected):
+                existing = parquet_bytes(rejected)
+                output.write(path, existing)
+        elif existing is None or pq.ParquetFile(pa.BufferReader(existing)).metadata.num_rows != quarantined:
             raise _NotOursError
-        sha256 = hashlib.sha256(there).hexdigest()
+        sha256 = hashlib.sha256(existing).hexdigest()
     digest = hashlib.sha256(data).hexdigest()
     return Committed(name, parquet.metadata.num_rows, quarantined, digest, len(data), sha256)
 
@@ -191,7 +191,7 @@ def settle_done(
 
     items = [(shard, index) for shard, done in pending for index in sorted(done)]
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="settle") as pool:
-        return {place: committed for place, committed in pool.map(settle, items) if committed is not None}
+        return {key: committed for key, committed in pool.map(settle, items) if committed is not None}
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -209,12 +209,12 @@ def write_marker(
     *,
     epoch: int = 0,
     identity_key: str = "",
-    found: Iterable[str] = (),
+    superseded: Iterable[str] = (),
 ) -> Marker:
     """Record that a shard is complete, then delete its other files.
 
     Args:
-        found: the files of its key that were there before, as in `Plan.superseded`; those that the marker names stay.
+        superseded: the files of its key that existed before, as in `Plan.superseded`; those that the marker names stay.
     """
     marker = {
         "shard": shard.path,
@@ -230,7 +230,7 @@ def write_marker(
         "written": time.time(),
     }
     output.write(shard.marker, json.dumps(marker, indent=1).encode())
-    output.delete(sorted(set(found) - named_objects(marker) - {shard.marker}, key=deletion_order))
+    output.delete(sorted(set(superseded) - named_objects(marker) - {shard.marker}, key=deletion_order))
     return marker
 
 

@@ -62,8 +62,8 @@ def compact(config: CompactConfig, stop: StopRequest | None = None) -> dict[str,
 
 def _compact(config: CompactConfig, stop: StopRequest) -> dict[str, Any]:
     output, into = Storage(config.output), Storage(config.into)
-    places = [f"{place.protocol}:{place.root}/" for place in (output, into)]
-    if places[0].startswith(places[1]) or places[1].startswith(places[0]):
+    prefixes = [f"{storage.protocol}:{storage.root}/" for storage in (output, into)]
+    if prefixes[0].startswith(prefixes[1]) or prefixes[1].startswith(prefixes[0]):
         raise UsageError(f"output {config.output} and into {config.into} lie inside each other; keep them apart")
     with OutputLock(output, f"compaction-{secrets.token_hex(3)}", stop=stop):
         manifest = read_manifest(output)

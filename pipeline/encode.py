@@ -165,7 +165,7 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
             raise ShardError(f"reading it killed its process {entry.care.deaths} times")
         entry.touch(WHOLE)
         with options.input.errors("read", shard.path):
-            for split, shard_rows in cut_splits(shard, options):
+            for split, shard_rows in split_shard(shard, options):
                 if entry.stopping():
                     yield stopped_table(_base_row(shard, shard_rows, split.index))
                     return
@@ -198,7 +198,7 @@ def encode_shard(shard: Shard, done: frozenset[int], options: EncodeOptions, ent
     yield split_table(last | {"num_splits": count, "skipped_rows": last["skipped_rows"] + skipped})
 
 
-def cut_splits(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit, int]]:
+def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit, int]]:
     """Divide a shard into splits of at least `split_bytes` text bytes, except for the last one.
 
     The boundaries depend only on the shard and `split_bytes`, so a rerun makes the same splits.
@@ -476,8 +476,8 @@ def _encode(
             documents = documents.append_column(name, _plain(passed[name]))
     documents = documents.append_column("document", task.to_column(encoded))
     problems = [
-        (TOKENIZER_FAILED, failures[place]) if place in failures else task.problem(document)
-        for place, document in enumerate(encoded)
+        (TOKENIZER_FAILED, failures[position]) if position in failures else task.problem(document)
+        for position, document in enumerate(encoded)
     ]
     for position, problem in enumerate(problems):
         if problem is None:
@@ -503,7 +503,7 @@ def _encode(
 def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], dict[int, str]]:
     """Tokenise one row at a time, to find rows that kill the process. Those already known get an empty document."""
     encoded, failures = [], {}
-    for place, (row, texts) in enumerate(zip(split.row_numbers, split.texts)):
+    for position, (row, texts) in enumerate(zip(split.row_numbers, split.texts)):
         if row in entry.care.killers:
             encoded.append(task.nothing())
         else:
@@ -511,7 +511,7 @@ def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], 
             (document,), failed = task.encode_rows([texts])
             encoded.append(document)
             if failed:
-                failures[place] = failed[0]
+                failures[position] = failed[0]
     entry.touch(WHOLE)
     return encoded, failures
 

@@ -19,7 +19,7 @@ from .config import ScoreConfig, identity_defaults
 from .corpus import Shard, input_root, list_shards
 from .encode import EncodeOptions
 from .errors import UsageError
-from .model import Model, fetch_model
+from .model import ModelSource, fetch_model
 from .placement import Placement, auto_dtype
 from .stopping import StopRequest
 from .storage import Storage
@@ -40,7 +40,7 @@ class Job:
 
     asked: ScoreConfig
     config: ScoreConfig
-    model: Model
+    model: ModelSource
     input: Storage
     output: Storage
     shards: Sequence[Shard]
@@ -139,7 +139,7 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None) -> Job:
     stop = stop or StopRequest()
     output = config.storage(config.output, stop)
     root = config.storage(input_root(config.input), stop)
-    inside, around = (f"{place.protocol}:{_real(place)}/" for place in (output, root))
+    inside, around = (f"{storage.protocol}:{_real(storage)}/" for storage in (output, root))
     if inside.startswith(around) or around.startswith(inside):
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
     model = _load(config)
@@ -155,12 +155,12 @@ def make_identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
     return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
 
 
-def _real(place: Storage) -> str:
+def _real(storage: Storage) -> str:
     """A storage's root with symbolic links resolved."""
-    return os.path.realpath(place.root) if place.is_local else place.root
+    return os.path.realpath(storage.root) if storage.is_local else storage.root
 
 
-def _load(config: ScoreConfig) -> Model:
+def _load(config: ScoreConfig) -> ModelSource:
     directory = fetch_model(config.model)
     try:
         loaded, tokenizer, digest = load_checkpoint(directory)
@@ -170,7 +170,7 @@ def _load(config: ScoreConfig) -> Model:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:
         raise UsageError(str(error)) from error
-    return Model(config.model, directory, digest, loaded.config.usable_positions, task)
+    return ModelSource(config.model, directory, digest, loaded.config.usable_positions, task)
 
 
 def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
@@ -185,7 +185,7 @@ def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
     return [*first, *sorted(("bfloat16", "float32"), reverse=not torch.cuda.is_available())]
 
 
-def _decide(config: ScoreConfig, model: Model, dtypes: Sequence[str]) -> tuple[ScoreConfig, Expectation | None]:
+def _decide(config: ScoreConfig, model: ModelSource, dtypes: Sequence[str]) -> tuple[ScoreConfig, Expectation | None]:
     """Resolve the options with the first of these dtypes for which the model offers the requested speed.
 
     Raises:

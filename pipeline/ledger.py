@@ -160,21 +160,21 @@ class Ledger:
         late = [process for process, at in self._loading.items() if now - at > seconds + storage_seconds]
         for process in late:
             del self._loading[process]
-        found = [("loading the model", process) for process in late]
+        hanging = [("loading the model", process) for process in late]
         silent = {actor for actor, (_, at) in self._alive.items() if now - at > seconds + storage_seconds}
         silent_processes = [self._alive.pop(actor)[0] for actor in silent]
         for name, entry in self._work.items():
             allowed = seconds if name.startswith(SCORING) else seconds + storage_seconds
             if entry.process is not None and entry.sign is not None and now - entry.sign > allowed:
-                found.append((name, entry.process))
+                hanging.append((name, entry.process))
                 entry.sign = None
                 entry.deaths = max(entry.deaths, DEATHS_BEFORE_CARE - 1)  # `begin` counts one more
                 if entry.document is not None:
                     entry.deaths_at[entry.document] += 1
-        named = {process for _, process in found}
-        found += [("an actor between two splits", process) for process in silent_processes if process not in named]
-        self._hung += len(found)
-        return found
+        named = {process for _, process in hanging}
+        hanging += [("an actor between two splits", process) for process in silent_processes if process not in named]
+        self._hung += len(hanging)
+        return hanging
 
     def alive(self, actor: str, process: str) -> None:
         """Record that an actor is alive, whether it has work or not.
@@ -184,7 +184,12 @@ class Ledger:
         self._alive[actor] = (process, time.monotonic())
 
     def deaths(self) -> tuple[int, int, dict[str, Any]]:
-        """How many processes died at their work, how many hung, and the deaths of unfinished work, as in `known`."""
+        """How many processes died at their work, how many hung, and the deaths of unfinished work, as in `known`.
+
+        A death counts when another process begins the work. What hung counts when `overdue` finds it: processes at
+        their work, which also count as deaths once that work begins again, and processes that were loading the model or
+        were between two splits, which do not.
+        """
         killing = {name: work for name, work in self._work.items() if work.deaths}
         known = {name: {"deaths": work.deaths, "at": dict(work.deaths_at)} for name, work in killing.items()}
         return self._deaths, self._hung, known
@@ -239,8 +244,8 @@ def kill_process(name: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill).remote()
+    on_its_node = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_its_node)(kill).remote()
 
 
 class LedgerClient:

@@ -115,7 +115,7 @@ class OutputLock:
 
     def _take(self) -> None:
         """Create the lease with the highest number, or raise OutputBusyError if its present holder renews it."""
-        seen, since, told = None, 0.0, False
+        seen, since, announced = None, 0.0, False
         while True:
             leases = self._listed()
             number = max(leases, default=0)
@@ -136,8 +136,8 @@ class OutputLock:
                     f"{self._output.uri}: run {lease['run']} is at work there (process {lease['pid']} on "
                     f"{lease['host']}); one run at a time, so nothing was started"
                 )
-            elif not told:
-                told = True
+            elif not announced:
+                announced = True
                 logger.warning(
                     "run %s holds %s; waiting up to %g s to see whether it lives",
                     *(lease["run"], self._output.uri, self._lease_seconds),

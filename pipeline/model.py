@@ -16,7 +16,7 @@ from .storage import Storage, StoredFile
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSource:
     """A model as the driver knows it.
 
     Attributes:

@@ -52,7 +52,7 @@ def auto_dtype(gpus_per_actor: float) -> str:
     return "bfloat16" if gpus_per_actor else "float32"
 
 
-def place(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Placement:
+def place_actors(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Placement:
     """Choose the number and resources of the actors from the cluster's nodes, and make sure that they fit.
 
     Actors that take every CPU would leave none for the readers that feed them, and the run would hang

@@ -57,37 +57,37 @@ def make_plan(shards: Sequence[Shard], output: Storage, identity_key: str | None
             not trusted; None trusts all.
     """
     files: dict[str, list[tuple[str, str, str, int | None]]] = {}  # shard key → (version, path, folder, index)
-    there = set()
+    existing = set()
     for file in output.files():
         folder, _, name = file.path.rpartition("/")
         match = OBJECT_NAME.match(name)
-        there.add(file.path)
+        existing.add(file.path)
         if match is None or folder not in ("", MARKERS, QUARANTINE):
             continue
         index = int(match["index"]) if match["index"] else None
         files.setdefault(match["key"], []).append((match["version"], file.path, folder, index))
 
-    plan = Plan(has_success=SUCCESS in there)
+    plan = Plan(has_success=SUCCESS in existing)
     manifest = _manifest(output) if plan.has_success else None
-    markers = _markers(output, [shard.marker for shard in shards if shard.marker in there], manifest)
+    markers = _markers(output, [shard.marker for shard in shards if shard.marker in existing], manifest)
     for shard in shards:
         mine = files.pop(shard.key, [])
-        told = markers.get(shard.marker)
+        marker = markers.get(shard.marker)
         results = {
             path: index
             for version, path, folder, index in mine
             if version == shard.version and folder == "" and index is not None
         }
         named: set[str] = set()
-        if told is not None and _is_ours(told, shard, identity_key):
-            named = {shard.marker, *named_objects(told)}
-        if told is not None and named and results.keys() <= named <= there:
+        if marker is not None and _is_ours(marker, shard, identity_key):
+            named = {shard.marker, *named_objects(marker)}
+        if marker is not None and named and results.keys() <= named <= existing:
             plan.complete.append(shard)
-            plan.markers[shard.marker] = told
+            plan.markers[shard.marker] = marker
         else:
             named = set()
             plan.pending.append((shard, frozenset(results.values())))
-            plan.distrusted += [shard.marker] if shard.marker in there else []
+            plan.distrusted += [shard.marker] if shard.marker in existing else []
         if old := [path for _, path, _, _ in mine if path not in named]:
             plan.superseded[shard.key] = sorted(old, key=deletion_order)
     plan.removed = {key: sorted((path for _, path, _, _ in mine), key=deletion_order) for key, mine in files.items()}
@@ -107,9 +107,9 @@ def _manifest(output: Storage) -> dict[str, Any] | None:
 
 def _markers(output: Storage, paths: list[str], manifest: dict[str, Any] | None) -> dict[str, Marker]:
     """The undamaged markers at these paths, by path; those that the manifest has are not read."""
-    told = {marker_path(marker): marker for marker in manifest["shards"]} if manifest else {}
-    known = {path: told[path] for path in paths if path in told}
-    unknown = [path for path in paths if path not in told]
+    in_manifest = {marker_path(marker): marker for marker in manifest["shards"]} if manifest else {}
+    known = {path: in_manifest[path] for path in paths if path in in_manifest}
+    unknown = [path for path in paths if path not in in_manifest]
     return known | {path: marker for path, marker in read_markers(output, unknown) if marker is not None}
 
 
@@ -122,5 +122,5 @@ def _is_ours(marker: Marker, shard: Shard, identity_key: str | None) -> bool:
 def _is_of(manifest: dict[str, Any], plan: Plan) -> bool:
     """Whether no shard is pending and the manifest names the complete shards and, besides, only removed ones."""
     removed = set(manifest.get("removed", ()))
-    told = {marker_path(marker) for marker in manifest["shards"] if marker["shard"] not in removed}
-    return not plan.pending and told == {shard.marker for shard in plan.complete}
+    in_manifest = {marker_path(marker) for marker in manifest["shards"] if marker["shard"] not in removed}
+    return not plan.pending and in_manifest == {shard.marker for shard in plan.complete}

@@ -27,7 +27,7 @@ from .choice import pick
 from .encode import TOKENIZER_FAILED, check_text, killed_row, rejected_table
 from .errors import PipelineError, UsageError
 from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, process_name
-from .model import Model, fetch_model
+from .model import ModelSource, fetch_model
 from .report import SplitStats
 from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
 
@@ -104,7 +104,7 @@ class TRBertPredictor:
         self.engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(**options))
         self._policy: SelectionPolicy | None = None
         if speedup is not None or max_drop is not None:
-            known = Model(model, directory, loaded.digest, self.engine.config.usable_positions, self.engine.task)
+            known = ModelSource(model, directory, loaded.digest, self.engine.config.usable_positions, self.engine.task)
             self.expectation = pick(known, self.engine.dtype, speedup=speedup, max_drop=max_drop)
             self._policy = ThresholdPolicy(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)
@@ -146,17 +146,17 @@ class TRBertPredictor:
             errors.append(reasons[0] if reasons else None)
             rows.append(tuple("" if text is None else text for text, _, _ in checked))
         documents, failures = self.task.encode_rows(rows)
-        for place, document in enumerate(documents):
-            if errors[place] is None and place in failures:
-                errors[place] = TOKENIZER_FAILED
-            elif errors[place] is None and (problem := self.task.problem(document)):
-                errors[place] = problem[0]
-        good = [place for place, error in enumerate(errors) if error is None]
-        documents = [documents[place] for place in good]
+        for index, document in enumerate(documents):
+            if errors[index] is None and index in failures:
+                errors[index] = TOKENIZER_FAILED
+            elif errors[index] is None and (problem := self.task.problem(document)):
+                errors[index] = problem[0]
+        good = [index for index, error in enumerate(errors) if error is None]
+        documents = [documents[index] for index in good]
         results = result_columns(self.task, self.engine.score(documents, self._policy), documents)
-        places = np.full(len(rows), -1)
-        places[good] = np.arange(len(good))
-        indices = pa.array(places, mask=places < 0)
+        positions = np.full(len(rows), -1)
+        positions[good] = np.arange(len(good))
+        indices = pa.array(positions, mask=positions < 0)
         spread = {name: column.take(indices) for name, column in results.items()}
         return {**spread, "error": pa.array(errors, pa.string())}
 

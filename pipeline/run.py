@@ -23,7 +23,7 @@ from .errors import LeaseLostError, PipelineError, StoppedError, StorageError, U
 from .job import Job, make_job
 from .lock import OutputLock
 from .manifest import SUCCESS, Marker, read_markers, write_manifest
-from .placement import Placement, auto_dtype, place
+from .placement import Placement, auto_dtype, place_actors
 from .plan import Plan, make_plan
 from .ray_start import first_line, running_ray
 from .report import RunStatistics, SplitStats
@@ -119,7 +119,7 @@ def run_job(job: Job, run: RunContext) -> dict[str, Any]:
             job.require_output()
         run.stop.check()
         with running_ray():
-            placement = place(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=run.stop)
+            placement = place_actors(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=run.stop)
             job = job.on(placement.dtype)
             if job.expectation:
                 say(str(job.expectation))
@@ -210,8 +210,8 @@ class _Run:
             report["warnings"] += label_drift(report["labels"], labels_before)
             try:
                 # No other run writes this name, so a run that has lost the output may write it too.
-                place = self.output.fenced(lambda: None)
-                place.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
+                output = self.output.fenced(lambda: None)
+                output.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
             except StorageError as error:  # still return the report, and do not replace an error that is being raised
                 logger.error("the run report is not in the output: %s", error)
         return report
@@ -308,7 +308,7 @@ class _Run:
             self.run_id,
             epoch=self.lock.epoch,
             identity_key=self.job.identity_key,
-            found=self.plan.superseded.get(progress.shard.key, ()),
+            superseded=self.plan.superseded.get(progress.shard.key, ()),
         )
         self.markers[progress.shard.marker] = marker
         self.statistics.add_shard(marker["quarantined"])

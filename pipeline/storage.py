@@ -175,8 +175,8 @@ class Storage:
         except PipelineError:
             raise
         except (OSError, ValueError, BotoCoreError, ClientError, aiohttp.ClientError) as error:
-            place = f"{self.uri}/{path}" if path else self.uri
-            raise StorageError(f"{place}: cannot {action}: {_reason(error)}") from error
+            uri = f"{self.uri}/{path}" if path else self.uri
+            raise StorageError(f"{uri}: cannot {action}: {_reason(error)}") from error
 
     def _call(self, action: str, path: str, request: Callable[[], Result]) -> Result:
         """Make a request, and retry it for `retry_seconds` while it fails for a transient reason."""
@@ -420,9 +420,9 @@ def _check_authority(uri: str) -> None:
         # Azure's URIs have the form abfs://container@account…; credentials would be a name and a secret, with a colon.
         named = url.scheme in ("abfs", "abfss", "wasb", "wasbs") and ":" not in url.netloc
         if ("@" in url.netloc and not named) or (port and not port.isdigit()):
-            place = f"{url.scheme}://…" + ("@" + part.rpartition("@")[2] if "@" in part else "")
+            safe = f"{url.scheme}://…" + ("@" + part.rpartition("@")[2] if "@" in part else "")
             raise UsageError(
-                f"{place}: credentials do not belong in a URI: put them into the environment or the AWS configuration"
+                f"{safe}: credentials do not belong in a URI: put them into the environment or the AWS configuration"
             )
         if url.scheme in ("s3", "s3a") and not host:
             raise UsageError(f"{uri}: it names no bucket")

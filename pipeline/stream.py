@@ -139,10 +139,10 @@ class Stream:
         return self.failure
 
     def _keep_deaths(self) -> None:
-        found = self._ledger.deaths()
-        if found is None:
+        recorded = self._ledger.deaths()
+        if recorded is None:
             return
-        self.statistics.deaths, self.statistics.hung, known = found
+        self.statistics.deaths, self.statistics.hung, known = recorded
         if known != self._deaths:
             self._deaths = known
             try:

@@ -111,8 +111,8 @@ def _check_pending(shard: Shard, root: Storage, files: set[str]) -> Verification
     except StorageError as error:
         return Verification(problems=[f"missing: {shard.path}: it cannot be read ({error})"])
     splits = sum(path.startswith(f"{shard.key}-{shard.version}-") for path in files)
-    there = f", {splits} splits of it are there" if splits else ""
-    problem = f"missing: {shard.path}: not complete, {rows} rows{there}; the next run finishes it"
+    existing = f", {splits} splits of it are there" if splits else ""
+    problem = f"missing: {shard.path}: not complete, {rows} rows{existing}; the next run finishes it"
     return Verification(rows=rows, missing=rows, problems=[problem])
 
 
@@ -147,22 +147,22 @@ def _check_shard(shard: Shard, marker: Marker, root: Storage, output: Storage) -
         if split["object"] != shard.object(index):
             found.problems.append(f"damaged: {shard.marker}: names {split['object']} as split {index}; {_AGAIN}")
         data, table = _read_object(output, split["object"], split["sha256"], found)
-        told = _Told(data)
+        recorded = _QuarantineMetadata(data)
         if table is not None:
             strange += _count(table, shard.path, rows)
             counts["results"] += table.num_rows
-            if (table.num_rows, told.quarantined) != (split["results"], split["quarantined"]):
+            if (table.num_rows, recorded.quarantined) != (split["results"], split["quarantined"]):
                 found.problems.append(
                     f"damaged: {shard.marker}: its counts of split {index} are not its objects'; {_AGAIN}"
                 )
-        if split["quarantined"] or told.quarantined:
+        if split["quarantined"] or recorded.quarantined:
             name = f"{QUARANTINE}/{split['object']}"
             data, table = _read_object(output, name, split.get("quarantine_sha256") or "", found)
             if table is None:
                 continue
             strange += _count(table, shard.path, rows)
             counts["quarantined"] += table.num_rows
-            if told.rejected is not None and not holds(data, told.rejected):
+            if recorded.rejected is not None and not holds(data, recorded.rejected):
                 found.problems.append(f"damaged: {name}: not the rows that its results object has put aside; {_AGAIN}")
     found.results, found.quarantined = counts["results"], counts["quarantined"]
     found.extra += strange
@@ -175,7 +175,7 @@ def _check_shard(shard: Shard, marker: Marker, root: Storage, output: Storage) -
     return found
 
 
-class _Told:
+class _QuarantineMetadata:
     """The metadata of a results object about its split's quarantined rows.
 
     Attributes:
@@ -262,13 +262,15 @@ def _check_manifest(output: Storage, markers: dict[str, Marker], shards: list[Sh
         found.problems.append(f"missing: {SUCCESS}: no run has called this output complete")
         return
     present = {shard.path: shard.marker for shard in shards}
-    there = {marker["shard"]: marker for marker in newest(markers.values())}
-    there |= {path: markers[marker] for path, marker in present.items() if marker in markers}
-    told = {marker["shard"]: marker for marker in manifest["shards"]}
-    if wrong := sorted(path for path in {*there, *told} if there.get(path) != told.get(path)):
+    existing = {marker["shard"]: marker for marker in newest(markers.values())}
+    existing |= {path: markers[marker] for path, marker in present.items() if marker in markers}
+    in_manifest = {marker["shard"]: marker for marker in manifest["shards"]}
+    if wrong := sorted(path for path in {*existing, *in_manifest} if existing.get(path) != in_manifest.get(path)):
         what = f"{', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}"
         found.problems.append(f"damaged: {SUCCESS}: its shards are not the markers': {what}; {_AGAIN}")
-    elif any(manifest.get(n) != sum(marker[n] for marker in told.values()) for n in ("rows", "results", "quarantined")):
+    elif any(
+        manifest.get(n) != sum(marker[n] for marker in in_manifest.values()) for n in ("rows", "results", "quarantined")
+    ):
         found.problems.append(f"damaged: {SUCCESS}: its counts are not its shards'; {_AGAIN}")
 
 

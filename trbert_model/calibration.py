@@ -91,7 +91,7 @@ class KeepLogits:
     tokens: int
     fixed: int
 
-    def cut_for(self, fraction: float) -> float:
+    def cutoff_for(self, fraction: float) -> float:
         """The cutoff above which `fraction` of all tokens are kept, fixed tokens included."""
         if not len(self.falling):
             return 0.0
@@ -99,15 +99,15 @@ class KeepLogits:
         return float(self.falling[keep - 1 : keep + 1].mean())
 
 
-def keep_logits(engine: Engine, documents: Sequence[Any], cuts: Sequence[float] = ()) -> KeepLogits:
-    """The keep logits of the first reduction without a cutoff in `cuts`, after applying those cutoffs."""
-    recorder = _Recorder(cuts)
+def keep_logits(engine: Engine, documents: Sequence[Any], cutoffs: Sequence[float] = ()) -> KeepLogits:
+    """The keep logits of the first reduction without a cutoff in `cutoffs`, after applying those cutoffs."""
+    recorder = _Recorder(cutoffs)
     results = engine.score(documents, recorder)
     falling = torch.cat(recorder.logits).sort(descending=True).values
     return KeepLogits(falling, int(results.num_tokens.sum()), recorder.fixed)
 
 
-def cuts_for(
+def cutoffs_for(
     engine: Engine, documents: Sequence[Any], fractions: Sequence[float], first: KeepLogits | None = None
 ) -> list[float]:
     """Keep-logit cutoffs, one per reduction, that keep these fractions of the documents' tokens.
@@ -117,33 +117,33 @@ def cuts_for(
     Args:
         first: `keep_logits` of the first reduction, if known. It does not depend on the fractions.
     """
-    cuts: list[float] = []
+    cutoffs: list[float] = []
     for fraction in fractions:
-        found = first if first is not None and not cuts else keep_logits(engine, documents, cuts)
-        cuts.append(found.cut_for(fraction))
-    return cuts
+        logits = first if first is not None and not cutoffs else keep_logits(engine, documents, cutoffs)
+        cutoffs.append(logits.cutoff_for(fraction))
+    return cutoffs
 
 
 class _Recorder:
     """A selection policy that applies cutoffs at the first reductions and records the next one's keep logits."""
 
-    def __init__(self, cuts: Sequence[float]):
-        self.cuts = list(cuts)
+    def __init__(self, cutoffs: Sequence[float]):
+        self.cutoffs = list(cutoffs)
         self.logits: list[Tensor] = []
         self.fixed = 0
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        if candidates.reduction < len(self.cuts):
-            return candidates.logits >= self.cuts[candidates.reduction]
-        if candidates.reduction == len(self.cuts):
+        if candidates.reduction < len(self.cutoffs):
+            return candidates.logits >= self.cutoffs[candidates.reduction]
+        if candidates.reduction == len(self.cutoffs):
             self.logits.append(candidates.logits[~candidates.fixed].cpu())
             self.fixed += int(candidates.fixed.sum())
         return torch.zeros_like(candidates.fixed)  # the output of later layers is not used
 
 
-def thresholds_of(cuts: Sequence[float]) -> list[float]:
+def thresholds_of(cutoffs: Sequence[float]) -> list[float]:
     """Convert keep-logit cutoffs to keep probabilities, as in `TRBertConfig.selector_thresholds`."""
-    return torch.sigmoid(torch.tensor(list(cuts))).tolist()
+    return torch.sigmoid(torch.tensor(list(cutoffs))).tolist()
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def calibrate(
                 fractions = kept_fractions_for(speedup, config, windows, exponents)
             except ConfigurationError:
                 continue  # out of reach
-            points.append(measure(thresholds_of(cuts_for(engine, documents, fractions, first))))
+            points.append(measure(thresholds_of(cutoffs_for(engine, documents, fractions, first))))
             logger.info("%.2fx: %.2f%% (dense %.2f%%)", points[-1].flops_speedup, points[-1].metric, 100 * best.mean())
     return Calibration(
         key=key,

@@ -81,11 +81,11 @@ class LabelledCorpus(ABC):
         return {name: float(np.nanmean(scores)) for name, scores in self.all_scores(results).items()}
 
     @abstractmethod
-    def dataset(self, features: float = 0.0) -> "WindowDataset":
+    def dataset(self, classifier_input_weight: float = 0.0) -> "WindowDataset":
         """The corpus for training.
 
         Args:
-            features: weight of the distillation loss on the classifier's input, for tasks with
+            classifier_input_weight: weight of the distillation loss on the classifier's input, for tasks with
                 `labels_whole_documents`.
         """
 
@@ -150,8 +150,8 @@ class WindowDataset(Dataset, ABC):
         return window
 
     @abstractmethod
-    def target(self, place: int) -> Any:
-        """The labels or answers of the window at index `place`."""
+    def target(self, index: int) -> Any:
+        """The labels or answers of the window at this index."""
 
     @abstractmethod
     def targets(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -165,12 +165,12 @@ class WindowDataset(Dataset, ABC):
 
         `example`, int64 (windows,), is the index of each window's example.
         """
-        places = [place for example in examples for place in example]
-        windows = [self.shown(self.windows[place]) for place in places]
+        indices = [index for example in examples for index in example]
+        windows = [self.shown(self.windows[index]) for index in indices]
         batch = model_inputs([window.input_ids for window in windows], self.task.token_types(windows))
         batch["example"] = torch.tensor([i for i, example in enumerate(examples) for _ in example])
         batch |= self.targets(examples)
         if self.teacher is not None and not self.crops:
-            batch["teacher"], batch["guide"] = self.teacher.of_windows(places)
+            batch["teacher"], batch["guide"] = self.teacher.of_windows(indices)
             batch = self.losses.completed(batch, batch["teacher"])
         return batch

@@ -20,7 +20,7 @@ from .reduction.policies import ThresholdPolicy
 from .reduction.question import question_match
 from .reduction.selectors import selector_class
 from .reduction.state import Candidates, Selection, SelectionPolicy, TokenState
-from .varlen import ATTENTION_NAME, HALF_PRECISION, VarlenBatch, first_tokens, places_in
+from .varlen import ATTENTION_NAME, HALF_PRECISION, VarlenBatch, first_tokens, positions_in
 
 # On CPUs a layer runs on groups of whole sequences with about this many tokens in total: larger activations do not fit
 # the caches, and glibc maps and unmaps buffers over 32 MB at every operation.
@@ -103,14 +103,14 @@ class TRBertEncoder(nn.Module):
 
     def candidates(self, state: TokenState, reduction: int) -> Candidates:
         """The tokens of a state with their keep logits from the reduction's selector."""
-        match = state.match.at(state.places) if state.match is not None else None
+        match = state.match.at(state.token_indices) if state.match is not None else None
         logits = self.selectors[reduction](state.hidden, match)
         fixed = torch.zeros_like(logits, dtype=torch.bool)
         if match is not None and state.layer < self.config.question_layers:
             fixed |= match.asked
         fixed[first_tokens(state.cu_seqlens)] = True  # always keep [CLS], so that no sequence becomes empty
         return Candidates(
-            reduction, state.hidden, logits, fixed, state.places, state.positions, state.cu_seqlens, match
+            reduction, state.hidden, logits, fixed, state.token_indices, state.positions, state.cu_seqlens, match
         )
 
     def after_layer(self, state: TokenState) -> TokenState:
@@ -255,9 +255,9 @@ class TRBertModel(TRBertPreTrainedModel):
         if self.config.question_aware and reduce:
             words = self.embeddings.word_embeddings.weight
             match = question_match(batch.input_ids, batch.token_type_ids, batch.cu_seqlens, words)
-        places = torch.arange(len(hidden), device=hidden.device)
-        positions = places_in(batch.cu_seqlens, len(hidden))
-        return TokenState(0, hidden, places, positions, batch.cu_seqlens, batch.max_seqlen, match)
+        token_indices = torch.arange(len(hidden), device=hidden.device)
+        positions = positions_in(batch.cu_seqlens, len(hidden))
+        return TokenState(0, hidden, token_indices, positions, batch.cu_seqlens, batch.max_seqlen, match)
 
     def before_reduction(
         self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
@@ -284,7 +284,7 @@ def _varlen_batch(
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max())
     if position_ids is None:
-        position_ids = places_in(cu_seqlens, len(input_ids))
+        position_ids = positions_in(cu_seqlens, len(input_ids))
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     return VarlenBatch(input_ids, token_type_ids, position_ids, cu_seqlens.to(torch.int32), max_seqlen)

@@ -115,11 +115,11 @@ def first_tokens(cu_seqlens: Tensor) -> Tensor:
 
 def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The index of each token's sequence, int64 (tokens,)."""
-    places = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens.narrow(0, 1, len(cu_seqlens) - 1), places, right=True)
+    indices = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens.narrow(0, 1, len(cu_seqlens) - 1), indices, right=True)
 
 
-def places_in(cu_seqlens: Tensor, tokens: int) -> Tensor:
+def positions_in(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Each token's position in its sequence, from 0, int64 (tokens,)."""
     first = first_tokens(cu_seqlens).index_select(0, sequence_of(cu_seqlens, tokens))
     return torch.arange(tokens, device=cu_seqlens.device) - first

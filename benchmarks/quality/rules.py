@@ -10,12 +10,12 @@ from trbert_model.reduction.state import Candidates, SelectionPolicy
 
 def first_tokens_policy(fractions: Sequence[float]) -> SelectionPolicy:
     """Keep the first tokens of each document, the same fractions of each."""
-    return _ranked(fractions, lambda places: -places)
+    return _ranked(fractions, lambda positions: -positions)
 
 
 def random_tokens_policy(fractions: Sequence[float]) -> SelectionPolicy:
     """Keep random tokens, the same fractions of each document."""
-    return _ranked(fractions, lambda places: torch.rand(len(places)))
+    return _ranked(fractions, lambda positions: torch.rand(len(positions)))
 
 
 def _ranked(fractions: Sequence[float], rank: Callable[[Tensor], Tensor]) -> SelectionPolicy:

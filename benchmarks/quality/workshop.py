@@ -65,11 +65,11 @@ class Workshop:
         """The training options of the corpus's recipe, with changes."""
         recipe = RECIPES / f"{corpus.split('-')[0]}.yaml"
         dev = self.file(corpus, "dev")
-        places = ["--train", str(self.file(corpus, "train")), "--backbone", str(backbone), "--output", str(output)]
-        places += ["--evaluation", str(dev)] if evaluated and dev.exists() else []
+        options = ["--train", str(self.file(corpus, "train")), "--backbone", str(backbone), "--output", str(output)]
+        options += ["--evaluation", str(dev)] if evaluated and dev.exists() else []
         unlabelled = self.file(corpus, "unlabelled")
-        places += ["--unlabelled", str(unlabelled)] if unlabelled.exists() else []
-        config = parse_options(TrainingConfig, ["--config", str(recipe), *places], "")
+        options += ["--unlabelled", str(unlabelled)] if unlabelled.exists() else []
+        config = parse_options(TrainingConfig, ["--config", str(recipe), *options], "")
         return dataclasses.replace(config, teacher_cache=str(self.work / "teachers"), **changes)
 
     def run(self, name: str) -> dict[str, Any]:
@@ -188,13 +188,13 @@ class Workshop:
         engine = self._engine(directory)
         key = calibration_key(model_digest(directory), self.dtype, engine.config.usable_positions)
         # jobs/score.py reads the table in the model directory: the one from documents like those of the training.
-        place = directory if part == next(iter(run.parts.values())) else directory / part
-        table = read_calibration(place, key)
+        table_directory = directory if part == next(iter(run.parts.values())) else directory / part
+        table = read_calibration(table_directory, key)
         if table is None:
             name = f"{corpus} {part}"
             table = calibrate(engine, dev, key=key, name=name, speedups=run.speedups or run.targets)
-            place.mkdir(exist_ok=True)
-            (place / FILE).write_bytes(with_table(place, table))
+            table_directory.mkdir(exist_ok=True)
+            (table_directory / FILE).write_bytes(with_table(table_directory, table))
         return table
 
     def _fractions(self, corpus: str, engine: Engine, target: float) -> list[float]:

@@ -265,7 +265,7 @@ def test_one_dataset_to_pandas_duckdb_and_pyarrow(tmp_path, finished):
 def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
     """Fused, reading would run inside the actors; merged, one task would hold many splits."""
     from pipeline.job import make_job
-    from pipeline.placement import place
+    from pipeline.placement import place_actors
     from pipeline.plan import make_plan
     from pipeline.ray_start import data_context
     from pipeline.report import RunStatistics
@@ -274,7 +274,7 @@ def test_the_stages_are_not_fused_and_a_split_is_a_block(corpus, model_uri):
 
     job = make_job(config(corpus, model_uri, dtype="float32"))
     plan = make_plan(job.shards, job.output)
-    placement = place(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=StopRequest())
+    placement = place_actors(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=StopRequest())
     with data_context():
         dataset = Stream(job, placement, RunStatistics("run", plan, time.time())).dataset(plan.pending)
         blocks = [table.num_rows for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]

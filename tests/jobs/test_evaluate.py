@@ -104,16 +104,16 @@ def test_a_corpus_is_read_as_a_run_reads_its_input(labelled, monkeypatch):
 def test_a_model_that_is_converted_elsewhere_becomes_one_in_the_end(tmp_path):
     """The files go to the store one by one; without config.json they are no model."""
 
-    class Place:
+    class Store:
         is_local, written = False, []
 
         def write(self, name, data):
             self.written.append((name, data))
 
-    with convert._directory(Place()) as directory:
+    with convert._directory(Store()) as directory:
         for name in ("config.json", "model.safetensors", "vocab.txt"):
             (directory / name).write_text(name)
-    assert [name for name, _ in Place.written] == ["model.safetensors", "vocab.txt", "config.json"]
+    assert [name for name, _ in Store.written] == ["model.safetensors", "vocab.txt", "config.json"]
     with pytest.raises(UsageError, match=r"no config\.json there"):
         convert.main([f"zip://nothing::{archive(tmp_path)}", str(tmp_path / "out")])
 

@@ -103,7 +103,7 @@ def run_again(directory: Path, output: Storage, model: Path, split_bytes: int = 
         rows = run_stages(shard, options, predictor, output, frozenset(splits))
         assert all(row["error"] is None for row in rows), rows
         splits |= {row["index"]: Committed(**json.loads(row["committed"])) for row in rows if row["index"] >= 0}
-        found = plan.superseded.get(shard.key, [])
-        markers.append(write_marker(output, shard, [splits[i] for i in sorted(splits)], "run", found=found))
+        superseded = plan.superseded.get(shard.key, [])
+        markers.append(write_marker(output, shard, [splits[i] for i in sorted(splits)], "run", superseded=superseded))
     if plan.manifest is None:
         write_manifest(output, output_identity(output), markers, [], "run")

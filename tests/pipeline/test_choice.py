@@ -7,7 +7,7 @@ import pytest
 from pipeline.choice import Expectation, choose, kept_drift, label_drift, last_labels
 from pipeline.config import ScoreConfig
 from pipeline.errors import UsageError
-from pipeline.model import Model
+from pipeline.model import ModelSource
 from pipeline.storage import Storage
 from tests.conftest import classification_task
 from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, with_table
@@ -21,7 +21,7 @@ def point(speedup: float, drop: float, thresholds: tuple[float, ...]) -> Operati
 
 
 @pytest.fixture
-def model(tmp_path) -> Model:
+def model(tmp_path) -> ModelSource:
     """A model directory with a table for float32, and the digest it was made for."""
     table = Calibration(
         key=calibration_key(DIGEST, "float32", 512),
@@ -33,7 +33,7 @@ def model(tmp_path) -> Model:
         points=(point(2.0, 0.1, (0.2, 0.2)), point(3.1, 0.9, (0.4, 0.4)), point(5.0, 3.0, (0.7, 0.7))),
     )
     (tmp_path / "calibration.json").write_bytes(with_table(tmp_path, table))
-    return Model(str(tmp_path), tmp_path, DIGEST, 512, classification_task(512))
+    return ModelSource(str(tmp_path), tmp_path, DIGEST, 512, classification_task(512))
 
 
 def config(**options) -> ScoreConfig:
@@ -78,7 +78,7 @@ def test_what_no_table_can_promise_is_refused_with_the_command_that_makes_one(mo
     ):
         choose(config(speedup=3.0, dtype="bfloat16"), model)
     with pytest.raises(UsageError, match=r"max_drop 0.5: .* no calibration table"):
-        choose(config(max_drop=0.5), Model("m", tmp_path, "another digest 01234", 512, classification_task(512)))
+        choose(config(max_drop=0.5), ModelSource("m", tmp_path, "another digest 01234", 512, classification_task(512)))
     with pytest.raises(UsageError, match=r"speedup 6 is beyond the calibration table, which ends at 5\.00x"):
         choose(config(speedup=6.0), model)
     (tmp_path / "calibration.json").write_text("{")

@@ -123,7 +123,7 @@ def test_readers_switch_to_a_new_version_at_its_marker(output):
     # Both markers are there for a moment; the newer one counts.
     write_marker(output, OTHER, [new], "run-2")
     assert open_output(output.uri).to_table()["label"].to_pylist() == ["new"] * 3
-    write_marker(output, OTHER, [new], "run-2", found=superseded)
+    write_marker(output, OTHER, [new], "run-2", superseded=superseded)
     assert {file.path for file in output.files()} == {OTHER.object(0), OTHER.marker}
     assert open_output(output.uri).to_table()["label"].to_pylist() == ["new"] * 3
 

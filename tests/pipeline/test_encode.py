@@ -347,7 +347,7 @@ def test_a_reader_holds_little_more_than_a_split(write, tmp_path):
 import re, sys
 from pathlib import Path
 import pyarrow.parquet as pq
-from pipeline.encode import EncodeOptions, cut_splits
+from pipeline.encode import EncodeOptions, split_shard
 from pipeline.corpus import list_shards
 from pipeline.storage import Storage
 
@@ -358,7 +358,7 @@ storage = Storage(sys.argv[1])
 (shard,) = list_shards(storage)
 kept = [name for name in pq.read_schema(f"{sys.argv[1]}/{shard.path}").names if name == "kept"]
 before, read = peak(), 0
-for split, rows in cut_splits(shard, EncodeOptions(storage, None, ("text",), "id", ["id", *kept], 1 << 20)):
+for split, rows in split_shard(shard, EncodeOptions(storage, None, ("text",), "id", ["id", *kept], 1 << 20)):
     read += split.rows
 assert read == rows
 print(peak() - before)
@@ -370,19 +370,19 @@ print(peak() - before)
 
 @pytest.mark.parametrize("whole_bytes", [0, 1 << 30])
 def test_splits_do_not_depend_on_how_a_shard_is_read(tmp_path, model_directory, whole_bytes):
-    """Large shards are read piecemeal, and rows are put together in batches: both leave cuts and contents alone."""
+    """Large shards are read piecemeal, and rows are put together in batches: both leave ends and contents alone."""
     column = [None if i % 7 == 0 else text for i, text in enumerate(texts(5000))]
     path = write_shard(tmp_path / "a.parquet", {"id": range(5000), "text": column, "kept": column}, row_group_size=1900)
     reading = {"split_bytes": 30_000, "whole_bytes": whole_bytes}
     options = encode_options(tmp_path, model_directory, keep_columns=("kept",), **reading)
-    splits = [split for split, _ in encode_module.cut_splits(only_shard(tmp_path), options)]
-    cut, size = [0], 0
+    splits = [split for split, _ in encode_module.split_shard(only_shard(tmp_path), options)]
+    ends, size = [0], 0
     for row, text in enumerate(pq.read_table(path)["text"].to_pylist()):
         size += len(text or "")
         if size >= 30_000:
-            cut.append(row + 1)
+            ends.append(row + 1)
             size = 0
-    assert [sum(split.rows for split in splits[:i]) for i in range(len(splits))] == cut
+    assert [sum(split.rows for split in splits[:i]) for i in range(len(splits))] == ends
     for split in splits:
         kept = pa.Table.from_batches(split.passed)
         assert kept["id"].to_pylist() == split.row_numbers

@@ -8,7 +8,7 @@ import pytest
 from pipeline import placement
 from pipeline.config import ScoreConfig
 from pipeline.errors import StoppedError, UsageError
-from pipeline.placement import place
+from pipeline.placement import place_actors
 from pipeline.stopping import StopRequest
 
 PLACES = {"input": "in", "output": "out", "model": "m"}
@@ -25,14 +25,14 @@ def cluster(monkeypatch):
 
 def test_one_actor_a_gpu_in_bfloat16(cluster):
     cluster((8, 1), (8, 4), (4, 0))
-    placed = place(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
+    placed = place_actors(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
     assert (placed.num_actors, placed.gpus_per_actor, placed.device, placed.dtype) == (5, 1.0, "cuda", "bfloat16")
 
 
 @pytest.mark.parametrize(("cpus", "actors", "threads"), [(2, 1, 2), (4, 1, 4), (8, 2, 4), (16, 4, 4), (64, 16, 4)])
 def test_without_gpus_the_cores_are_shared_out(cluster, cpus, actors, threads):
     cluster((cpus, 0))
-    placed = place(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
+    placed = place_actors(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
     assert (placed.num_actors, placed.threads, placed.device, placed.dtype) == (actors, threads, "cpu", "float32")
 
 
@@ -42,18 +42,18 @@ def test_without_gpus_the_cores_are_shared_out(cluster, cpus, actors, threads):
 )
 def test_every_node_is_used_and_room_is_left(cluster, nodes, actors, threads):
     cluster(*[(cpus, 0) for cpus in nodes])
-    placed = place(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
+    placed = place_actors(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
     assert (placed.num_actors, placed.threads) == (actors, threads)
 
 
 def test_as_many_gpus_as_cpus(cluster):
     cluster((8, 8))
-    assert place(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest()).num_actors == 8
+    assert place_actors(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest()).num_actors == 8
 
 
 def test_the_cpu_of_a_machine_with_gpus(cluster):
     cluster((8, 1))
-    assert place(ScoreConfig(**PLACES, gpus_per_actor=0.0), spare_cpus=0.75, stop=StopRequest()).device == "cpu"
+    assert place_actors(ScoreConfig(**PLACES, gpus_per_actor=0.0), spare_cpus=0.75, stop=StopRequest()).device == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_cpu_of_a_machine_with_gpus(cluster):
 def test_what_does_not_fit_is_refused_before_it_hangs(cluster, nodes, options, message):
     cluster(*nodes)
     with pytest.raises(UsageError, match=message):
-        place(ScoreConfig(**PLACES, **options), spare_cpus=0.75, stop=StopRequest())
+        place_actors(ScoreConfig(**PLACES, **options), spare_cpus=0.75, stop=StopRequest())
 
 
 def test_an_autoscaling_cluster_is_asked_and_waited_for(cluster, monkeypatch):
@@ -78,7 +78,7 @@ def test_an_autoscaling_cluster_is_asked_and_waited_for(cluster, monkeypatch):
     asked = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     monkeypatch.setattr(StopRequest, "wait", lambda self, seconds: cluster((4, 0), (8, 1)))
-    placed = place(
+    placed = place_actors(
         ScoreConfig(**PLACES, gpus_per_actor=1.0, wait_for_resources=60.0), spare_cpus=0.75, stop=StopRequest()
     )
     assert placed.num_actors == 1
@@ -92,5 +92,5 @@ def test_a_stop_ends_the_wait_for_room(cluster, monkeypatch):
     threading.Timer(0.3, stop.request, ["SIGTERM"]).start()
     started = time.monotonic()
     with pytest.raises(StoppedError):
-        place(ScoreConfig(**PLACES, gpus_per_actor=1.0, wait_for_resources=900.0), spare_cpus=0.75, stop=stop)
+        place_actors(ScoreConfig(**PLACES, gpus_per_actor=1.0, wait_for_resources=900.0), spare_cpus=0.75, stop=stop)
     assert time.monotonic() - started < 2

@@ -106,8 +106,8 @@ def test_what_no_split_has_made_goes(output):
     splits = [publish(output, DONE, 0, results(0, 1), rejected())]
     stray = f"{QUARANTINE}/{DONE.object(0)}"
     output.write(stray, b"")
-    found = make_plan([DONE], output).superseded[DONE.key]
-    write_marker(output, DONE, splits, "run", found=found)
+    superseded = make_plan([DONE], output).superseded[DONE.key]
+    write_marker(output, DONE, splits, "run", superseded=superseded)
     assert [file.path for file in output.files()] == sorted([DONE.marker, DONE.object(0)])
     output.write(stray, b"")
     plan = make_plan([DONE], output)

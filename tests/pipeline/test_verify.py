@@ -70,7 +70,7 @@ def double_a_row(output):
     output.write(name, parquet_bytes(pa.concat_tables([table, table.slice(0, 1)])))
 
 
-def cut_an_object(output):
+def truncate_an_object(output):
     name = results_of(output, "a.parquet")[0]["object"]
     output.write(name, output.read(name)[:-20])
 
@@ -153,11 +153,11 @@ def success_with_wrong_counts(output):
     output.write(SUCCESS, json.dumps(read_manifest(output) | {"results": 7}).encode())
 
 
-def cut_success(output):
+def truncate_success(output):
     output.write(SUCCESS, output.read(SUCCESS)[:50])
 
 
-def cut_a_marker(output):
+def truncate_a_marker(output):
     (path,) = [file.path for file in output.files("_shards") if "/a-" in file.path]
     output.write(path, output.read(path)[:50])
 
@@ -181,7 +181,7 @@ def put(*paths):
         (lose_a_marker, "missing", r"missing: sub/b\.parquet: not complete, 12 rows, \d+ splits of it are there"),
         (double_a_row, "doubled", r"doubled: sub/b\.parquet: rows 0"),
         (double_a_row, "doubled", r"damaged: b-.*: its checksum is not its marker's"),
-        (cut_an_object, "missing", r"damaged: a-.*: "),
+        (truncate_an_object, "missing", r"damaged: a-.*: "),
         (mix_shards, "extra", r"extra: a\.parquet: its objects hold \d+ rows of other shards"),
         (
             leave_an_old_version,
@@ -199,8 +199,8 @@ def put(*paths):
         (forget_a_split, "missing", r"missing: a\.parquet: rows \d"),
         (success_without_a_split, None, r"damaged: _SUCCESS: .* the markers': a\.parquet; delete it and run again"),
         (success_with_wrong_counts, None, r"damaged: _SUCCESS: its counts are not its shards'; delete it and run"),
-        (cut_success, None, r"damaged: .*_SUCCESS: damaged: .*; run again to write it anew"),
-        (cut_a_marker, "missing", r"damaged: _shards/a-.*: no whole marker; delete it and run again"),
+        (truncate_success, None, r"damaged: .*_SUCCESS: damaged: .*; run again to write it anew"),
+        (truncate_a_marker, "missing", r"damaged: _shards/a-.*: no whole marker; delete it and run again"),
         (put("part-0"), None, r"extra: part-0: not of this pipeline; no run deletes it"),
         (put("x.parq"), None, r"extra: x\.parq: not of this pipeline"),
         (put("day=1/x.parquet"), None, r"extra: day=1/x\.parquet: not of this pipeline"),
@@ -236,10 +236,11 @@ def test_what_readers_do_not_look_at_is_nobodys_business(output):
 
 
 REPAIRED = [
-    *(lose_an_object, lose_a_quarantine, lose_a_marker, double_a_row, cut_an_object, mix_shards, leave_an_old_version),
+    *(lose_an_object, lose_a_quarantine, lose_a_marker, double_a_row, truncate_an_object),
+    *(mix_shards, leave_an_old_version),
     *(lose_success, stale_success, rewrite_the_quarantine, score_a_quarantined_row, miscount_a_split, miscount_a_shard),
-    *(put_a_quarantine_beside_no_split, forget_a_split, success_without_a_split, cut_success),
-    *(success_with_wrong_counts, cut_a_marker),
+    *(put_a_quarantine_beside_no_split, forget_a_split, success_without_a_split, truncate_success),
+    *(success_with_wrong_counts, truncate_a_marker),
 ]
 
 

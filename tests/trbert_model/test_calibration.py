@@ -1,4 +1,4 @@
-"""Speed chosen when the model is used: fractions for a speed-up, cuts for fractions, the table and what is picked."""
+"""Speed chosen when the model is used: fractions for a speed-up, cutoffs for fractions, the table, what is picked."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from trbert_model.calibration import (
     bootstrap_interval,
     calibrate,
     calibration_key,
-    cuts_for,
+    cutoffs_for,
     kept_fractions_for,
     pareto_front,
     read_calibration,
@@ -59,11 +59,11 @@ def corpus(count=200, seed=0):
     return [rng.integers(5, 20, rng.integers(20, 29)).astype(np.int32) for _ in range(count)]
 
 
-def test_cuts_keep_the_fractions_asked_for():
+def test_cutoffs_keep_the_fractions_asked_for():
     documents, fractions = corpus(), [0.8, 0.4, 0.2]
     engine = Engine(calm_classifier(reduction_layers=[0, 1, 3]), tiny_tokenizer(), EngineOptions(device="cpu"))
-    cuts = cuts_for(engine, documents, fractions)
-    results = engine.score(documents, ThresholdPolicy(thresholds_of(cuts)))
+    cutoffs = cutoffs_for(engine, documents, fractions)
+    results = engine.score(documents, ThresholdPolicy(thresholds_of(cutoffs)))
     np.testing.assert_allclose(results.kept_tokens.sum(0) / results.num_tokens.sum(), fractions, atol=0.02)
 
 

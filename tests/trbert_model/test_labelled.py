@@ -33,11 +33,11 @@ def test_windows_keep_their_documents_labels_and_teachers():
     batch = dataset.collate(items)
     assert batch["labels"].tolist() == [1, 2, 1]
     assert batch["example"].tolist() == [0, 1, 2]
-    assert batch["teacher"].flatten().tolist() == [float(place) for (place,) in items]
+    assert batch["teacher"].flatten().tolist() == [float(index) for (index,) in items]
     assert batch["guide"].shape == (1, len(batch["input_ids"]))
     lengths = batch["cu_seqlens"].diff().tolist()
     assert [set(part.flatten().tolist()) for part in batch["guide"].split(lengths, 1)] == [
-        {float(place)} for (place,) in items
+        {float(index)} for (index,) in items
     ]
 
 
@@ -59,8 +59,8 @@ def test_crops_are_pieces_of_the_window():
     assert lengths <= set(range(4, 21))
     assert len(lengths) > 10
     dataset.crops = 0.3
-    cut = sum(len(dataset.collate([[0]])["input_ids"]) < len(whole) for _ in range(300))
-    assert 50 < cut < 130
+    cropped = sum(len(dataset.collate([[0]])["input_ids"]) < len(whole) for _ in range(300))
+    assert 50 < cropped < 130
 
 
 def test_labels_that_the_model_does_not_have_are_refused(tmp_path):

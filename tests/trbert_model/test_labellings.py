@@ -149,11 +149,11 @@ def words(kind: str, seed: int, count: int) -> pa.Table:
     rows = []
     for _ in range(count):
         document = rng.choice(["the", "news", "of", "a", "game", "and"], rng.integers(12, 24))
-        places = rng.permutation(len(document))
+        indices = rng.permutation(len(document))
         good, bad = int(rng.integers(0, 5)), int(rng.integers(0, 2))
-        document[places[:good]] = "good"
+        document[indices[:good]] = "good"
         if bad:
-            document[places[good]] = "bad"
+            document[indices[good]] = "bad"
         labels = [*(["good"] if good else []), *(["bad"] if bad else [])]
         rows.append({"text": " ".join(document), "label": labels if kind == "multi" else good / 2})
     schema = pa.schema([("text", pa.string()), ("label", pa.list_(pa.string()) if kind == "multi" else pa.float64())])

@@ -33,7 +33,7 @@ def test_features_are_distilled_by_their_relative_squared_distance():
     )
     plain = SingleLabelLosses(3)
     batch = {"teacher": plain.signals(dense), "labels": torch.tensor([0, UNLABELLED])}
-    found = SingleLabelLosses(3, features=0.5).distilled(output, batch, repeats=2)
+    found = SingleLabelLosses(3, classifier_input_weight=0.5).distilled(output, batch, repeats=2)
     for i, j in enumerate((0, 1, 0, 1)):
         cross_entropy = -(dense.logits[j].softmax(0) * output.logits[i].log_softmax(0)).sum()
         distance = (output.pooler_output[i] - dense.pooler_output[j]).norm() / dense.pooler_output[j].norm()
@@ -119,7 +119,7 @@ def test_distillation_is_the_cross_entropy_to_the_teachers_probabilities(dataset
 def test_an_example_has_a_window_with_the_answer_and_another(dataset):
     torch.manual_seed(0)
     drawn = {tuple(dataset[0]) for _ in range(60)}
-    holding = {place for place in range(dataset.first_window[1]) if dataset.target(place)}
+    holding = {index for index in range(dataset.first_window[1]) if dataset.target(index)}
     assert holding
     assert all(len(example) == 2 and holding & set(example) for example in drawn)
     assert len(drawn) > 1
@@ -208,8 +208,8 @@ def test_a_teacher_says_of_a_window_what_it_says_of_it_alone(dataset):
     answering = model()
     together = teacher_signals(answering, dataset)
     alone = teacher_signals(answering, dataset, tokens_per_batch=1)
-    places = [2, 0, dataset.first_window[2]]
-    for mine, its in zip(together.of_windows(places), alone.of_windows(places)):
+    indices = [2, 0, dataset.first_window[2]]
+    for mine, its in zip(together.of_windows(indices), alone.of_windows(indices)):
         torch.testing.assert_close(mine, its, atol=2e-3, rtol=1e-2)
     targets, guide = together.of_windows([0])
     assert targets.shape == (len(dataset.windows[0].input_ids), 2)

@@ -148,15 +148,15 @@ def test_a_sequence_does_not_see_its_batch(lengths, layers, seed):
     order = torch.randperm(len(sequences)).tolist()
     with torch.inference_mode():
         together = varlen(model, [sequences[i] for i in order], output_selections=True)
-        for place, i in enumerate(order):
+        for row, i in enumerate(order):
             alone = varlen(model, [sequences[i]], output_selections=True)
             # A token that sits on the threshold to within rounding may fall on either side of it.
             on_the_edge = any(
                 (torch.sigmoid(selection.logits) - 0.5).abs().min() < 1e-5 for selection in alone.selections
             )
             if not on_the_edge:
-                torch.testing.assert_close(together.logits[place], alone.logits[0], atol=1e-4, rtol=0)
-                counts = [int(kept[place]) for kept in together.kept_tokens]
+                torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-4, rtol=0)
+                counts = [int(kept[row]) for kept in together.kept_tokens]
                 assert counts == [int(kept[0]) for kept in alone.kept_tokens]
 
 
@@ -170,14 +170,14 @@ def test_a_window_of_a_question_does_not_see_its_batch(lengths, seed):
     with torch.inference_mode():
         together = model(**model_inputs(windows, segments), output_selections=True)
         answers = together.start_logits.split(lengths)
-        for place, (window, segment) in enumerate(zip(windows, segments)):
+        for index, (window, segment) in enumerate(zip(windows, segments)):
             alone = model(**model_inputs([window], [segment]), output_selections=True)
             on_the_edge = any(
                 (torch.sigmoid(selection.logits) - 0.5).abs().min() < 1e-5 for selection in alone.selections
             )
             if not on_the_edge:
-                torch.testing.assert_close(answers[place], alone.start_logits, atol=1e-4, rtol=0)
-                assert [int(kept[place]) for kept in together.kept_tokens] == [int(kept) for kept in alone.kept_tokens]
+                torch.testing.assert_close(answers[index], alone.start_logits, atol=1e-4, rtol=0)
+                assert [int(kept[index]) for kept in together.kept_tokens] == [int(kept) for kept in alone.kept_tokens]
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,7 +11,7 @@ from trbert_model import InputError, VarlenBatch, convert_checkpoint
 from trbert_model.reduction.group import GroupPolicy
 from trbert_model.reduction.state import Candidates
 from trbert_model.tasks.multiple_choice.head import TRBertForMultipleChoice
-from trbert_model.varlen import first_tokens, places_in
+from trbert_model.varlen import first_tokens, positions_in
 
 REFERENCE = Path(__file__).parent.parent / "reference_outputs/bert6-multiple-choice"
 
@@ -69,11 +69,11 @@ def test_a_policy_that_draws_at_random_keeps_the_same_in_all_rows_of_a_group():
     torch.manual_seed(3)
     lengths = torch.tensor([9, 7, 8, 20, 18, 25])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    places, positions = torch.arange(int(lengths.sum())), places_in(cu_seqlens, int(lengths.sum()))
-    logits, fixed = torch.randn(len(places)), torch.zeros(len(places), dtype=torch.bool)
+    token_indices, positions = torch.arange(int(lengths.sum())), positions_in(cu_seqlens, int(lengths.sum()))
+    logits, fixed = torch.randn(len(token_indices)), torch.zeros(len(token_indices), dtype=torch.bool)
     fixed[first_tokens(cu_seqlens)] = True
     policy = GroupPolicy(lambda seen: torch.rand_like(seen.logits) < 0.5, torch.tensor([6, 15]), 3)
-    candidates = Candidates(0, logits[:, None], logits, fixed, places, positions, cu_seqlens, None)
+    candidates = Candidates(0, logits[:, None], logits, fixed, token_indices, positions, cu_seqlens, None)
     rows = policy(candidates).split(lengths.tolist())
     for group, shared in ((rows[:3], 6), (rows[3:], 15)):
         assert all(torch.equal(row[:shared], group[0][:shared]) and row[shared:].all() for row in group)

@@ -33,11 +33,11 @@ class Windows(TextWindows):
         self.teacher = teacher_signals(model, self)
 
 
-def batch(model, places=(0, 1, 2, 3)) -> dict[str, torch.Tensor]:
-    return Windows(model).collate([[place] for place in places])
+def batch(model, indices=(0, 1, 2, 3)) -> dict[str, torch.Tensor]:
+    return Windows(model).collate([[index] for index in indices])
 
 
-def single_cut(reductions: int = 2) -> OperatingPoints:
+def single_cutoff(reductions: int = 2) -> OperatingPoints:
     return OperatingPoints([], [], reductions)
 
 
@@ -61,7 +61,7 @@ def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
     model = tiny_classifier().requires_grad_(False)
     model.bert.encoder.selectors.requires_grad_(True)
     data = batch(model)
-    objective = Reinforcement(model, LOSSES, single_cut(), samples=3, length_penalty=0.7, distillation=distillation)
+    objective = Reinforcement(model, LOSSES, single_cutoff(), samples=3, length_penalty=0.7, distillation=distillation)
     made = recorded_policies(monkeypatch)
     found = objective(**data)
 
@@ -105,8 +105,8 @@ def test_the_policy_gradient_is_the_papers(monkeypatch, distillation):
 
 def test_a_guided_sample_keeps_what_the_guide_ranks_highest(monkeypatch):
     model = tiny_classifier()
-    data = batch(model, places=(1,))
-    objective = Reinforcement(model, LOSSES, single_cut(), samples=2, length_penalty=0.5, guided_steps=1)
+    data = batch(model, indices=(1,))
+    objective = Reinforcement(model, LOSSES, single_cutoff(), samples=2, length_penalty=0.5, guided_steps=1)
     made = recorded_policies(monkeypatch)
     objective(**data)
     guided, tokens = made[0].split([30, 30])[0], data["guide"][model.config.reduction_layers[0]]
@@ -138,7 +138,7 @@ def test_imitation_teaches_each_selector_the_guides_choice():
 
 def test_the_cost_counts_what_samples_share_once():
     model = tiny_classifier(reduction_layers=[2, 3])
-    objective = Reinforcement(model, LOSSES, single_cut(), samples=4, length_penalty=0.5)
+    objective = Reinforcement(model, LOSSES, single_cutoff(), samples=4, length_penalty=0.5)
     lengths, kept = torch.tensor([20, 10]), torch.tensor([[10, 5], [4, 2]] * 4)
     config, tokens = model.config, lengths.numpy()
     one = reduced_flops(config, tokens, kept[:2].numpy()).sum()
@@ -149,7 +149,7 @@ def test_the_cost_counts_what_samples_share_once():
 
 def test_no_gradient_reaches_the_backbone_from_the_selectors_stage():
     model = tiny_classifier()
-    Reinforcement(model, LOSSES, single_cut(), samples=2, length_penalty=0.5)(**batch(model))["loss"].backward()
+    Reinforcement(model, LOSSES, single_cutoff(), samples=2, length_penalty=0.5)(**batch(model))["loss"].backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert with_gradient
     assert all(".selectors." in name for name in with_gradient)
@@ -157,7 +157,7 @@ def test_no_gradient_reaches_the_backbone_from_the_selectors_stage():
 
 def test_the_joint_stage_trains_everything_and_restores_the_mode():
     model = tiny_classifier()
-    objective = Joint(model, LOSSES, single_cut(), samples=2, length_penalty=0.5).train()
+    objective = Joint(model, LOSSES, single_cutoff(), samples=2, length_penalty=0.5).train()
     measured = objective(**batch(model))
     measured["loss"].backward()
     assert model.training
@@ -171,11 +171,11 @@ def test_a_dense_model_beside_the_joint_stage_judges_what_no_teacher_has_seen(sa
     data = batch(dense)
     settings = {"samples": samples, "length_penalty": 0.5}
     model.config.hidden_dropout_prob = 0.0
-    known = Joint(model, LOSSES, single_cut(), **settings).eval()
+    known = Joint(model, LOSSES, single_cutoff(), **settings).eval()
     torch.manual_seed(0)
     expected = known(**data)
     seen = {name: value for name, value in data.items() if name not in ("teacher", "guide")}
-    beside = Joint(model, LOSSES, single_cut(), dense=dense, **settings).eval()
+    beside = Joint(model, LOSSES, single_cutoff(), dense=dense, **settings).eval()
     torch.manual_seed(0)
     found = beside(**seen)
     torch.testing.assert_close(found["loss"], expected["loss"])
@@ -189,7 +189,7 @@ def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
     nothing = Joint(
         model,
         LOSSES,
-        single_cut(),
+        single_cutoff(),
         samples=0,
         length_penalty=0.5,
         selection_policy=lambda candidates: torch.zeros_like(candidates.fixed),
@@ -199,25 +199,25 @@ def test_a_policy_of_its_own_replaces_the_selectors_in_the_joint_stage():
     measured["loss"].backward()
 
 
-def test_unreduced_documents_keep_their_tokens_and_leave_the_cuts():
+def test_unreduced_documents_keep_their_tokens_and_leave_the_cutoffs():
     model = tiny_classifier().eval()
     data = batch(model)
-    measured, cuts = {}, {}
+    measured, cutoffs = {}, {}
     for share in (0.0, 0.5, 1.0):
         points = OperatingPoints([[0.5, 0.25]], [[0.0, 0.0]], 2)
         torch.manual_seed(1)  # draws documents of both kinds at 0.5
         measured[share] = Joint(model, LOSSES, points, samples=0, length_penalty=0.0, unreduced=share).eval()(**data)
-        cuts[share] = points.cuts[1]
+        cutoffs[share] = points.cuts[1]
     dense = LOSSES.distilled(model(**inputs_of(data), reduce=False), data).mean()
     torch.testing.assert_close(measured[1.0]["task_loss"], dense)
-    assert torch.equal(cuts[1.0], torch.zeros(1, 2))
+    assert torch.equal(cutoffs[1.0], torch.zeros(1, 2))
     assert measured[0.0]["dense_passes"] < measured[0.5]["dense_passes"] < measured[1.0]["dense_passes"]
     assert measured[0.5]["kept_1"] < 0.9, "what is measured, and followed, is the reduced documents'"
-    assert (cuts[0.5] != 0).any()
+    assert (cutoffs[0.5] != 0).any()
 
 
-def test_cuts_follow_the_tokens_they_let_through():
-    """From cuts that keep everything to the fractions asked for, each point its own."""
+def test_cutoffs_follow_the_tokens_they_let_through():
+    """From cutoffs that keep everything to the fractions asked for, each point its own."""
     model = tiny_classifier().requires_grad_(False)
     fractions = [[0.6, 0.4], [0.3, 0.1]]
     points = OperatingPoints(fractions, [[-9.0, -9.0], [-9.0, -9.0]], 2)
@@ -227,16 +227,16 @@ def test_cuts_follow_the_tokens_they_let_through():
     history = []
     for _ in range(300):
         drawn = points.draw(64, torch.device("cpu"))
-        policy = SamplingPolicy(points.cuts_at(drawn, sampled=False), at_random=False)
+        policy = SamplingPolicy(points.cutoffs_at(drawn, sampled=False), at_random=False)
         kept = torch.stack(model(**inputs, selection_policy=policy).kept_tokens, 1)
         points.follow(drawn, lengths, kept, policy.spreads(), sampled=False)
         history.append([(kept[drawn == i].sum(0) / lengths[drawn == i].sum()).tolist() for i in (0, 1)])
     np.testing.assert_allclose(np.mean(history[-100:], axis=0), fractions, atol=0.05)
-    assert torch.equal(points.cuts[0], torch.full((2, 2), -9.0)), "the cuts for random choices are others"
+    assert torch.equal(points.cuts[0], torch.full((2, 2), -9.0)), "the cutoffs for random choices are others"
 
 
-def test_the_originals_single_cut_stays():
-    points = single_cut()
+def test_the_originals_single_cutoff_stays():
+    points = single_cutoff()
     points.follow(
         torch.zeros(2, dtype=torch.int64),
         torch.tensor([10, 10]),

@@ -91,14 +91,14 @@ def test_questions_about_one_context_share_its_tokens():
     assert encoded[0].context is not encoded[1].context
 
 
-def test_a_long_context_in_pieces_has_the_same_tokens_and_places(monkeypatch):
+def test_a_long_context_in_pieces_has_the_same_tokens_and_offsets(monkeypatch):
     text = "the good news, \u00a0 the 中中 baddest game\n\tof é é bank . ." * 20
     (whole,) = task().encode(["good"], [text])
     for size in (40, 57):
         monkeypatch.setattr("trbert_model.tasks.text.PIECE_CHARACTERS", size)
-        (cut,) = task().encode(["good"], [text])
+        (in_pieces,) = task().encode(["good"], [text])
         for name in ("ids", "starts", "ends"):
-            assert np.array_equal(getattr(cut.context, name), getattr(whole.context, name))
+            assert np.array_equal(getattr(in_pieces.context, name), getattr(whole.context, name))
 
 
 def test_a_question_that_leaves_no_room_is_refused():
@@ -131,17 +131,17 @@ def test_scores_share_one_softmax_over_all_windows():
             for last in range(first, min(first + 4, window.count)):
                 probability = np.exp(start[window.passage + first]) / sums[0]
                 probability *= np.exp(end[window.passage + last]) / sums[1]
-                place = (
+                span = (
                     int(question.context.starts[window.first + first]),
                     int(question.context.ends[window.first + last]),
                 )
-                expected[place] = expected.get(place, 0.0) + probability
+                expected[span] = expected.get(span, 0.0) + probability
     null = np.prod([sum(np.exp(pair[side][0]) for pair in logits) / sums[side] for side in (0, 1)])
     answer = answering.combine(question, windows, logits)
     found = {(span.start, span.end): span.score for span in answer.spans}
     assert set(found) == set(expected)
-    for place, score in expected.items():
-        assert found[place] == pytest.approx(score, rel=1e-6)
+    for span, score in expected.items():
+        assert found[span] == pytest.approx(score, rel=1e-6)
     assert answer.null_score == pytest.approx(null, rel=1e-6)
     assert [span.score for span in answer.spans] == sorted(found.values(), reverse=True)
 

@@ -77,9 +77,9 @@ def test_means_over_the_question_and_sums_over_neighbours():
         words = SEGMENTS[row].count(0)
         torch.testing.assert_close(means[row], part[:words].mean(0))
         for token in range(lengths[row]):
-            places = [j for j in range(words, lengths[row]) if abs(token - j) <= REACH]
+            positions = [j for j in range(words, lengths[row]) if abs(token - j) <= REACH]
             expected = [
-                sum(float(part[j, 0]) * np.exp(-abs(token - j) / scale) for j in places) / (2 * scale)
+                sum(float(part[j, 0]) * np.exp(-abs(token - j) / scale) for j in positions) / (2 * scale)
                 for scale in NEIGHBOUR_SCALES
             ]
             np.testing.assert_allclose(sums[token], expected, rtol=1e-4, atol=1e-6)

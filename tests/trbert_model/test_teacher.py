@@ -29,17 +29,17 @@ def test_the_guide_is_the_originals_saliency():
     documents, labels = [np.arange(5, 14), np.arange(6, 20)], torch.tensor([0, 2])
     found, scores = guide(model, {**model_inputs(documents), "labels": labels}, SingleLabelLosses(3))
     together = scores.split([9, 14], dim=1)
-    for place, document in enumerate(documents):
+    for index, document in enumerate(documents):
         output = model(
-            **model_inputs([document]), labels=labels[place : place + 1], reduce=False, output_hidden_states=True
+            **model_inputs([document]), labels=labels[index : index + 1], reduce=False, output_hidden_states=True
         )
         h = output.hidden_states
         (gradient,) = torch.autograd.grad(output.loss, h[5])
         for layer in range(5):
             expected = (gradient * (h[5] - h[layer])).sum(-1).abs()
-            torch.testing.assert_close(together[place][layer], expected, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(together[index][layer], expected, atol=1e-5, rtol=1e-3)
         signals = torch.cat([output.logits, output.pooler_output], 1)
-        torch.testing.assert_close(found[place : place + 1], signals, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[index : index + 1], signals, atol=1e-5, rtol=1e-4)
 
 
 def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path):
@@ -52,11 +52,11 @@ def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path
     alone = teacher_signals(model, dataset, tokens_per_batch=1)
     together.save(tmp_path / "teacher.safetensors")
     loaded = TeacherSignals.load(tmp_path / "teacher.safetensors")
-    for places in ([3, 0], [4, 4, 2]):
+    for indices in ([3, 0], [4, 4, 2]):
         for signals in (alone, loaded):
-            logits, scores = signals.of_windows(places)
-            assert scores.shape == (5, sum(len(windows[place]) for place in places))
-            expected, expected_scores = together.of_windows(places)
+            logits, scores = signals.of_windows(indices)
+            assert scores.shape == (5, sum(len(windows[index]) for index in indices))
+            expected, expected_scores = together.of_windows(indices)
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(scores, expected_scores, atol=2e-3, rtol=1e-2)
     assert not any(p.grad is not None for p in model.parameters())

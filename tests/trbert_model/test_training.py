@@ -260,9 +260,9 @@ def test_questions_train_through_every_stage(corpus):
     for i in range(96):
         words = rng.choice(["the", "news", "of", "a", "and"], rng.integers(8, 40)).tolist()
         answer = ["bank", "game", "sport"][i % 3]
-        place = int(rng.integers(len(words)))
-        words[place] = answer
-        start = len(" ".join(words[:place])) + (place > 0)
+        index = int(rng.integers(len(words)))
+        words[index] = answer
+        start = len(" ".join(words[:index])) + (index > 0)
         rows.append({"question": answer, "context": " ".join(words), "answers": [answer], "answer_start": [start]})
     for name, part in (("train", rows[:64]), ("evaluation", rows[64:])):
         pq.write_table(pa.Table.from_pylist(part), corpus / f"{name}.parquet")

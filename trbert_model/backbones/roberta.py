@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..varlen import VarlenBatch, places_in
+from ..varlen import VarlenBatch, positions_in
 from .bert import BertBackbone
 
 
@@ -27,7 +27,7 @@ class RobertaBackbone(BertBackbone):
 
     def embed(self, embeddings: Any, batch: VarlenBatch) -> Tensor:
         offset = self.position_offset(embeddings.word_embeddings.padding_idx)
-        positions = places_in(batch.cu_seqlens, len(batch.input_ids)) + offset
+        positions = positions_in(batch.cu_seqlens, len(batch.input_ids)) + offset
         return embeddings(
             input_ids=batch.input_ids.unsqueeze(0),
             token_type_ids=torch.zeros_like(batch.token_type_ids).unsqueeze(0),

@@ -85,15 +85,15 @@ def convert_checkpoint(
         pad = raw_config.get("pad_token_id")
         offset = family.position_offset(family.pad_token_id if pad is None else pad)
         _extend_positions(state, max_positions, offset, src)
-    found = _found_task(raw_config, state, asked=task)
+    own_task = _task_of_head(raw_config, state, asked=task)
     if head is not None:
         state = {name: value for name, value in state.items() if name.startswith("bert.")}
-    task = task or found
+    task = task or own_task
     if task not in KINDS:
         raise CheckpointError(f"task {task!r} is none of {', '.join(KINDS)}")
-    if head is None and task not in (found, NO_TASK):
+    if head is None and task not in (own_task, NO_TASK):
         raise CheckpointError(
-            f"{src}: it has no head for {task} (its head: {found}); fine-tune it for the task, or train with "
+            f"{src}: it has no head for {task} (its head: {own_task}); fine-tune it for the task, or train with "
             "jobs/train.py, which gives it a fresh one"
         )
 
@@ -170,7 +170,7 @@ def _backbone(raw: dict, kind: str) -> str | None:
     return next((name for name, family in BACKBONES.items() if kind in family.names), None)
 
 
-def _found_task(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
+def _task_of_head(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
     """The task of a checkpoint's head.
 
     Multiple choice and regression have the same tensors, so the checkpoint's class or `asked` decides between them.

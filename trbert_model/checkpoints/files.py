@@ -67,22 +67,22 @@ def model_files(directory: str | Path) -> list[str]:
     return counted
 
 
-def counted_files(names: Iterable[str], index: bytes | None, place: str) -> list[str]:
+def counted_files(names: Iterable[str], index: bytes | None, directory: str) -> list[str]:
     """The model files of a directory with these files and this index, sorted; see `model_files`.
 
     Args:
         names: relative paths of the directory's files.
         index: contents of the index of weights, None if there is none.
-        place: the directory's name, for error messages.
+        directory: the directory's name, for error messages.
 
     Raises:
         CheckpointError: the index is damaged, or names files outside the directory or other than safetensors.
     """
     inside = {name for name in names if "/" not in name and name.endswith(_SUFFIXES) and name not in ABOUT_THE_MODEL}
-    return sorted(inside | set(_weights(inside, index, place)))
+    return sorted(inside | set(_weights(inside, index, directory)))
 
 
-def _weights(names: Iterable[str], index: bytes | None, place: str) -> list[str]:
+def _weights(names: Iterable[str], index: bytes | None, directory: str) -> list[str]:
     """The weight files, chosen as in transformers: a single file takes precedence over an index."""
     if WEIGHTS in names:
         return [WEIGHTS]
@@ -91,11 +91,11 @@ def _weights(names: Iterable[str], index: bytes | None, place: str) -> list[str]
     try:
         named = list(json.loads(index)["weight_map"].values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{place}: {INDEX} is damaged ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{directory}: {INDEX} is damaged ({type(error).__name__}: {error})") from error
     if bad := [name for name in named if not isinstance(name, str) or not name.endswith(".safetensors")]:
-        raise CheckpointError(f"{place}: {INDEX} names {bad[:5]}; only safetensors are read")
+        raise CheckpointError(f"{directory}: {INDEX} names {bad[:5]}; only safetensors are read")
     if outside := [name for name in named if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
-        raise CheckpointError(f"{place}: {INDEX} names {outside[:5]}, outside the directory")
+        raise CheckpointError(f"{directory}: {INDEX} names {outside[:5]}, outside the directory")
     return sorted({str(PurePosixPath(name)) for name in named})
 
 
@@ -157,6 +157,6 @@ def _signature(directory: Path) -> dict[str, tuple[int, ...] | None]:
     for name in model_files(directory):
         signature[name] = None
         with contextlib.suppress(FileNotFoundError):
-            found = os.stat(directory / name)
-            signature[name] = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            status = os.stat(directory / name)
+            signature[name] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return signature

@@ -53,14 +53,14 @@ def load_checkpoint(directory: str | Path, digest: str | None = None) -> LoadedM
             embedding. The message names the directory and the problem.
     """
     directory = Path(directory)
-    with saved_files(directory) as files, tempfile.TemporaryDirectory(prefix="trbert-") as place:
+    with saved_files(directory) as files, tempfile.TemporaryDirectory(prefix="trbert-") as copies:
         if digest is not None and files.digest != digest:
             raise ModelChangedError(
                 f"{directory}: the run began with another model: its digest was {digest[:12]}…, "
                 f"that of the files there now is {files.digest[:12]}…"
             )
         try:
-            model, tokenizer = _made_of(files, Path(place))
+            model, tokenizer = _made_of(files, Path(copies))
         except CheckpointError:
             raise
         except TRBertError as error:
@@ -69,13 +69,13 @@ def load_checkpoint(directory: str | Path, digest: str | None = None) -> LoadedM
             # Panics in Rust code (tokenizers, safetensors) are not subclasses of Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error, place, directory)}") from error
+            raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error, copies, directory)}") from error
     model.config.name_or_path = tokenizer.name_or_path = str(directory)
     return LoadedModel(model, tokenizer, files.digest)
 
 
-def _made_of(files: SavedFiles, place: Path) -> tuple[TRBertPreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer; `place` is an empty directory for copies of the files that transformers reads."""
+def _made_of(files: SavedFiles, copies: Path) -> tuple[TRBertPreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer; `copies` is an empty directory for copies of the files that transformers reads."""
     directory = files.directory
     if "adapter_config.json" in files.names:  # transformers would load the backbone it names
         raise ConfigurationError(
@@ -84,8 +84,8 @@ def _made_of(files: SavedFiles, place: Path) -> tuple[TRBertPreTrainedModel, Pre
     for name in files.names:
         if not name.endswith(".safetensors"):
             data = (directory / name).read_bytes()
-            (place / name).write_bytes(_arguments(name, data) if name in _TOKENIZER_ARGUMENTS else data)
-    config = TRBertConfig.from_pretrained(place)
+            (copies / name).write_bytes(_arguments(name, data) if name in _TOKENIZER_ARGUMENTS else data)
+    config = TRBertConfig.from_pretrained(copies)
     if weights := getattr(config, "transformers_weights", None):
         raise ConfigurationError(f"config.json names its weights (transformers_weights: {weights!r}), not {WEIGHTS}")
     task = task_of(config)
@@ -100,7 +100,7 @@ def _made_of(files: SavedFiles, place: Path) -> tuple[TRBertPreTrainedModel, Pre
             ignore_mismatched_sizes=True,
         )
     # trust_remote_code=False: otherwise transformers asks on the terminal whether to run the model's code.
-    tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(copies, use_fast=True, trust_remote_code=False)
     if loading["missing_keys"] or loading["mismatched_keys"]:
         bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
         raise CheckpointError(f"{directory}: weights missing or of another shape: {bad[:5]}")
@@ -135,9 +135,9 @@ def _arguments(name: str, data: bytes) -> bytes:
     return data if len(kept) == len(values) else json.dumps(kept).encode()
 
 
-def _reason(error: BaseException, place: str, directory: Path) -> str:
+def _reason(error: BaseException, copies: str, directory: Path) -> str:
     """The first line of a library's error message, with `directory` instead of the temporary copy's path."""
-    return next(iter(str(error).replace(place, str(directory)).splitlines()), type(error).__name__)
+    return next(iter(str(error).replace(copies, str(directory)).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

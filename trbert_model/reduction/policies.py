@@ -32,7 +32,7 @@ class TopTokensPolicy:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         reduction = candidates.reduction
-        scores = candidates.logits.detach() if self.scores is None else self.scores[reduction][candidates.places]
+        scores = candidates.logits.detach() if self.scores is None else self.scores[reduction][candidates.token_indices]
         ranked = scores.masked_fill(candidates.fixed, torch.inf)
         return top_tokens(ranked, candidates.cu_seqlens, self.counts[:, reduction])
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..varlen import places_in, sequence_of
+from ..varlen import positions_in, sequence_of
 
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
@@ -36,7 +36,7 @@ class QuestionMatch:
             The likeness is 1 where the word itself occurs, less for similar words, and 0 for others.
         asked: bool (tokens,), whether the token is part of the question.
         sequence: int64 (tokens,), the index of the token's window.
-        place: int64 (tokens,), the token's position in its window.
+        positions: int64 (tokens,), the token's position in its window.
         words: (sequences, words, hidden), the embeddings of the question's words.
         valid: bool (sequences, words), False for padding.
         longest: tokens of the longest window.
@@ -45,7 +45,7 @@ class QuestionMatch:
     near: Tensor
     asked: Tensor
     sequence: Tensor
-    place: Tensor
+    positions: Tensor
     words: Tensor
     valid: Tensor
     longest: int
@@ -57,7 +57,7 @@ class QuestionMatch:
             near=self.near[tokens],
             asked=self.asked[tokens],
             sequence=self.sequence[tokens],
-            place=self.place[tokens],
+            positions=self.positions[tokens],
         )
 
     def repeated(self, times: int) -> "QuestionMatch":
@@ -67,7 +67,7 @@ class QuestionMatch:
             near=self.near.repeat(times, 1, 1),
             asked=self.asked.repeat(times),
             sequence=(self.sequence + shifts[:, None]).flatten(),
-            place=self.place.repeat(times),
+            positions=self.positions.repeat(times),
             words=self.words.repeat(times, 1, 1),
             valid=self.valid.repeat(times, 1),
             longest=self.longest,
@@ -94,12 +94,12 @@ class QuestionMatch:
 
         Values are weighted by e^(−distance/scale) / (2 · scale). Dropped tokens count as 0.
         """
-        places = torch.zeros(len(self.valid), self.longest + 2 * REACH, dtype=torch.float64, device=values.device)
+        padded = torch.zeros(len(self.valid), self.longest + 2 * REACH, dtype=torch.float64, device=values.device)
         values = values.masked_fill(self.asked, 0.0).double()
-        places = places.index_put((self.sequence, self.place + REACH), values)
+        padded = padded.index_put((self.sequence, self.positions + REACH), values)
         distance = torch.arange(-REACH, REACH + 1, device=values.device, dtype=torch.float64).abs()
         kernels = torch.stack([(-distance / scale).exp() / (2 * scale) for scale in NEIGHBOUR_SCALES], dim=1)
-        return (places.unfold(1, len(distance), 1)[self.sequence, self.place] @ kernels).float()
+        return (padded.unfold(1, len(distance), 1)[self.sequence, self.positions] @ kernels).float()
 
 
 def question_match(
@@ -114,27 +114,27 @@ def question_match(
         word_embeddings: (vocabulary, hidden).
     """
     device, lengths = input_ids.device, cu_seqlens.diff().long()
-    sequence, place = sequence_of(cu_seqlens, len(input_ids)), places_in(cu_seqlens, len(input_ids))
+    sequence, positions = sequence_of(cu_seqlens, len(input_ids)), positions_in(cu_seqlens, len(input_ids))
     in_question = token_type_ids == 0
     counts = torch.zeros_like(lengths).index_add_(0, sequence, in_question.long())
     longest, most_words = int(lengths.max()), int(counts.max())
     padded = torch.full((len(lengths), longest), -1, device=device, dtype=input_ids.dtype)
-    padded[sequence, place] = input_ids
+    padded[sequence, positions] = input_ids
     passage = torch.zeros_like(padded, dtype=torch.bool)
-    passage[sequence, place] = ~in_question
+    passage[sequence, positions] = ~in_question
     valid = torch.arange(most_words, device=device) < counts[:, None]
     words = padded[:, :most_words]
     states = word_embeddings.detach()[padded.clamp(min=0)].float()
     likeness = _likeness(words, padded, states) * (passage.unsqueeze(1) & valid.unsqueeze(2))
-    position, strength = torch.arange(longest, device=device, dtype=torch.float32), likeness.log()
+    columns, strength = torch.arange(longest, device=device, dtype=torch.float32), likeness.log()
     near = []
     for scale in SCALES:
-        ramp = position / scale
+        ramp = columns / scale
         left = (strength + ramp).cummax(2).values - ramp
         right = (strength - ramp).flip(2).cummax(2).values.flip(2) + ramp
-        near.append(torch.maximum(left, right)[sequence, :, place])
+        near.append(torch.maximum(left, right)[sequence, :, positions])
     embedded = states[:, :most_words]
-    return QuestionMatch(torch.stack(near, 2).exp(), in_question, sequence, place, embedded, valid, longest)
+    return QuestionMatch(torch.stack(near, 2).exp(), in_question, sequence, positions, embedded, valid, longest)
 
 
 def _likeness(words: Tensor, tokens: Tensor, states: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Candidates:
         hidden: (tokens, hidden).
         logits: fp32 (tokens,), the selector's keep logits.
         fixed: bool (tokens,), tokens that are kept regardless of the policy.
-        places: int64 (tokens,), each token's index in the batch before any reduction.
+        token_indices: int64 (tokens,), each token's index in the batch before any reduction.
         positions: int64 (tokens,), each token's position in its sequence before any reduction.
         cu_seqlens: int32 (sequences + 1,), of these tokens.
         match: their match with the question, for question-aware selectors.
@@ -31,7 +31,7 @@ class Candidates:
     hidden: Tensor
     logits: Tensor
     fixed: Tensor
-    places: Tensor
+    token_indices: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     match: QuestionMatch | None
@@ -44,7 +44,7 @@ class Candidates:
     @property
     def sequence(self) -> Tensor:
         """The index of each token's sequence, int64 (tokens,)."""
-        return sequence_of(self.cu_seqlens, len(self.places))
+        return sequence_of(self.cu_seqlens, len(self.token_indices))
 
 
 @dataclass
@@ -72,20 +72,20 @@ class TokenState:
     Attributes:
         layer: the layer's index.
         hidden: (tokens, hidden).
-        places, positions, cu_seqlens: as in `Candidates`.
+        token_indices, positions, cu_seqlens: as in `Candidates`.
         max_seqlen: tokens of the longest sequence.
         match: of all tokens in the batch before any reduction.
-        left: `places` and states of the dropped tokens, one pair per reduction that dropped any.
+        dropped: `token_indices` and states of the dropped tokens, one pair per reduction that dropped any.
     """
 
     layer: int
     hidden: Tensor
-    places: Tensor
+    token_indices: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     match: QuestionMatch | None = None
-    left: tuple[tuple[Tensor, Tensor], ...] = ()
+    dropped: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def after(self, hidden: Tensor) -> "TokenState":
         """The state at the input of the next layer; hidden: the output of this one."""
@@ -96,37 +96,37 @@ class TokenState:
 
         Args:
             keep: bool (tokens,), at least one token of each sequence.
-            remember: add the dropped tokens to `left`.
+            remember: add the dropped tokens to `dropped`.
         """
         cu_seqlens = F.pad(keep.cumsum(0), (1, 0))[self.cu_seqlens.long()].to(torch.int32)
         bounds = cu_seqlens.tolist()
         max_seqlen = max(end - start for start, end in zip(bounds, bounds[1:]))
-        leaving = len(self.places) - bounds[-1]
+        leaving = len(self.token_indices) - bounds[-1]
         if not leaving:
             return self
         stay = torch.nonzero_static(keep, size=bounds[-1]).squeeze(1)  # nonzero would make another copy
-        left = self.left
+        dropped = self.dropped
         if remember:
             leave = torch.nonzero_static(~keep, size=leaving).squeeze(1)
-            left = (*left, (self.places[leave], self.hidden[leave]))
+            dropped = (*dropped, (self.token_indices[leave], self.hidden[leave]))
         return dataclasses.replace(
             self,
             hidden=self.hidden[stay],
-            places=self.places[stay],
+            token_indices=self.token_indices[stay],
             positions=self.positions[stay],
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
-            left=left,
+            dropped=dropped,
         )
 
     def repeated(self, times: int) -> "TokenState":
         """The batch concatenated with itself, `times` copies in all; no token may have been dropped."""
-        tokens = len(self.places)
-        assert not self.left
+        tokens = len(self.token_indices)
+        assert not self.dropped
         return dataclasses.replace(
             self,
             hidden=self.hidden.repeat(times, 1),
-            places=torch.arange(times * tokens, device=self.places.device),
+            token_indices=torch.arange(times * tokens, device=self.token_indices.device),
             positions=self.positions.repeat(times),
             cu_seqlens=F.pad(self.cu_seqlens.diff().repeat(times).cumsum(0), (1, 0)).to(torch.int32),
             match=self.match and self.match.repeated(times),
@@ -138,7 +138,7 @@ class TokenState:
 
     def all_states(self) -> Tensor:
         """The last state of every token, dropped ones included, in batch order, (total tokens, hidden)."""
-        if not self.left:
+        if not self.dropped:
             return self.hidden
-        order = torch.cat([*(places for places, _ in self.left), self.places])
-        return torch.cat([*(states for _, states in self.left), self.hidden])[order.argsort()]
+        order = torch.cat([*(token_indices for token_indices, _ in self.dropped), self.token_indices])
+        return torch.cat([*(states for _, states in self.dropped), self.hidden])[order.argsort()]

@@ -30,15 +30,15 @@ _TEXTS_AT_A_TIME = 4096
 # and from several spaces. For them, only a single space between two words is sure to begin a token.
 PIECE_CHARACTERS = 200_000
 _SPACE = re.compile(r"(?<=\w) (?=\w)")
-_CUT = re.compile(r"[\s.,;:!?\u3001\u3002\uff0c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_PIECE_START = re.compile(r"[\s.,;:!?\u3001\u3002\uff0c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 def pieces(text: str, tokenizer: "BareTokenizer") -> Iterator[str]:
     """Split a text into consecutive pieces that give the same tokens as the whole text."""
     start, bert = 0, isinstance(tokenizer.backend_tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer)
-    while cut := (_CUT if bert else _SPACE).search(text, start + PIECE_CHARACTERS):
-        yield text[start : cut.start()]
-        start = cut.start()
+    while next_piece := (_PIECE_START if bert else _SPACE).search(text, start + PIECE_CHARACTERS):
+        yield text[start : next_piece.start()]
+        start = next_piece.start()
     yield text[start:]
 
 
@@ -104,11 +104,11 @@ def encode_apart(
         failure = _said(error)
     encoded: list[Encoded | None] = []
     failures = {}
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         try:
             encoded += encode([text])
         except BaseException as error:  # noqa: BLE001
-            failures[place] = failure = _said(error)
+            failures[index] = failure = _said(error)
             encoded.append(None)
     try:
         encode(["a"])

@@ -8,16 +8,16 @@ from ..checkpoints.conversion import MODULES_TO_SAVE
 from .config import TrainingConfig
 
 # A task's model, or peft's wrapper around one, which forwards all attributes.
-Model = Any
+AnyModel = Any
 
 
-def merged_copy(model: Model) -> Model:
+def merged_copy(model: AnyModel) -> AnyModel:
     """A copy of the model, with its adapter, if any, merged into the weights."""
     duplicate = copy.deepcopy(model)
     return duplicate.merge_and_unload() if hasattr(duplicate, "merge_and_unload") else duplicate
 
 
-def with_adapter(model: Model, config: TrainingConfig) -> Model:
+def with_adapter(model: AnyModel, config: TrainingConfig) -> AnyModel:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(

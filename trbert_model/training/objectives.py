@@ -47,7 +47,7 @@ class Objective(nn.Module):
         examples = batch["example"].repeat_interleave(batch["cu_seqlens"].diff().long())
         losses = []
         for selection, target in zip(output.selections, targets):
-            judged = selection.places[~selection.fixed]
+            judged = selection.token_indices[~selection.fixed]
             losses.append(self.losses.imitation(selection.logits[~selection.fixed], target[judged], examples[judged]))
         return torch.stack(losses).sum()
 
@@ -75,20 +75,20 @@ class OperatingPoints(nn.Module):
 
     Args:
         fractions: kept fractions, (points, reductions); empty for the original's single, fixed cutoff at p = 0.5.
-        cuts: initial cutoffs, (points, reductions).
+        cutoffs: initial cutoffs, (points, reductions).
         reductions: number of reductions.
     """
 
     GAIN = 0.1  # change per step, in standard deviations of the logits, if the kept fraction is e times too high
 
-    def __init__(self, fractions: Sequence[Sequence[float]], cuts: Sequence[Sequence[float]], reductions: int):
+    def __init__(self, fractions: Sequence[Sequence[float]], cutoffs: Sequence[Sequence[float]], reductions: int):
         super().__init__()
         points = max(len(fractions), 1)
         self.follows = bool(fractions)
         self.fractions = nn.Buffer(torch.tensor(fractions or [[0.5] * reductions]))
         # The first cutoffs are for sampling with probability p, the second for keeping all logits above the cutoff: the
-        # same cutoff keeps different numbers of tokens.
-        self.cuts = nn.Buffer(torch.tensor(cuts or [[0.0] * reductions]).repeat(2, 1, 1))
+        # same cutoff keeps different numbers of tokens. The buffer's name is in the stages' checkpoints.
+        self.cuts = nn.Buffer(torch.tensor(cutoffs or [[0.0] * reductions]).repeat(2, 1, 1))
         assert self.cuts.shape == (2, points, reductions)
 
     def draw(self, sequences: int, device: torch.device) -> Tensor:
@@ -99,7 +99,7 @@ class OperatingPoints(nn.Module):
         """Number of tokens to keep of sequences of these lengths at these points, int64 (sequences, reductions)."""
         return (lengths[:, None] * self.fractions[points]).round().long().clamp(min=1)
 
-    def cuts_at(self, points: Tensor, *, sampled: bool) -> Tensor:
+    def cutoffs_at(self, points: Tensor, *, sampled: bool) -> Tensor:
         """The cutoffs at these points, (sequences, reductions)."""
         return self.cuts[0 if sampled else 1, points]
 
@@ -188,14 +188,14 @@ class Reinforcement(Objective):
         self.model.eval()
         lengths, count, example = batch["cu_seqlens"].diff(), self.samples, batch["example"]
         windows, examples = len(lengths), _examples(batch)
-        cuts = self.points.cuts_at(points, sampled=True).repeat(count, 1)
+        cutoffs = self.points.cutoffs_at(points, sampled=True).repeat(count, 1)
         guided = torch.zeros(count * windows, dtype=torch.bool, device=lengths.device)
         guided[:windows] = bool(self.step < self.guided_steps)
         self.step.add_(1)
         guide = None
         if guided.any():
             guide = self.losses.guide(batch, self.model.config.reduction_layers).repeat(1, count)
-        policy = SamplingPolicy(cuts, guided, guide)
+        policy = SamplingPolicy(cutoffs, guided, guide)
         # An example's windows are rewarded together.
         owner = torch.cat([example + examples * sample for sample in range(count)])
         with torch.no_grad():
@@ -215,7 +215,7 @@ class Reinforcement(Objective):
         log_probability, entropy = torch.zeros_like(fractions), torch.zeros((), device=lengths.device)
         for reduction, selection in enumerate(output.selections):
             logits = self.trunk.encoder.selectors[reduction](selection.hidden, selection.match)
-            logits = logits - cuts[:, reduction][selection.sequence]
+            logits = logits - cutoffs[:, reduction][selection.sequence]
             chosen = torch.where(selection.keep, F.logsigmoid(logits), F.logsigmoid(-logits))
             sums = sequence_sums(chosen * ~selection.fixed, selection.cu_seqlens)
             log_probability = log_probability + sums / selection.lengths
@@ -277,10 +277,10 @@ class Joint(Reinforcement):
             self.model.train(self.training)
         # With the original's fixed cutoff, the model sees sampled selections, as in the original. With cutoffs for
         # speed-ups, it sees the selections of inference.
-        cuts = self.points.cuts_at(points, sampled=not self.points.follows)
+        cutoffs = self.points.cutoffs_at(points, sampled=not self.points.follows)
         reduced = (torch.rand(_examples(batch), device=lengths.device) >= self.unreduced)[batch["example"]]
-        cuts = torch.where(reduced[:, None], cuts, -torch.inf)
-        selectors = SamplingPolicy(cuts, at_random=not self.points.follows)
+        cutoffs = torch.where(reduced[:, None], cutoffs, -torch.inf)
+        selectors = SamplingPolicy(cutoffs, at_random=not self.points.follows)
         output = self.model(
             **inputs_of(batch),
             selection_policy=self.selection_policy or selectors,

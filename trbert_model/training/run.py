@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..calibration import cuts_for, keep_logits, kept_fractions_for, schedules, thresholds_of
+from ..calibration import cutoffs_for, keep_logits, kept_fractions_for, schedules, thresholds_of
 from ..checkpoints.conversion import convert_checkpoint
 from ..engine import Engine, EngineOptions
 from ..errors import ConfigurationError
@@ -38,7 +38,7 @@ from ..reduction.state import SelectionPolicy
 from ..tasks.base import TaskOptions
 from ..tasks.registry import task_named
 from ..terminal import get_logger
-from .adapters import Model, merged_copy, with_adapter
+from .adapters import AnyModel, merged_copy, with_adapter
 from .config import STAGES, TrainingConfig
 from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
 from .processes import is_main_process, replicas, world_size
@@ -93,12 +93,12 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     return run.measurements
 
 
-def _model(config: TrainingConfig) -> Model:
+def _model(config: TrainingConfig) -> AnyModel:
     """The backbone with fresh selectors, and with a fresh head unless the fine-tune is skipped."""
     layers = None if config.reduction_layers is None else list(config.reduction_layers)
     task = task_named(config.task)
     learnt = task.learnt_head(config.train, config, config.problem_type)
-    model: Model = convert_checkpoint(
+    model: AnyModel = convert_checkpoint(
         config.backbone,
         task=task.name,
         head=learnt if config.fine_tune_epochs else None,
@@ -125,7 +125,7 @@ class _Run:
     def __init__(
         self,
         config: TrainingConfig,
-        model: Model,
+        model: AnyModel,
         tokenizer: PreTrainedTokenizerBase,
         corpus: LabelledCorpus,
         evaluation: LabelledCorpus | None,
@@ -218,8 +218,8 @@ class _Run:
         fractions, _ = self.fractions()
         engine, documents = self.engine(), self.sample(_STARTING_TOKENS)
         first = keep_logits(engine, documents)
-        cuts = [cuts_for(engine, documents, each, first) for each in fractions]
-        return OperatingPoints(fractions, cuts, reductions)
+        cutoffs = [cutoffs_for(engine, documents, each, first) for each in fractions]
+        return OperatingPoints(fractions, cutoffs, reductions)
 
     def set_thresholds(self) -> None:
         """Set the thresholds for the requested speed-up, measured on training documents."""
@@ -227,7 +227,7 @@ class _Run:
         if fractions is None:
             self.model.config.selector_thresholds = [0.5] * len(self.model.config.reduction_layers)
         else:
-            thresholds = thresholds_of(cuts_for(self.engine(), self.sample(_CALIBRATION_TOKENS), fractions))
+            thresholds = thresholds_of(cutoffs_for(self.engine(), self.sample(_CALIBRATION_TOKENS), fractions))
             self.model.config.selector_thresholds = thresholds
             logger.info("kept fractions %s, thresholds %s", np.round(fractions, 3), np.round(thresholds, 3))
 
@@ -330,7 +330,7 @@ def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | N
     }
 
 
-def _trainable(model: Model, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
+def _trainable(model: AnyModel, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
     """The parameters that a stage trains: the selectors, everything else, or, in the joint stage, both."""
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # peft's frozen copy of a module that is trained in full
@@ -341,7 +341,7 @@ def _trainable(model: Model, stage: str, adapter: bool) -> Iterator[nn.Parameter
             yield parameter
 
 
-def _save(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, output: Path) -> None:
+def _save(model: AnyModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, output: Path) -> None:
     if config.adapter_rank:
         adapter = output / "adapter"
         model.save_pretrained(adapter)

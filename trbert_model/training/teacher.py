@@ -37,10 +37,10 @@ class TeacherSignals:
     def __init__(self, targets: Tensor, target_bounds: Tensor, guide: Tensor, bounds: Tensor):
         self.targets, self.target_bounds, self.guide, self.bounds = targets, target_bounds, guide, bounds
 
-    def of_windows(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def of_windows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Targets (rows of these windows, columns) and guide, float32 (layers, tokens of these windows)."""
-        rows = [self.targets[self.target_bounds[place] : self.target_bounds[place + 1]] for place in places]
-        parts = [self.guide[:, self.bounds[place] : self.bounds[place + 1]] for place in places]
+        rows = [self.targets[self.target_bounds[index] : self.target_bounds[index + 1]] for index in indices]
+        parts = [self.guide[:, self.bounds[index] : self.bounds[index + 1]] for index in indices]
         return torch.cat(rows), torch.cat(parts, dim=1).float()
 
     @classmethod
@@ -72,14 +72,14 @@ def teacher_signals(
         while end < len(all_lengths) and int(all_lengths[start : end + 1].sum()) <= tokens_per_batch:
             end += 1
         # Each window is its own example: its signals must not depend on the windows it is drawn with in training.
-        batch = dataset.collate([[place] for place in range(start, end)])
+        batch = dataset.collate([[index] for index in range(start, end)])
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            found, scores = _signals(model, {name: value.to(device) for name, value in batch.items()}, losses)
+            signals, scores = _signals(model, {name: value.to(device) for name, value in batch.items()}, losses)
         lengths = batch["cu_seqlens"].diff().tolist()
         # Divided by the window's maximum: only the order matters, and raw saliencies would underflow in fp16.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
         guides.append(torch.cat(parts, dim=1).half())
-        targets.append(found.float().cpu())
+        targets.append(signals.float().cpu())
         if end * 10 // len(all_lengths) > start * 10 // len(all_lengths):
             logger.info("teacher: %d of %d windows", end, len(all_lengths))
         start = end
@@ -95,8 +95,8 @@ def _signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[
     if losses.guided_by_saliency:
         return guide(model, batch, losses)
     with torch.no_grad():
-        found = losses.signals(model(**inputs_of(batch), reduce=False))
-    return found, torch.empty(0, len(batch["input_ids"]))
+        signals = losses.signals(model(**inputs_of(batch), reduce=False))
+    return signals, torch.empty(0, len(batch["input_ids"]))
 
 
 def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,6 @@ def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = N
         if ".selectors." not in name:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    for place, window in enumerate(dataset.windows):
-        digest.update(np.asarray(window.input_ids, dtype=np.int32).tobytes() + f";{dataset.target(place)};".encode())
+    for index, window in enumerate(dataset.windows):
+        digest.update(np.asarray(window.input_ids, dtype=np.int32).tobytes() + f";{dataset.target(index)};".encode())
     return digest.hexdigest()[:16]

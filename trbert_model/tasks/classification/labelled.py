@@ -97,10 +97,10 @@ class RawTexts:
             InputError: a label is not in `names`, or the number of values per document differs.
         """
         if self.problem_type == REGRESSION:
-            found = np.array(self.values, np.float32).reshape(len(self.values), -1)
-            if found.size and found.shape[1] != len(names):
-                raise InputError(f"{self.uri}: {found.shape[1]} numbers a document, the model gives {len(names)}")
-            return found
+            numbers = np.array(self.values, np.float32).reshape(len(self.values), -1)
+            if numbers.size and numbers.shape[1] != len(names):
+                raise InputError(f"{self.uri}: {numbers.shape[1]} numbers a document, the model gives {len(names)}")
+            return numbers
         single = self.problem_type == SINGLE_LABEL
         lists = [[value] for value in self.values] if single else self.values
         index = {name: i for i, name in enumerate(names)}
@@ -157,10 +157,10 @@ class LabelledTexts(LabelledCorpus):
             return {"accuracy": (outputs.argmax(1) == right).astype(np.float64)}
         if self.metric == "f1":
             threshold = self.task.options.label_threshold
-            found = sigmoid(outputs) >= threshold
-            shared, both = (found & (right > 0)).sum(1), found.sum(1) + (right > 0).sum(1)
+            predicted = sigmoid(outputs) >= threshold
+            shared, both = (predicted & (right > 0)).sum(1), predicted.sum(1) + (right > 0).sum(1)
             f1 = np.where(both > 0, 2 * shared / np.maximum(both, 1), 1.0)
-            return {"f1": f1, "exact_match": (found == (right > 0)).all(1).astype(np.float64)}
+            return {"f1": f1, "exact_match": (predicted == (right > 0)).all(1).astype(np.float64)}
         errors = np.square(outputs.astype(np.float64) - right)
         return {"r2": (1 - errors / np.maximum(right.astype(np.float64).var(0), 1e-12)).mean(1)}
 
@@ -171,24 +171,24 @@ class LabelledTexts(LabelledCorpus):
         documents = self.documents + self.task.tokenize(texts)
         return LabelledTexts(documents, np.concatenate([self.targets, none]), self.task)
 
-    def dataset(self, features: float = 0.0) -> "WindowDataset":
-        return TextWindows(self, features)
+    def dataset(self, classifier_input_weight: float = 0.0) -> "WindowDataset":
+        return TextWindows(self, classifier_input_weight)
 
 
 class TextWindows(WindowDataset):
     """Draws one random window of each document."""
 
-    def __init__(self, corpus: LabelledTexts, features: float = 0.0):
+    def __init__(self, corpus: LabelledTexts, classifier_input_weight: float = 0.0):
         super().__init__(corpus.documents, corpus.task)
         labelling = corpus.task.labelling
-        self.losses = LOSSES[labelling.problem_type](len(labelling.labels), features)
+        self.losses = LOSSES[labelling.problem_type](len(labelling.labels), classifier_input_weight)
         if isinstance(self.losses, RegressionLosses):
             variance = np.nanvar(corpus.targets, axis=0)
             self.losses.scale = torch.from_numpy(np.where(variance > 0, variance, 1.0).astype(np.float32))
         self.labels = np.repeat(corpus.targets, np.diff(self.first_window), axis=0)
 
-    def target(self, place: int) -> Any:
-        return self.labels[place].tolist()
+    def target(self, index: int) -> Any:
+        return self.labels[index].tolist()
 
     def shown(self, window: Window) -> Window:
         """The window, or with probability `crops` a random piece of it with at least about a fifth of its tokens."""
@@ -205,4 +205,4 @@ class TextWindows(WindowDataset):
         return [first + int(torch.randint(end - first, ()))]
 
     def targets(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        return {"labels": torch.from_numpy(self.labels[[place for (place,) in examples]])}
+        return {"labels": torch.from_numpy(self.labels[[index for (index,) in examples]])}

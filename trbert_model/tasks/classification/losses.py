@@ -29,13 +29,13 @@ class ClassificationLosses(ABC):
     model's logits and the input of its classifier.
 
     Args:
-        features: weight in `distilled` of the difference to the input of the dense model's classifier: squared distance
-            over squared norm. The logits of a few labels carry much less information about a document.
+        classifier_input_weight: weight in `distilled` of the difference to the input of the dense model's classifier:
+            squared distance over squared norm. The logits of a few labels carry much less information about a document.
     """
 
     guided_by_saliency: ClassVar[bool] = True
     num_labels: int
-    features: float = 0.0
+    classifier_input_weight: float = 0.0
 
     @abstractmethod
     def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,12 +54,13 @@ class ClassificationLosses(ABC):
         return self.to_labels(output.logits, labels.repeat(repeats, *[1] * (labels.dim() - 1)))
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
-        logits, features = batch["teacher"].tensor_split([self.num_labels], dim=1)
+        logits, classifier_inputs = batch["teacher"].tensor_split([self.num_labels], dim=1)
         loss = self.to_logits(output.logits, logits.repeat(repeats, 1))
-        if not self.features:
+        if not self.classifier_input_weight:
             return loss
-        distance = (output.pooler_output.float() - features.repeat(repeats, 1)).square().sum(-1)
-        return loss + self.features * distance / features.square().sum(-1).clamp(min=1e-6).repeat(repeats)
+        distance = (output.pooler_output.float() - classifier_inputs.repeat(repeats, 1)).square().sum(-1)
+        norm = classifier_inputs.square().sum(-1).clamp(min=1e-6)
+        return loss + self.classifier_input_weight * distance / norm.repeat(repeats)
 
     def signals(self, output: Any) -> Tensor:
         return torch.cat([output.logits.float(), output.pooler_output.float()], dim=1)

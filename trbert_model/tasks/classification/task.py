@@ -88,16 +88,16 @@ class ClassificationTask(Task):
         """Token ids of each text, int32 (tokens,), without special tokens; with "truncate", only those scored."""
         if self.overflow == "truncate":
             return self._first_tokens(texts)
-        cut = [list(pieces(text, self.tokenizer)) for text in texts]
-        ids = iter(token_ids(self.tokenizer, [piece for of_text in cut for piece in of_text]))
-        return [np.concatenate([next(ids) for _ in of_text]) for of_text in cut]
+        text_pieces = [list(pieces(text, self.tokenizer)) for text in texts]
+        ids = iter(token_ids(self.tokenizer, [piece for of_text in text_pieces for piece in of_text]))
+        return [np.concatenate([next(ids) for _ in of_text]) for of_text in text_pieces]
 
     def _first_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The first token ids of each text, as many as fit in one sequence."""
         capacity = self.max_positions - 2
-        cut = [pieces(text, self.tokenizer) for text in texts]
-        documents = token_ids(self.tokenizer, [next(of_text) for of_text in cut])
-        for i, rest in enumerate(cut):
+        text_pieces = [pieces(text, self.tokenizer) for text in texts]
+        documents = token_ids(self.tokenizer, [next(of_text) for of_text in text_pieces])
+        for i, rest in enumerate(text_pieces):
             # Rare: only pieces of white space or of one endless word have fewer tokens than fit in a sequence.
             while len(documents[i]) < capacity and (piece := next(rest, None)) is not None:
                 documents[i] = np.concatenate([documents[i], *token_ids(self.tokenizer, [piece])])

@@ -83,7 +83,7 @@ class LabelledQuestions(LabelledCorpus):
             scores["no_answer_f1"] = np.where(unanswerable, scores[self.metric], np.nan)
         return scores
 
-    def dataset(self, features: float = 0.0) -> "WindowDataset":
+    def dataset(self, classifier_input_weight: float = 0.0) -> "WindowDataset":
         return QuestionWindows(self)
 
 
@@ -146,27 +146,27 @@ class QuestionWindows(WindowDataset):
                 shift, end = window.first - window.passage, window.first + window.count
                 self.spans.append(sorted({(a - shift, b - shift) for a, b in tokens if window.first <= a <= b < end}))
 
-    def target(self, place: int) -> list[tuple[int, int]]:
-        return self.spans[place]
+    def target(self, index: int) -> list[tuple[int, int]]:
+        return self.spans[index]
 
     def __getitem__(self, index: int) -> list[int]:
-        places = list(range(self.first_window[index], self.first_window[index + 1]))
-        holding = [place for place in places if self.spans[place]]
+        indices = list(range(self.first_window[index], self.first_window[index + 1]))
+        holding = [i for i in indices if self.spans[i]]
         drawn = random.Random(int(torch.randint(2**31, ())))
         chosen = drawn.sample(holding, 1) if holding else []
-        others = [place for place in places if place not in chosen]
+        others = [i for i in indices if i not in chosen]
         return sorted(chosen + drawn.sample(others, min(self.WINDOWS - len(chosen), len(others))))
 
     def targets(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {"scored": [], "start_targets": [], "end_targets": []}
         for example in examples:
-            answered = any(self.spans[place] for place in example)
-            for place in example:
-                window = self.windows[place]
+            answered = any(self.spans[index] for index in example)
+            for index in example:
+                window = self.windows[index]
                 masks = {name: torch.zeros(len(window.input_ids), dtype=torch.bool) for name in found}
                 masks["scored"][0] = True
                 masks["scored"][window.passage : window.passage + window.count] = True
-                for first, last in self.spans[place]:
+                for first, last in self.spans[index]:
                     masks["start_targets"][first] = masks["end_targets"][last] = True
                 if not answered:
                     masks["start_targets"][0] = masks["end_targets"][0] = True

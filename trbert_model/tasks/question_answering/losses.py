@@ -60,9 +60,9 @@ class AnswerLosses:
         distance = torch.zeros(len(right), device=right.device).masked_fill(~right, -torch.inf)
         bounds = batch["cu_seqlens"].tolist()
         for start, end in zip(bounds, bounds[1:]):
-            there, place = distance[start:end], torch.arange(end - start, device=right.device) / self.NEAR
-            before = (there + place).cummax(0).values - place
-            after = (there - place).flip(0).cummax(0).values.flip(0) + place
+            peaks, ramp = distance[start:end], torch.arange(end - start, device=right.device) / self.NEAR
+            before = (peaks + ramp).cummax(0).values - ramp
+            after = (peaks - ramp).flip(0).cummax(0).values.flip(0) + ramp
             distance[start:end] = torch.maximum(before, after)
         return distance.exp().expand(len(layers), -1)
 

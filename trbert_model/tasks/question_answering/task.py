@@ -168,12 +168,12 @@ class QuestionAnsweringTask(Task):
         contexts = list(dict.fromkeys(context for _, context in rows))
         encoded, bad_contexts = encode_apart(lambda some: [self._encode_context(text) for text in some], contexts)
         ids, bad_questions = encode_apart(self._encode_questions, [question for question, _ in rows])
-        places = {context: place for place, context in enumerate(contexts)}
+        index_of = {context: index for index, context in enumerate(contexts)}
         documents, failures = [], {}
         for row, (question, (_, text)) in enumerate(zip(ids, rows)):
-            context = encoded[places[text]]
+            context = encoded[index_of[text]]
             if question is None or context is None:
-                failures[row] = bad_questions.get(row) or bad_contexts[places[text]]
+                failures[row] = bad_questions.get(row) or bad_contexts[index_of[text]]
                 documents.append(self.nothing())
             else:
                 documents.append(EncodedQuestion(question, context))
@@ -234,15 +234,15 @@ class QuestionAnsweringTask(Task):
 
     def to_column(self, documents: Sequence[EncodedQuestion]) -> pa.Array:
         """struct<question, context>; a context that several questions share is stored once."""
-        places: dict[int, int] = {}
+        index_of: dict[int, int] = {}
         contexts: list[EncodedContext] = []
         for document in documents:
-            if id(document.context) not in places:
-                places[id(document.context)] = len(contexts)
+            if id(document.context) not in index_of:
+                index_of[id(document.context)] = len(contexts)
                 contexts.append(document.context)
         columns = [pa.array([context.text for context in contexts], pa.large_string())]
         columns += [lists([getattr(context, name) for context in contexts]) for name in _CONTEXT[1:]]
-        indices = pa.array([places[id(document.context)] for document in documents], pa.int32())
+        indices = pa.array([index_of[id(document.context)] for document in documents], pa.int32())
         shared = pa.DictionaryArray.from_arrays(indices, pa.StructArray.from_arrays(columns, names=list(_CONTEXT)))
         questions = lists([document.ids for document in documents])
         return pa.StructArray.from_arrays([questions, shared], names=["question", "context"])
@@ -251,11 +251,11 @@ class QuestionAnsweringTask(Task):
         for chunk in column.chunks:
             questions, shared = chunk.field("question"), chunk.field("context")
             contexts: dict[int, EncodedContext] = {}
-            for question, place in zip(questions, shared.indices.to_pylist()):
-                if place not in contexts:
-                    text, *arrays = (shared.dictionary.field(name)[place] for name in _CONTEXT)
-                    contexts[place] = EncodedContext(text.as_py(), *(array.values.to_numpy() for array in arrays))
-                yield EncodedQuestion(question.values.to_numpy(), contexts[place])
+            for question, index in zip(questions, shared.indices.to_pylist()):
+                if index not in contexts:
+                    text, *arrays = (shared.dictionary.field(name)[index] for name in _CONTEXT)
+                    contexts[index] = EncodedContext(text.as_py(), *(array.values.to_numpy() for array in arrays))
+                yield EncodedQuestion(question.values.to_numpy(), contexts[index])
 
     def token_types(self, windows: Sequence[QuestionWindow]) -> list[np.ndarray]:
         """Each window's token type ids, int32 (tokens,)."""
