@@ -21,12 +21,12 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.common import machine, save
 from benchmarks.measure import matrix_product_peak, measure, total, transformers_bert
 from trbert_model import TRBertForQuestionAnswering
-from trbert_model.calibration import calibration_key, read_calibration
+from trbert_model.calibration.table import calibration_key, read_calibration
 from trbert_model.checkpoints.files import model_digest
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.engine.options import DTYPES
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 from trbert_model.tasks.base import DocumentResults
 from trbert_model.tasks.question_answering.labelled import LabelledQuestions
 from trbert_model.tasks.question_answering.task import EncodedQuestion, QuestionAnsweringTask

@@ -20,10 +20,10 @@ from benchmarks.common import machine, save
 from benchmarks.corpora import prepare
 from benchmarks.quality.runs import RUNS
 from benchmarks.quality.workshop import Workshop
-from trbert_model.calibration import kept_fractions_for
+from trbert_model.calibration.measure import kept_fractions_for
 from trbert_model.checkpoints.conversion import convert_checkpoint
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.engine.options import computes_bfloat16
+from trbert_model.engine.precision import computes_bfloat16
 from trbert_model.flops import dense_flops, reduced_flops
 from trbert_model.labelled import WindowDataset
 from trbert_model.reduction.policies import TopTokensPolicy

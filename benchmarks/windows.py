@@ -20,9 +20,9 @@ from benchmarks.corpora import prepare
 from benchmarks.measure import measure
 from benchmarks.quality.runs import NONE
 from benchmarks.quality.workshop import Workshop
-from trbert_model.calibration import bootstrap_interval
+from trbert_model.calibration.measure import bootstrap_interval
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 from trbert_model.tasks.base import DocumentResults
 from trbert_model.training import train
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from jobs.command import run_command
 from pipeline.model import fetch_model
 from pipeline.storage import Storage
-from trbert_model.checkpoints.conversion import KINDS, apply_adapter, convert_checkpoint
 from trbert_model.errors import ConfigurationError
+from trbert_model.tasks.registry import KINDS
 from trbert_model.terminal import printable
 
 # Files of a tokenizer of the BERT family.
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
             "--max-positions out with --adapter"
         )
+    from trbert_model.checkpoints.conversion import apply_adapter, convert_checkpoint  # torch: after the options
+
     # The converter checks local directories itself.
     src = Path(options.src) if Storage(options.src).is_local else fetch_model(options.src)
     if options.adapter:

@@ -17,11 +17,8 @@ from jobs.command import run_command
 from pipeline.errors import UsageError
 from pipeline.model import fetch_model
 from pipeline.storage import Storage, open_file
-from trbert_model.calibration import FILE, SPEEDUPS, Calibration, OperatingPoint, calibrate, calibration_key, with_table
-from trbert_model.checkpoints.loading import load_checkpoint
-from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledColumns, corpora_opened_by
-from trbert_model.options import option, parse_options
+from trbert_model.calibration.table import FILE, SPEEDUPS, Calibration, OperatingPoint, calibration_key, with_table
+from trbert_model.options import LabelledColumns, option, parse_options
 from trbert_model.plotting import draw_calibration
 from trbert_model.terminal import printable
 
@@ -48,6 +45,11 @@ class EvaluateConfig(LabelledColumns):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_options(EvaluateConfig, arguments, __doc__ or "")
+    from trbert_model.calibration.measure import calibrate  # torch: after the options
+    from trbert_model.checkpoints.loading import load_checkpoint
+    from trbert_model.engine import Engine, EngineOptions
+    from trbert_model.labelled import corpora_opened_by
+
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     directory = fetch_model(config.model)
     loaded = load_checkpoint(directory)

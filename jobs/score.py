@@ -25,11 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None, stop: StopRequest) -> int:
     from pipeline.config import ScoreConfig
-    from pipeline.report import summary
-    from pipeline.run import score
     from trbert_model.options import parse_options
 
-    report = score(parse_options(ScoreConfig, arguments, __doc__ or ""), stop)
+    config = parse_options(ScoreConfig, arguments, __doc__ or "")
+    from pipeline.report import summary  # not before the options are known to be good: Ray and torch take seconds
+    from pipeline.run import score
+
+    report = score(config, stop)
     print(json.dumps(report, indent=1) if report.get("dry_run") else summary(report))
     return report["exit_code"]
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 from jobs.command import run_command
 from pipeline.storage import Storage, open_file
-from trbert_model.labelled import corpora_opened_by
 from trbert_model.options import parse_options
 from trbert_model.terminal import printable
-from trbert_model.training import TrainingConfig, train
+from trbert_model.training.config import TrainingConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         measured = train_distributed(config, ours.num_workers)
     else:
+        from trbert_model.labelled import corpora_opened_by  # torch, which options do not need
+        from trbert_model.training import train
+
         with corpora_opened_by(open_file):
             measured = train(config)
     for stage, result in measured["stages"].items():

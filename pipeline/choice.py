@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, read_calibration
+from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, read_calibration
 from trbert_model.errors import TRBertError
 
 from .config import ScoreConfig

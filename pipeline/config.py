@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trbert_model.engine import EngineOptions
+from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ConfigurationError
 from trbert_model.options import option
 

@@ -26,10 +26,6 @@ from enum import IntEnum
 from functools import cache
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from trbert_model.terminal import get_logger
 
 from .processes import start_time, this_process
@@ -221,6 +217,9 @@ def start_ledger(known: dict[str, Any] | None = None) -> "LedgerClient":
 
     If it dies, Ray starts it again from `known`.
     """
+    import ray  # here and below: commands that only read an output do without it
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=driver)(Ledger)
     return LedgerClient(actor.remote(known))
@@ -229,12 +228,17 @@ def start_ledger(known: dict[str, Any] | None = None) -> "LedgerClient":
 @cache
 def process_name() -> str:
     """A name of this process that is unique even if its PID is reused: "node:pid:start:name"."""
+    import ray
+
     process, node = this_process(), ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     return f"{node}:{process['pid']}:{process['started']}:{process['name']}"
 
 
 def kill_process(name: str) -> None:
     """Kill the process with this `process_name` on its node, unless it has died."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     node, pid, started, _ = name.split(":")
     if not node:
         return
@@ -297,6 +301,9 @@ class LedgerClient:
     def _ask(self, method: str, *arguments: Any) -> Any:
         if self._actor is None:
             return None
+        import ray
+        from ray.exceptions import RayError
+
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments), timeout=_ANSWER_SECONDS)
         except RayError as error:

@@ -4,7 +4,6 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .errors import ConfigurationError, InputError
 from .losses import TaskLosses
-from .options import option
+from .options import LabelledColumns
 from .tasks.base import DocumentResults
 from .varlen import model_inputs
 
@@ -42,16 +41,6 @@ def corpora_opened_by(opener: Opener) -> Iterator[None]:
 def open_corpus(uri: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Open a corpus's file for reading bytes."""
     return _opener.get()(uri)
-
-
-@dataclass(frozen=True)
-class LabelledColumns:
-    """Column names of a labelled corpus; options of every command that reads one."""
-
-    text_column: str = option("text", "column with the documents")
-    label_column: str = option("label", "column with the labels")
-    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
-    context_column: str = option("context", "column with the texts that the questions are about")
 
 
 class LabelledCorpus(ABC):

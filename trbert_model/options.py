@@ -20,6 +20,16 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelledColumns:
+    """Column names of a labelled corpus; options of every command that reads one."""
+
+    text_column: str = option("text", "column with the documents")
+    label_column: str = option("label", "column with the labels")
+    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
+    context_column: str = option("context", "column with the texts that the questions are about")
+
+
 def parse_options(cls: type[Options], arguments: Sequence[str] | None, description: str) -> Options:
     """Parse a command line, and the YAML file that its --config names, into an options class.
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .calibration import Calibration, OperatingPoint
+from .calibration.table import Calibration, OperatingPoint
 
 
 def draw_calibration(table: Calibration, path: str | Path) -> None:

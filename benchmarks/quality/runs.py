@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.quality.rules import first_tokens_policy, random_tokens_policy
-from trbert_model.calibration import SPEEDUPS
+from trbert_model.calibration.table import SPEEDUPS
 from trbert_model.reduction.state import SelectionPolicy
 
 TARGETS = (2.0, 3.0, 4.0, 6.0)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.runs import RUNS, Run
-from trbert_model.calibration import bootstrap_interval
+from trbert_model.calibration.measure import bootstrap_interval
 
 
 def summary(

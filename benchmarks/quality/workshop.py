@@ -17,15 +17,8 @@ from transformers import BertModel
 from benchmarks.common import machine
 from benchmarks.quality.runs import NONE, RUNS, Run
 from benchmarks.quality.tables import rows_of, summary
-from trbert_model.calibration import (
-    FILE,
-    Calibration,
-    calibrate,
-    calibration_key,
-    kept_fractions_for,
-    read_calibration,
-    with_table,
-)
+from trbert_model.calibration.measure import calibrate, kept_fractions_for
+from trbert_model.calibration.table import FILE, Calibration, calibration_key, read_calibration, with_table
 from trbert_model.checkpoints.files import model_digest
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions

@@ -16,11 +16,11 @@ from jobs.train import main as train
 from pipeline.errors import UsageError
 from pipeline.predict import TRBertPredictor
 from tests.pipeline.stages import texts
-from trbert_model.calibration import calibration_key, read_calibration
+from trbert_model.calibration.table import calibration_key, read_calibration
 from trbert_model.checkpoints.files import model_digest
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.errors import InputError
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pipeline.errors import UsageError
 from pipeline.model import ModelSource
 from pipeline.storage import Storage
 from tests.conftest import classification_task
-from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, with_table
+from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, with_table
 
 DIGEST = "0123456789abcdef0123"
 

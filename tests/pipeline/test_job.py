@@ -12,7 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.job import make_job
 from pipeline.storage import Storage
 from tests.pipeline.stages import texts, write_shard
-from trbert_model.calibration import Calibration, OperatingPoint, calibration_key, with_table
+from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, with_table
 from trbert_model.checkpoints.files import model_digest
 
 

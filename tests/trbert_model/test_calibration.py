@@ -9,18 +9,20 @@ import torch
 
 from tests.conftest import tiny_classifier, tiny_tokenizer
 from trbert_model import CheckpointError, ConfigurationError, TRBertConfig
-from trbert_model.calibration import (
-    Calibration,
-    OperatingPoint,
+from trbert_model.calibration.measure import (
     bootstrap_interval,
     calibrate,
-    calibration_key,
     cutoffs_for,
     kept_fractions_for,
-    pareto_front,
-    read_calibration,
     schedules,
     thresholds_of,
+)
+from trbert_model.calibration.table import (
+    Calibration,
+    OperatingPoint,
+    calibration_key,
+    pareto_front,
+    read_calibration,
     with_table,
 )
 from trbert_model.engine import Engine, EngineOptions

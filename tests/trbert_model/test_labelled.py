@@ -9,7 +9,7 @@ import torch
 from tests.conftest import classification_task, tiny_classifier, tiny_tokenizer
 from trbert_model import InputError
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 from trbert_model.tasks.classification.labelled import LabelledTexts, RawTexts
 from trbert_model.training.teacher import TeacherSignals
 

@@ -14,7 +14,7 @@ from pipeline import TRBertPredictor
 from tests.conftest import TINY, classification_task, tiny_tokenizer
 from trbert_model import InputError
 from trbert_model.checkpoints.conversion import convert_checkpoint
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 from trbert_model.tasks.base import DocumentResults, TaskOptions
 from trbert_model.tasks.classification.labelled import LabelledTexts, RawTexts
 from trbert_model.tasks.classification.labellings import MULTI_LABEL, REGRESSION, MultiLabel, Regression, SingleLabel

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.conftest import TINY, question_task, tiny_tokenizer
 from trbert_model import ConfigurationError, InputError, TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 from trbert_model.tasks.classification.losses import UNLABELLED, SingleLabelLosses
 from trbert_model.tasks.question_answering.labelled import LabelledQuestions, read_questions
 from trbert_model.tasks.question_answering.losses import AnswerLosses

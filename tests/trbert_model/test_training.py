@@ -15,7 +15,7 @@ from trbert_model import ConfigurationError, InputError, TrainingError
 from trbert_model.checkpoints.conversion import apply_adapter, convert_checkpoint
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
-from trbert_model.labelled import LabelledColumns
+from trbert_model.options import LabelledColumns
 from trbert_model.tasks.classification.labelled import RawTexts
 from trbert_model.training import TrainingConfig, train
 from trbert_model.training.objectives import FineTune, Imitation, Joint, Reinforcement
@@ -297,7 +297,7 @@ def test_an_adapter_that_answers_over_longer_positions_is_rebuilt(corpus):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_trains_in_bfloat16_where_the_machine_computes_in_it(able, monkeypatch):
-    monkeypatch.setattr("trbert_model.training.config.computes_bfloat16", lambda: able)
+    monkeypatch.setattr("trbert_model.engine.precision.computes_bfloat16", lambda: able)
     config = TrainingConfig(train="t", backbone="b", output="o", dtype="auto")
     assert config.autocast is (torch.bfloat16 if able else None)
     assert dataclasses.replace(config, dtype="bfloat16").autocast is torch.bfloat16

@@ -16,12 +16,9 @@ from ..configuration import TRBertConfig
 from ..errors import CheckpointError, ConfigurationError
 from ..modeling import TRBertModel, TRBertPreTrainedModel
 from ..tasks.multiple_choice.head import TRBertForMultipleChoice
-from ..tasks.registry import TASKS, task_of
+from ..tasks.registry import KINDS, MULTIPLE_CHOICE, NO_TASK, TASKS, task_of
 from .files import saved_files
 
-MULTIPLE_CHOICE, NO_TASK = "multiple-choice", "none"
-# What a checkpoint can be converted to. Jobs can only score with the models of TASKS.
-KINDS = (*TASKS, MULTIPLE_CHOICE, NO_TASK)
 # Modules that an adapter holds in full, in addition to low-rank updates of the layers (`Backbone.lora_targets`).
 MODULES_TO_SAVE = [*(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors

@@ -2,25 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..configuration import TRBertConfig
 from ..errors import ConfigurationError
 from ..tasks.base import TaskOptions
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from ..configuration import TRBertConfig
 
-
-def computes_bfloat16() -> bool:
-    """Whether this machine's GPU, or its CPU if it has no GPU, supports bfloat16 natively.
-
-    On CPUs without such instructions bfloat16 is much slower than fp32.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class EngineOptions(TaskOptions):
             raise ConfigurationError(f"max_tokens_per_batch {self.max_tokens_per_batch} must be at least 1")
 
 
-def check_thresholds(config: TRBertConfig, thresholds: Sequence[float]) -> None:
+def check_thresholds(config: "TRBertConfig", thresholds: Sequence[float]) -> None:
     """Check that there is one threshold per reduction.
 
     Raises:

@@ -27,7 +27,7 @@ from ..tasks.base import DocumentResults
 from ..tasks.registry import task_of_model
 from ..terminal import get_logger
 from ..varlen import VarlenBatch
-from .options import DTYPES, EngineOptions, check_thresholds
+from .options import EngineOptions, check_thresholds
 
 logger = get_logger(__name__)
 
@@ -100,7 +100,7 @@ class Engine:
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = dtype
-        self.model = model.to(device=self.device, dtype=DTYPES[dtype]).eval()
+        self.model = model.to(device=self.device, dtype=getattr(torch, dtype)).eval()
         fuse_for_inference(self.model)
         for selector in self.model.bert.encoder.selectors:
             selector.float()

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..configuration import TRBertConfig
-    from ..labelled import LabelledColumns, LabelledCorpus
+    from ..labelled import LabelledCorpus
     from ..modeling import TRBertPreTrainedModel
+    from ..options import LabelledColumns
     from .text import BareTokenizer
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, QuestionAnsweringTask)}
 
+# What a checkpoint can be converted to: also models that only the library runs, with this head or without one.
+MULTIPLE_CHOICE, NO_TASK = "multiple-choice", "none"
+KINDS = (*TASKS, MULTIPLE_CHOICE, NO_TASK)
+
 
 def task_named(name: str) -> type[Task]:
     """The task with this name.

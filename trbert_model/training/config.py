@@ -1,15 +1,15 @@
 """The options of a training run."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..engine.options import computes_bfloat16
 from ..errors import ConfigurationError
-from ..labelled import LabelledColumns
-from ..options import option
+from ..options import LabelledColumns, option
 from ..tasks.classification.task import ClassificationTask
 from ..tasks.registry import TASKS, task_named
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = ("fine_tune", "imitation", "selectors", "joint")
 
@@ -128,8 +128,12 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(f"samples {self.samples}: reinforcement compares at least 2 (selectors_epochs 0?)")
 
     @property
-    def autocast(self) -> torch.dtype | None:
+    def autocast(self) -> "torch.dtype | None":
         """The autocast dtype on this machine; None to compute in fp32 only."""
+        import torch
+
+        from ..engine.precision import computes_bfloat16
+
         half = self.dtype == "bfloat16" or (self.dtype == "auto" and computes_bfloat16())
         return torch.bfloat16 if half else None
 

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..calibration import cutoffs_for, keep_logits, kept_fractions_for, schedules, thresholds_of
+from ..calibration.measure import cutoffs_for, keep_logits, kept_fractions_for, schedules, thresholds_of
 from ..checkpoints.conversion import convert_checkpoint
 from ..engine import Engine, EngineOptions
 from ..errors import ConfigurationError

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...labelled import LabelledColumns, LabelledCorpus, WindowDataset, read_table, strings
+from ...labelled import LabelledCorpus, WindowDataset, read_table, strings
+from ...options import LabelledColumns
 from ..base import DocumentResults
 from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, sigmoid
 from .losses import LOSSES, UNLABELLED, RegressionLosses

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...configuration import TRBertConfig
-    from ...labelled import LabelledColumns
     from ...modeling import TRBertPreTrainedModel
+    from ...options import LabelledColumns
     from .labelled import LabelledTexts
 
 

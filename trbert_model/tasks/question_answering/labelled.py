@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...labelled import LabelledColumns, LabelledCorpus, WindowDataset, open_corpus, read_table, strings
+from ...labelled import LabelledCorpus, WindowDataset, open_corpus, read_table, strings
+from ...options import LabelledColumns
 from ..base import DocumentResults
 from .losses import AnswerLosses
 from .metrics import exact_match, f1

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...configuration import TRBertConfig
-    from ...labelled import LabelledColumns
     from ...modeling import TRBertPreTrainedModel
+    from ...options import LabelledColumns
     from .labelled import LabelledQuestions
 
 # Least number of context tokens that must fit in a window beside the question.
