@@ -141,10 +141,20 @@ class World:
         directory: for logs and the tiny model.
         splits: about how many the corpus is cut into.
         cpus: of each of the cluster's nodes.
+        command: what Python runs as the driver.
     """
 
-    def __init__(self, server: S3Server, directory: Path, *, splits: int = 100, cpus: int = 2, seed: int = 0):
-        self.server, self.directory = server, directory
+    def __init__(
+        self,
+        server: S3Server,
+        directory: Path,
+        *,
+        splits: int = 100,
+        cpus: int = 2,
+        seed: int = 0,
+        command: Sequence[str] = ("jobs/score.py",),
+    ):
+        self.server, self.directory, self.command = server, directory, command
         server.bucket(BUCKET)
         shards = make_corpus(splits, seed)
         self.rows = {path: table.num_rows for path, table in shards.items()}
@@ -203,7 +213,7 @@ class World:
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         with log.open("wb") as file:
             return subprocess.Popen(
-                [sys.executable, "jobs/score.py", *arguments],
+                [sys.executable, *self.command, *arguments],
                 cwd=ROOT,
                 env={**os.environ, **self.environment, **self.cluster.driver_environment},
                 stdin=subprocess.DEVNULL,
@@ -219,10 +229,20 @@ class EpisodeRun:
     Args:
         hung_seconds: without anything new in the output, after which a run counts as hung.
         put_delay: seconds that every write takes, so that a fast machine is not at the end before all faults are due.
+        most_seconds: after which no run is started any more.
     """
 
-    def __init__(self, world: World, episode: Episode, *, hung_seconds: float = HUNG_SECONDS, put_delay: float = 0.0):
+    def __init__(
+        self,
+        world: World,
+        episode: Episode,
+        *,
+        hung_seconds: float = HUNG_SECONDS,
+        put_delay: float = 0.0,
+        most_seconds: float = math.inf,
+    ):
         self.world, self.episode, self.hung_seconds, self.put_delay = world, episode, hung_seconds, put_delay
+        self.most_seconds = most_seconds
         self.bucket, self.model, self.prefix = BUCKET, MODEL, f"episode-{episode.number:04d}"
         self.others = 0  # runs beside those that follow each other
         self.random = random.Random(episode.seed)
@@ -241,8 +261,9 @@ class EpisodeRun:
             for number in range(1, MAX_RUNS + 1):
                 if self._run(number) == 0:
                     break
-            else:
-                outcome.hung.append(f"not complete after {MAX_RUNS} runs")
+                if number == MAX_RUNS or time.monotonic() - self.started > self.most_seconds:
+                    outcome.hung.append(f"not complete after {number} runs, {time.monotonic() - self.started:.0f} s")
+                    break
         finally:
             self._close_window()
             world.proxy.put_delay = 0.0

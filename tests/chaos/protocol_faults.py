@@ -25,7 +25,7 @@ from tests.conftest import tiny_classifier
 if TYPE_CHECKING:
     from tests.chaos.episodes import EpisodeRun
 
-_WAIT_SECONDS = 240.0  # at most, for what a fault waits for: a lease of 60 s lapses in between
+_WAIT_SECONDS = 150.0  # at most, for what a fault waits for: a lease lapses in between, and a run ends
 _OLD = "0" * 12  # a version that no shard has
 _OLD_OBJECTS = 200
 

@@ -190,31 +190,6 @@ def test_a_stop_does_not_wait_for_a_store_that_refuses(places, s3, ray_cluster, 
     assert "incomplete: stopped (SIGTERM)" in log.read_text()
 
 
-@pytest.mark.timeout(550)
-def test_who_was_paused_for_longer_than_its_lease_changes_nothing(places, ray_cluster, tmp_path, monkeypatch):
-    """The driver stands still after its first splits; another run takes over and finishes; then it goes on."""
-    output, logs = Storage(places["output"]), [tmp_path / "first", tmp_path / "second"]
-    put_table(places["input"], "c.parquet", shard_table("c.parquet", 400))
-    quick = ("--split-bytes", "600", "--num-actors", "1", "--threads-per-actor", "1", "--id-column", "id")
-    first = start(places, logs[0], *quick, RAY_ADDRESS=ray_cluster.address)
-    try:
-        wait_until(lambda: any(f.path.endswith(".parquet") for f in output.files()), first, logs[0], 120)
-        first.send_signal(signal.SIGSTOP)
-        second = start(places, logs[1], *quick, RAY_ADDRESS=ray_cluster.address)
-        try:
-            assert second.wait(180) == 0, logs[1].read_text()[-3000:]
-        finally:
-            second.kill()
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(60) == 5, logs[0].read_text()[-3000:]
-    finally:
-        first.kill()
-    assert "another run has taken the output over" in logs[0].read_text()
-    found = verify(VerifyConfig(output=output.uri))
-    assert found.holds, found.problems
-    assert score(settings(places))["status"] == "complete already: nothing to do"
-
-
 def test_a_run_stops_on_sigterm_lets_no_other_in_and_is_finished_by_the_next(tmp_path, model_directory, ray_cluster):
     """While it is at work another run is refused; SIGTERM ends it with 4; the next run does the rest."""
     rows = 600
