@@ -7,29 +7,20 @@ A `Backbone` provides the layers. This module runs the token selectors and their
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from transformers.utils import ModelOutput
 
 from .backbones import BACKBONES
+from .backbones.fused import FusedLayer, packs_weights
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
 from .reduction.policies import ThresholdPolicy
 from .reduction.question import question_match
 from .reduction.selectors import selector_class
 from .reduction.state import Candidates, Selection, SelectionPolicy, TokenState
-from .varlen import ATTENTION_NAME, HALF_PRECISION, VarlenBatch, first_tokens, positions_in
-
-# On CPUs a layer runs on groups of whole sequences with about this many tokens in total: larger activations do not fit
-# the caches, and glibc maps and unmaps buffers over 32 MB at every operation.
-LAYER_TOKENS = 1024
-# In half precision oneDNN computes the matrix products. It compiles a kernel and repacks the weights for every number
-# of rows that it has not seen recently, so groups are larger and padded with zeros to a multiple (twice as fast on 20
-# Newsgroups, reduced 3×, 2 cores with AMX).
-HALF_LAYER_TOKENS = 4096
-HALF_LAYER_MULTIPLE = 512
+from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in
 
 
 @dataclass
@@ -91,49 +82,37 @@ class TRBertEncoder(nn.Module):
                 del candidates, keep  # they hold the states of the dropped tokens
                 kept_tokens.append(state.cu_seqlens.diff().long())
             if output_hidden_states:
-                hidden_states.append(state.hidden)
+                hidden_states.append(state.states)
             state = self.after_layer(state)
         return TRBertModelOutput(
             last_hidden_state=state.all_states() if token_states else None,
             cls_hidden_state=state.first_states(),
             kept_tokens=tuple(kept_tokens),
-            hidden_states=(*hidden_states, state.hidden) if output_hidden_states else None,
+            hidden_states=(*hidden_states, state.states) if output_hidden_states else None,
             selections=tuple(selections) if output_selections else None,
         )
 
     def candidates(self, state: TokenState, reduction: int) -> Candidates:
         """The tokens of a state with their keep logits from the reduction's selector."""
         match = state.match.at(state.token_indices) if state.match is not None else None
-        logits = self.selectors[reduction](state.hidden, match)
+        hidden = state.states
+        logits = self.selectors[reduction](hidden, match)
         fixed = torch.zeros_like(logits, dtype=torch.bool)
         if match is not None and state.layer < self.config.question_layers:
             fixed |= match.asked
         fixed[first_tokens(state.cu_seqlens)] = True  # always keep [CLS], so that no sequence becomes empty
         return Candidates(
-            reduction, state.hidden, logits, fixed, state.token_indices, state.positions, state.cu_seqlens, match
+            reduction, hidden, logits, fixed, state.token_indices, state.positions, state.cu_seqlens, match
         )
 
     def after_layer(self, state: TokenState) -> TokenState:
-        """Run the next layer; in inference on CPUs, on one group of sequences at a time."""
-        hidden, positions, cu_seqlens = state.hidden, state.positions, state.cu_seqlens
-        half = not hidden.is_cuda and (hidden.dtype in HALF_PRECISION or torch.is_autocast_enabled("cpu"))
-
-        def run(group: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-            rows, missing = group.shape[0], -group.shape[0] % HALF_LAYER_MULTIPLE if half else 0
-            group = F.pad(group, (0, 0, 0, missing)) if missing else group
-            output = self.backbone.run_layer(self.layer[state.layer], group, positions, lengths, state.max_seqlen)
-            return output[:rows] if missing else output
-
-        limit = HALF_LAYER_TOKENS if half else LAYER_TOKENS
-        if self.training or hidden.is_cuda or hidden.shape[0] <= limit:
-            return state.after(run(hidden, positions, cu_seqlens))
-        bounds, outputs, first = cu_seqlens.tolist(), [], 0
-        for last in range(1, len(bounds)):
-            if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > limit:
-                rows = slice(bounds[first], bounds[last])
-                outputs.append(run(hidden[rows], positions[rows], cu_seqlens[first : last + 1] - bounds[first]))
-                first = last
-        return state.after(torch.cat(outputs))
+        """Run one layer."""
+        layer = self.layer[state.layer]
+        if isinstance(layer, FusedLayer):
+            return state.after(layer(state.hidden, state.cu_seqlens, state.max_seqlen, state.layout))
+        return state.after(
+            self.backbone.run_layer(layer, state.hidden, state.positions, state.cu_seqlens, state.max_seqlen)
+        )
 
 
 class TRBertPooler(nn.Module):
@@ -257,7 +236,11 @@ class TRBertModel(TRBertPreTrainedModel):
             match = question_match(batch.input_ids, batch.token_type_ids, batch.cu_seqlens, words)
         token_indices = torch.arange(len(hidden), device=hidden.device)
         positions = positions_in(batch.cu_seqlens, len(hidden))
-        return TokenState(0, hidden, token_indices, positions, batch.cu_seqlens, batch.max_seqlen, match)
+        state = TokenState(0, hidden, token_indices, positions, batch.cu_seqlens, batch.max_seqlen, match)
+        first = self.encoder.layer[0]
+        if isinstance(first, FusedLayer) and hidden.device.type == "cpu":
+            state = state.arranged(packed=first.packed)
+        return state
 
     def before_reduction(
         self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
@@ -300,11 +283,17 @@ def head_dropout(config: TRBertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
-def fuse_for_inference(model: "TRBertPreTrainedModel") -> None:
-    """Fuse the layers in place and switch to eval mode. A fused model must not be saved."""
+def fuse_for_inference(model: "TRBertPreTrainedModel", *, packed: bool | None = None) -> None:
+    """Fuse the model's layers in place. It can then compute, but not be trained, moved or saved.
+
+    Args:
+        packed: let oneDNN lay out the weights for itself. Default: where it is fast (`packs_weights`).
+    """
     encoder = model.base_model.encoder
-    for layer in encoder.layer:
-        encoder.backbone.fuse(layer)
+    packed = packs_weights(model.device, model.dtype) if packed is None else packed
+    for i, layer in enumerate(encoder.layer):
+        if not isinstance(layer, FusedLayer):
+            encoder.layer[i] = encoder.backbone.fused(layer, packed=packed)
     model.eval().requires_grad_(False)
 
 

@@ -158,11 +158,10 @@ def varlen_attention(
     """Attention within each sequence of a varlen batch, as a transformers attention function.
 
     Half precision on CUDA without dropout uses torch's varlen kernel. Everything else uses torch's SDPA, one sequence
-    at a time, without padding. On CPUs SDPA runs in fp32, because bfloat16 is slower there.
+    at a time, without padding.
 
     Args:
-        query, key, value: (1, heads, total tokens, head size). On CPUs there may be padding rows after the last
-            sequence; their output is zeros.
+        query, key, value: (1, heads, total tokens, head size).
 
     Returns:
         (1, total tokens, heads, head size), and None for the attention weights.
@@ -176,10 +175,6 @@ def varlen_attention(
         )
     if query.is_cuda and query.dtype in HALF_PRECISION and dropout == 0.0:
         return _flash_varlen(query, key, value, cu_seqlens, max_seqlen, scaling), None
-    if query.device.type == "cpu" and query.dtype in HALF_PRECISION:
-        with torch.autocast("cpu", enabled=False):
-            output = _attention(query.float(), key.float(), value.float(), cu_seqlens, scaling, dropout)
-        return output.to(query.dtype), None
     return _attention(query, key, value, cu_seqlens, scaling, dropout), None
 
 
@@ -192,7 +187,7 @@ def _attention(
     bounds = cu_seqlens.tolist()
     pieces = []
     # Split once: each slice would have a gradient as large as the whole batch.
-    sizes = [end - start for start, end in zip(bounds, bounds[1:])] + [shape[1] - bounds[-1]]
+    sizes = [end - start for start, end in zip(bounds, bounds[1:])]
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
     for start, end, (q, k, v) in zip(bounds, bounds[1:], parts):
         piece = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
@@ -200,10 +195,7 @@ def _attention(
             pieces.append(piece)
         else:
             output[:, start:end] = piece
-    if output is None:
-        return torch.cat([*pieces, query.new_zeros((1, shape[1] - bounds[-1], *shape[2:]))], dim=1)
-    output[:, bounds[-1] :] = 0
-    return output
+    return torch.cat(pieces, dim=1) if output is None else output
 
 
 def _flash_varlen(

@@ -26,7 +26,7 @@ from trbert_model import (
     TRBertModel,
     VarlenBatch,
 )
-from trbert_model.modeling import HALF_LAYER_MULTIPLE, HALF_LAYER_TOKENS, LAYER_TOKENS, fuse_for_inference
+from trbert_model.modeling import fuse_for_inference
 from trbert_model.varlen import model_inputs, varlen_attention
 
 CLASSIFIER = tiny_classifier()
@@ -105,33 +105,6 @@ def test_left_padding_equal_to_bert():
         expected = bert(ids, attention_mask=mask).last_hidden_state * mask[..., None]
         output = model(ids, attention_mask=mask, reduce=False).last_hidden_state
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_group_by_group_equal_each_sequence_alone(dtype):
-    torch.manual_seed(0)
-    model = TRBertModel(TRBertConfig(**TINY)).eval().to(dtype)
-    most = LAYER_TOKENS if dtype == torch.float32 else HALF_LAYER_TOKENS
-    lengths = torch.randint(1, 33, (4 * most // 32,)).tolist()
-    sequences = [torch.randint(5, TINY["vocab_size"], (length,)) for length in lengths]
-    assert sum(lengths) > most
-    assert sum(lengths) % HALF_LAYER_MULTIPLE
-    with torch.inference_mode():
-        together = varlen(model, sequences, reduce=False).last_hidden_state
-        alone = torch.cat([varlen(model, [sequence], reduce=False).last_hidden_state for sequence in sequences])
-    torch.testing.assert_close(together, alone, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
-
-
-def test_fused_projections_equal_the_plain_ones():
-    sequences = [torch.randint(5, TINY["vocab_size"], (n,)) for n in (3, 32, 1, 17)]
-    with torch.inference_mode():
-        expected = varlen(tiny_classifier(), sequences)
-        fused = tiny_classifier()
-        fuse_for_inference(fused)
-        output = varlen(fused, sequences)
-    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=0)
-    for a, b in zip(output.kept_tokens, expected.kept_tokens, strict=True):
-        assert a.tolist() == b.tolist()
 
 
 # --- batch composition and order change nothing --------------------------------------------------------------------
@@ -436,7 +409,7 @@ def test_the_cuda_path_has_the_right_shapes_and_dtypes(dtype):
     Without reduction: the one place where the model looks at values is the new lengths after one.
     """
     model = TRBertForSequenceClassification(TRBertConfig(**TINY, reduction_layers=[])).eval().to(dtype)
-    fuse_for_inference(model)
+    fuse_for_inference(model, packed=False)
     with FakeTensorMode() as mode, torch.no_grad():
         # A CPU build of torch cannot put parameters on CUDA, not even fake ones, but can compute on fake tensors there.
         state = {

@@ -43,30 +43,6 @@ def test_attention_equals_masked_attention_over_the_whole_batch(requires_grad):
         assert all(tensor.grad is not None for tensor in (query, key, value))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_attends_in_fp32_on_cpus(autocast):
-    torch.manual_seed(0)
-    halves = [torch.randn(1, 2, 7, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    bounds = {"cu_seqlens": torch.tensor([0, 4, 7], dtype=torch.int32), "max_seqlen": 4}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output, _ = varlen_attention(None, *halves, None, **bounds)
-    exact, _ = varlen_attention(None, *(half.detach().float() for half in halves), None, **bounds)
-    assert torch.equal(output, exact.bfloat16())
-    output.sum().backward()
-    assert all(half.grad.dtype == torch.bfloat16 for half in halves)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_rows_after_the_last_sequence_are_zeros(requires_grad):
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 9, 8, requires_grad=requires_grad) for _ in range(3))
-    bounds = {"cu_seqlens": torch.tensor([0, 4, 7], dtype=torch.int32), "max_seqlen": 4}
-    output, _ = varlen_attention(None, query, key, value, None, **bounds)
-    expected, _ = varlen_attention(None, query[:, :, :7], key[:, :, :7], value[:, :, :7], None, **bounds)
-    assert torch.equal(output[:, :7], expected)
-    assert not output[:, 7:].any()
-
-
 def test_padded_tensors_are_refused():
     query = torch.randn(2, 4, 6, 8)
     with pytest.raises(InputError, match="packed first"):

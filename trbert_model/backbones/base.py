@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..varlen import VarlenBatch
+from .fused import FusedLayer
 
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
@@ -48,15 +49,14 @@ class Backbone(Protocol):
         """Run a layer, (tokens, hidden) → (tokens, hidden).
 
         Args:
-            hidden: on CPUs it may have padding rows after the last token.
             positions: int64 (tokens,), each token's position in its sequence before any reduction.
         """
 
     def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray) -> np.ndarray:
         """FLOPs of one layer on sequences with these numbers of tokens, (sequences,) → float64 (sequences,)."""
 
-    def fuse(self, layer: nn.Module) -> None:
-        """Fuse a layer's operations in place, for faster inference."""
+    def fused(self, layer: nn.Module, *, packed: bool) -> FusedLayer:
+        """The layer as inference computes it fastest; packed: see `packs_weights`."""
 
     def tensor_name(self, name: str) -> str:
         """Convert a checkpoint's tensor name to TR-BERT's (`bert.…` or a head's). Converted names are unchanged."""

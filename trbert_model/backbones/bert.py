@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertSelfAttention
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
-from ..varlen import VarlenBatch, varlen_attention
+from ..varlen import VarlenBatch
+from .fused import FusedLayer
 
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
@@ -73,9 +73,8 @@ class BertBackbone:
         hidden, intermediate = config.hidden_size, config.intermediate_size
         return 2 * ((4 * hidden**2 + 2 * hidden * intermediate) * n + 2 * hidden * n**2)
 
-    def fuse(self, layer: Any) -> None:
-        if not isinstance(layer.attention.self, FusedSelfAttention):
-            layer.attention.self = FusedSelfAttention(layer.attention.self)
+    def fused(self, layer: nn.Module, *, packed: bool) -> FusedLayer:
+        return FusedLayer(layer, packed=packed)
 
     def tensor_name(self, name: str) -> str:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -112,30 +111,3 @@ class BertBackbone:
             "classifier_dropout": raw.get("classifier_dropout"),
             "pooler_activation": raw.get("pooler_activation", "tanh"),
         }
-
-
-class FusedSelfAttention(nn.Module):
-    """BERT's self-attention with query, key and value as one matrix product, for inference."""
-
-    def __init__(self, attention: BertSelfAttention):
-        super().__init__()
-        parts = (attention.query, attention.key, attention.value)
-        self.weight = nn.Buffer(torch.cat([part.weight.detach() for part in parts]))
-        self.bias = nn.Buffer(torch.cat([part.bias.detach() for part in parts]))
-        self.heads: int = attention.num_attention_heads
-        self.scaling: float = attention.scaling
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
-        qkv = F.linear(hidden_states, self.weight, self.bias).unflatten(-1, (3, self.heads, -1))
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-        output, _ = varlen_attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            cu_seqlens=kwargs["cu_seqlens"],
-            max_seqlen=kwargs["max_seqlen"],
-        )
-        return output.flatten(2), None

@@ -1,7 +1,7 @@
 """The engine: runs a model over documents and returns one result per document, in order.
 
-Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens, without padding or sorting. This limit
-bounds the memory, whatever the number and lengths of the documents.
+Windows are packed into varlen batches of at most `max_tokens_per_batch` tokens. This limit bounds the memory, whatever
+the number and lengths of the documents.
 """
 
 import os
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..backbones.fused import packs_weights
 from ..checkpoints.loading import load_model
 from ..configuration import TRBertConfig
 from ..errors import InputError, TRBertError
@@ -87,10 +88,9 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         options: EngineOptions | None = None,
     ):
-        # By default oneDNN caches what it prepared for the last 1,024 matrix shapes. Varlen batches rarely repeat a
-        # shape, so an actor grew by some 500 MiB within minutes. 32 are enough for the layers of a batch. oneDNN reads
-        # the variable at the first matrix product of the process.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        # By default oneDNN caches what it prepared for the last 1,024 matrix shapes, some 500 MiB. Layers in bfloat16
+        # have some 40 shapes, see `fused`. oneDNN reads the variable at the first matrix product of the process.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         options = self.options = options or EngineOptions()
         self.config: TRBertConfig = model.config
         if options.thresholds is not None:
@@ -105,9 +105,10 @@ class Engine:
         for selector in self.model.bert.encoder.selectors:
             selector.float()
         self.task = task_of_model(model).of(tokenizer, self.config, options)
-        # On CPUs layers run on groups of sequences (modeling.LAYER_TOKENS), so larger batches only help layers after a
-        # reduction, which have few tokens. Of 1,024 to 16,384, values around 4,096 were the fastest.
-        self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else 4096)
+        # On CPUs layers run on segments (`fused.SEGMENT_ROWS`), so larger batches only help layers after a reduction,
+        # which have few tokens: their segments are fuller, which counts where products are cheap.
+        on_cpu = 16384 if packs_weights(self.device, self.model.dtype) else 4096
+        self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else on_cpu)
         thresholds = self.config.selector_thresholds if options.thresholds is None else options.thresholds
         self._thresholds = ThresholdPolicy(thresholds)
         self.statistics = EngineStatistics()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbones.fused import Layout, arrange
 from ..varlen import first_tokens, sequence_of
 from .question import QuestionMatch
 
@@ -71,11 +72,12 @@ class TokenState:
 
     Attributes:
         layer: the layer's index.
-        hidden: (tokens, hidden).
+        hidden: (tokens, hidden), or the rows of `layout`; see `states`.
         token_indices, positions, cu_seqlens: as in `Candidates`.
         max_seqlen: tokens of the longest sequence.
         match: of all tokens in the batch before any reduction.
         dropped: `token_indices` and states of the dropped tokens, one pair per reduction that dropped any.
+        layout: the rows that the tokens lie in, for fused layers on CPUs.
     """
 
     layer: int
@@ -86,6 +88,17 @@ class TokenState:
     max_seqlen: int
     match: QuestionMatch | None = None
     dropped: tuple[tuple[Tensor, Tensor], ...] = ()
+    layout: Layout | None = None
+
+    def arranged(self, *, packed: bool) -> "TokenState":
+        """The state with its tokens in a layout; packed: see `arrange`."""
+        layout = arrange(self.cu_seqlens, self.hidden.dtype, packed=packed)
+        return dataclasses.replace(self, hidden=self.hidden[layout.source], layout=layout)
+
+    @property
+    def states(self) -> Tensor:
+        """The tokens' states in batch order, (tokens, hidden)."""
+        return self.hidden if self.layout is None else self.hidden[self.layout.rows]
 
     def after(self, hidden: Tensor) -> "TokenState":
         """The state at the input of the next layer; hidden: the output of this one."""
@@ -105,13 +118,19 @@ class TokenState:
         if not leaving:
             return self
         stay = torch.nonzero_static(keep, size=bounds[-1]).squeeze(1)  # nonzero would make another copy
-        dropped = self.dropped
+        rows = stay if self.layout is None else self.layout.rows[stay]
+        dropped, layout = self.dropped, self.layout
         if remember:
             leave = torch.nonzero_static(~keep, size=leaving).squeeze(1)
-            dropped = (*dropped, (self.token_indices[leave], self.hidden[leave]))
+            left = leave if layout is None else layout.rows[leave]
+            dropped = (*dropped, (self.token_indices[leave], self.hidden[left]))
+        if layout is not None:
+            layout = arrange(cu_seqlens, self.hidden.dtype, packed=layout.packed)
+            rows = rows[layout.source]
         return dataclasses.replace(
             self,
-            hidden=self.hidden[stay],
+            hidden=self.hidden[rows],
+            layout=layout,
             token_indices=self.token_indices[stay],
             positions=self.positions[stay],
             cu_seqlens=cu_seqlens,
@@ -123,6 +142,7 @@ class TokenState:
         """The batch concatenated with itself, `times` copies in all; no token may have been dropped."""
         tokens = len(self.token_indices)
         assert not self.dropped
+        assert self.layout is None
         return dataclasses.replace(
             self,
             hidden=self.hidden.repeat(times, 1),
@@ -134,11 +154,12 @@ class TokenState:
 
     def first_states(self) -> Tensor:
         """The state of each sequence's first token, (sequences, hidden)."""
-        return self.hidden.index_select(0, first_tokens(self.cu_seqlens))
+        first = first_tokens(self.cu_seqlens)
+        return self.hidden.index_select(0, first if self.layout is None else self.layout.rows[first])
 
     def all_states(self) -> Tensor:
         """The last state of every token, dropped ones included, in batch order, (total tokens, hidden)."""
         if not self.dropped:
-            return self.hidden
+            return self.states
         order = torch.cat([*(token_indices for token_indices, _ in self.dropped), self.token_indices])
-        return torch.cat([*(states for _, states in self.dropped), self.hidden])[order.argsort()]
+        return torch.cat([*(states for _, states in self.dropped), self.states])[order.argsort()]
