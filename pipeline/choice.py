@@ -84,9 +84,11 @@ def pick(model: ModelSource, dtype: str, *, speedup: float | None, max_drop: flo
     """Look up the operating point for a least FLOPs `speedup` or a `max_drop` in percentage points; the other is None.
 
     Raises:
-        UsageError: the calibration file is damaged, or there is no table for this model, dtype and window, or no point
-            in it that satisfies the option.
+        UsageError: both are given, the calibration file is damaged, there is no table for this model, dtype and window,
+            or no point in it satisfies the option.
     """
+    if speedup is not None and max_drop is not None:
+        raise UsageError("speedup and max_drop cannot go together: each of them decides the speed")
     asked = f"max_drop {max_drop:g}" if speedup is None else f"speedup {speedup:g}"
     table = _table(model, dtype)
     if table is None:

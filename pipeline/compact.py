@@ -112,19 +112,24 @@ def _groups(splits: list[dict[str, Any]], target: int) -> Iterator[list[dict[str
 
 def _copy(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """Write the group's results as one object and return its manifest entry."""
-    tables = []
-    for split, (path, data) in zip(group, output.read_many(split["object"] for split in group)):
-        if hashlib.sha256(data).hexdigest() != split["sha256"]:
-            raise PipelineError(f"{output.uri}/{path}: its checksum is not its marker's; see jobs/verify.py")
-        tables.append(pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None))
-    return _write(into, name, tables, sum(split["results"] for split in group))
+    objects = {split["object"]: split["sha256"] for split in group}
+    return _write(into, name, _checked(output, objects), sum(split["results"] for split in group))
 
 
 def _copy_quarantine(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """Write the group's quarantined rows as one object and return its manifest entry."""
-    paths = [f"{QUARANTINE}/{split['object']}" for split in group]
-    tables = [pq.read_table(pa.BufferReader(data)) for _, data in output.read_many(paths)]
-    return _write(into, name, tables, sum(split["quarantined"] for split in group))
+    objects = {f"{QUARANTINE}/{split['object']}": split.get("quarantine_sha256") or "" for split in group}
+    return _write(into, name, _checked(output, objects), sum(split["quarantined"] for split in group))
+
+
+def _checked(output: Storage, objects: dict[str, str]) -> list[pa.Table]:
+    """Read objects, given with their checksums; an older version's markers have none ("") for quarantined rows."""
+    tables = []
+    for sha256, (path, data) in zip(objects.values(), output.read_many(objects)):
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise PipelineError(f"{output.uri}/{path}: its checksum is not its marker's; see jobs/verify.py")
+        tables.append(pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None))
+    return tables
 
 
 def _write(into: Storage, name: str, tables: list[pa.Table], rows: int) -> dict[str, Any]:

@@ -517,14 +517,14 @@ def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], 
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast views, large strings and columns of type null (as pandas writes all-null ones) to string or binary.
+    """Cast views, large types and columns of type null (as pandas writes all-null ones) to string or binary.
 
     All results then have one schema, however a shard stores the same values.
     """
     kind = column.type
     if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())
-    if pa.types.is_binary_view(kind):
+    if pa.types.is_binary_view(kind) or pa.types.is_large_binary(kind):
         return column.cast(pa.binary())
     return column
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.choice import Expectation, choose, kept_drift, label_drift, last_labels
+from pipeline.choice import Expectation, choose, kept_drift, label_drift, last_labels, pick
 from pipeline.config import ScoreConfig
 from pipeline.errors import UsageError
 from pipeline.model import ModelSource
@@ -77,6 +77,8 @@ def test_what_no_table_can_promise_is_refused_with_the_command_that_makes_one(mo
         r"make it with: python jobs/evaluate.py --model .* --dtype bfloat16 --corpus LABELLED.parquet",
     ):
         choose(config(speedup=3.0, dtype="bfloat16"), model)
+    with pytest.raises(UsageError, match="speedup and max_drop cannot go together"):
+        pick(ModelSource("m", tmp_path, "digest", 512, classification_task(512)), "float32", speedup=2, max_drop=1)
     with pytest.raises(UsageError, match=r"max_drop 0.5: .* no calibration table"):
         choose(config(max_drop=0.5), ModelSource("m", tmp_path, "another digest 01234", 512, classification_task(512)))
     with pytest.raises(UsageError, match=r"speedup 6 is beyond the calibration table, which ends at 5\.00x"):

@@ -162,17 +162,20 @@ def test_passed_columns_come_as_plain_types(tmp_path, model_directory):
         "tags": [["a"], []],
         "document": [1, 2],
         "nothing": pa.nulls(2),
+        "blob": pa.array([b"b", None], pa.large_binary()),
     }
     write_shard(tmp_path / "a.parquet", columns)
-    options = encode_options(tmp_path, model_directory, keep_columns=("source", "when", "tags", "document", "nothing"))
-    (row,) = encode(only_shard(tmp_path), options)
-    kinds = {name: row["documents"].schema.field(name).type for name in ("id", "source", "when", "tags", "nothing")}
+    kept = ("source", "when", "tags", "document", "nothing", "blob")
+    (row,) = encode(only_shard(tmp_path), encode_options(tmp_path, model_directory, keep_columns=kept))
+    schema = row["documents"].schema
+    kinds = {name: schema.field(name).type for name in ("id", "source", "when", "tags", "nothing", "blob")}
     assert kinds == {
         "id": pa.string(),
         "source": pa.string(),
         "when": pa.timestamp("us"),
         "tags": pa.list_(pa.field("element", pa.string())),
         "nothing": pa.string(),
+        "blob": pa.binary(),
     }
 
 

@@ -386,6 +386,12 @@ def test_what_cannot_be_compacted_is_refused(output, tmp_path):
     with pytest.raises(UsageError, match=r"holds something else \(theirs.parquet\)"):
         compact(config)
     Storage(into).delete(["theirs.parquet"])
+    (quarantined, *_) = [file.path for file in output.files() if file.path.startswith("_quarantine/")]
+    before = output.read(quarantined)
+    output.write(quarantined, parquet_bytes(pq.read_table(pa.BufferReader(before)).slice(0, 0)))
+    with pytest.raises(PipelineError, match=r"_quarantine/.*: its checksum is not its marker's"):
+        compact(config)
+    output.write(quarantined, before)
     double_a_row(output)
     with pytest.raises(PipelineError, match="its checksum is not its marker's"):
         compact(config)
