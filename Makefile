@@ -25,7 +25,7 @@ audit:
 gpu-check: .venv/installed
 	$(BIN)/python -m benchmarks.gpu_check
 
-# The README's tables; an hour and a half on two cores, and nothing else should run meanwhile.
+# The tables of docs/results.md; an hour and a half on two cores, and nothing else should run meanwhile.
 benchmarks: .venv/installed build/demo/model/config.json
 	$(BIN)/python -m benchmarks.engine --model build/demo/model --corpus build/demo/corpus/held-out
 	$(BIN)/python -m benchmarks.pipeline --model build/demo/model --corpus build/demo/corpus/held-out

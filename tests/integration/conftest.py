@@ -57,7 +57,7 @@ def ray_cluster(s3):
 
 
 def submit(cluster, submission: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`ray job submit` of jobs/score.py as the README's nightly run; one actor."""
+    """`ray job submit` of jobs/score.py as in docs/nightly.md; one actor."""
     ray = str(Path(sys.executable).with_name("ray"))
     address = f"http://{cluster.head_node.webui_url}"
     run = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--submission-id", submission, "--"]

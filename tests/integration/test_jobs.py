@@ -1,4 +1,4 @@
-"""The ways in: the commands, `ray job submit` against a running cluster, and the README's notebook snippet."""
+"""The ways in: the commands, `ray job submit` against a running cluster, and the documents' notebook snippets."""
 
 import json
 import os
@@ -73,12 +73,13 @@ def test_convert(tmp_path, capsys):
     assert "no head for question-answering" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def readme_snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def snippets_of_the_documents() -> list[str]:
+    texts_of_documents = [(ROOT / "README.md").read_text(), (ROOT / "docs/scoring.md").read_text()]
+    return [code for text in texts_of_documents for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_readmes_snippets_run(tmp_path, monkeypatch, capfd):
+def test_the_snippets_of_the_documents_run(tmp_path, monkeypatch, capfd):
     """In a directory laid out as `make demo` leaves it, with the tiny model in the place of the demo's."""
     topics = ["a", "b", "c"]
     columns = {"id": [str(i) for i in range(40)], "text": pa.array([t.encode() for t in texts(40)], pa.binary())}
@@ -91,11 +92,11 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch, capfd):
     places = {name: str(tmp_path / "build/demo" / place) for name, place in demo.items()}
     score(ScoreConfig(**places, id_column="id", keep_columns=("topic",), num_actors=1, threads_per_actor=1))
     monkeypatch.chdir(tmp_path)
-    snippets = readme_snippets()
+    snippets = snippets_of_the_documents()
     assert len(snippets) >= 2
     for snippet in snippets:
         # Absolute: Ray's workers were started in another directory.
-        exec(compile(re.sub("(?<=[\"'])build/", f"{tmp_path}/build/", snippet), "README.md", "exec"), {})
+        exec(compile(re.sub("(?<=[\"'])build/", f"{tmp_path}/build/", snippet), "a snippet", "exec"), {})
     printed = capfd.readouterr().out
     assert "'label': '" in printed
 
