@@ -120,7 +120,8 @@ def _classes(
 
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether linears on this device are computed by oneDNN with packed weights."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    able = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FusedLinear(nn.Module):
