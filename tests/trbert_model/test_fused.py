@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from tests.conftest import TINY, tiny_classifier
 from tests.trbert_model.test_modeling import varlen
@@ -80,8 +81,6 @@ def test_a_layout_holds_every_token_once_and_only_its_own_sequence_beside_it(len
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_new", "relu"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_packed_products_equal_plain_ones(activation, residual):
-    from transformers.activations import ACT2FN
-
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96).bfloat16()
     values, other = torch.randn(384, 64).bfloat16(), torch.randn(384, 96).bfloat16() if residual else None

@@ -2,7 +2,7 @@
 
 On CPUs a batch is laid out by `arrange`: sequences by rising length, each padded to its length class, so that one call
 computes the attention of a whole class. Where oneDNN is fast in bfloat16, its weights are packed once, and products run
-on few fixed numbers of rows: oneDNN prepares itself for each number that it has not seen, and its results depend on it.
+on few fixed numbers of rows: oneDNN prepares itself for each number that it has not seen, and results can depend on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -194,8 +194,7 @@ class FusedLayer(nn.Module):
         qkv, context = self.qkv(hidden), torch.zeros_like(hidden)
         for start, count, length, mask in segment.classes:
             rows = slice(start - segment.start, start - segment.start + count * length)
-            parts = (part.unflatten(0, (count, length)).transpose(1, 2) for part in self._split(qkv[rows]))
-            query, key, value = parts
+            query, key, value = (part.unflatten(0, (count, length)).transpose(1, 2) for part in self._split(qkv[rows]))
             mask = mask if mask is None else mask.expand(count, 1, length, length)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
             context[rows] = attended.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -88,8 +88,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         options: EngineOptions | None = None,
     ):
-        # By default oneDNN caches what it prepared for the last 1,024 matrix shapes, some 500 MiB. Layers in bfloat16
-        # have some 40 shapes, see `fused`. oneDNN reads the variable at the first matrix product of the process.
+        # By default oneDNN caches what it prepared for the last 1,024 matrix shapes, some 500 MiB. Packed
+        # layers have 24 shapes, see `fused`. oneDNN reads the variable at the first matrix product of the process.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         options = self.options = options or EngineOptions()
         self.config: TRBertConfig = model.config
