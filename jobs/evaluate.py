@@ -29,7 +29,7 @@ class EvaluateConfig(LabelledColumns):
 
     model: str = option("", "directory or URI of a TR-BERT model")
     corpus: str = option("", "Parquet file or URI with labelled documents; for questions also SQuAD's JSON")
-    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
+    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast")
     speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
     plot: str | None = option(None, "PNG or SVG file to draw (default: a local model directory's calibration.png)")
     write: bool = option(True, "write table and picture into the model directory")

@@ -9,7 +9,9 @@ the output does not fit, nothing was started; 3 done, but with unreadable shards
 on the output (nothing was started), or has taken it over.
 """
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,4 +39,7 @@ def _main(arguments: Sequence[str] | None, stop: StopRequest) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    code = run_command(main)
+    with contextlib.suppress(OSError):  # whoever read it has gone; the exit code still tells how the run ended
+        sys.stdout.flush()
+    os._exit(code)  # the run has ended all it started; to take the interpreter and torch apart would take a second more

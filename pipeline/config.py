@@ -53,7 +53,7 @@ class ScoreConfig:
         "keep probability from which on a token stays, one a reduction (default: the model's)",
         identity=True,
     )
-    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32", identity=True)
+    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast", identity=True)
     split_bytes: int = option(8 << 20, "text bytes in one unit of work and of commit", identity=True)
     max_tokens_per_batch: int | None = option(None, "tokens in one batch of an actor")
     num_actors: int | None = option(None, "model actors")

@@ -4,11 +4,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from trbert_model.checkpoints.loading import load_checkpoint
+from trbert_model.engine import precision
 from trbert_model.engine.options import check_thresholds
 from trbert_model.errors import TRBertError
 from trbert_model.tasks.registry import task_of
@@ -19,8 +18,9 @@ from .config import ScoreConfig, identity_defaults
 from .corpus import Shard, input_root, list_shards
 from .encode import EncodeOptions
 from .errors import UsageError
+from .manifest import SUCCESS
 from .model import ModelSource, fetch_model
-from .placement import Placement, auto_dtype
+from .placement import Placement
 from .stopping import StopRequest
 from .storage import Storage
 
@@ -32,7 +32,7 @@ class Job:
     Attributes:
         asked: the options as given.
         config: the options with `dtype` and `thresholds` resolved, and without `speedup` and `max_drop`. As long as
-            `dtype` depends on the cluster, it is a guess, by preference the output's (see `on`).
+            `dtype` depends on the cluster, it is a guess (see `on`).
         input: the input root, which the shards' paths are relative to.
         recorded: the identity recorded in the output; None if it is new.
         expectation: what the model's calibration table predicts for the thresholds; None if it does not contain them.
@@ -78,15 +78,18 @@ class Job:
         if (differences := self.differences) and not self.config.overwrite:
             raise refusal(self.output, differences)
 
+    @property
+    def dtype_is_open(self) -> bool:
+        """Whether the dtype depends on the cluster: "auto", for an output that is not begun yet."""
+        return self.asked.dtype == "auto" and (self.recorded is None or self.asked.overwrite)
+
     def on(self, dtype: str) -> "Job":
-        """Resolve dtype "auto" to this dtype; a job with another dtype option is returned unchanged.
+        """Resolve an open dtype to this one, or to float32 if only its calibration table offers the requested speed.
 
         Raises:
-            UsageError: the model's calibration table does not offer the requested speed for this dtype.
+            UsageError: the model's calibration tables do not offer the requested speed for either.
         """
-        if self.asked.dtype != "auto" or dtype == self.config.dtype:
-            return self
-        config, expectation = _decide(self.asked, self.model, [dtype])
+        config, expectation = _decide(self.asked, self.model, [dtype, "float32"])
         return replace(self, config=config, expectation=expectation)
 
     def locked(self, fence: Callable[[], None]) -> "Job":
@@ -128,8 +131,11 @@ class Job:
         }
 
 
-def make_job(config: ScoreConfig, stop: StopRequest | None = None) -> Job:
+def make_job(config: ScoreConfig, stop: StopRequest | None = None, start: Callable[[], None] = lambda: None) -> Job:
     """Resolve the options, and check everything that can be checked without a cluster.
+
+    Args:
+        start: called before the model is loaded, which takes seconds, if the output seems to be incomplete.
 
     Raises:
         UsageError: an option, the input, the model or the output is invalid; the message names it.
@@ -142,11 +148,14 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None) -> Job:
     inside, around = (f"{storage.protocol}:{_real(storage)}/" for storage in (output, root))
     if inside.startswith(around) or around.startswith(inside):
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
-    model = _load(config)
+    directory = fetch_model(config.model)
     recorded = output_identity(output)
-    decided, expectation = _decide(config, model, _dtypes(config, recorded))
-    stop.check()
     shards = list_shards(config.storage(config.input, stop))
+    stop.check()
+    if recorded is None or output.listed(SUCCESS) is None:
+        start()
+    model = _load(config, directory)
+    decided, expectation = _decide(config, model, _dtypes(config, recorded))
     return Job(config, decided, model, root, output, shards, recorded, expectation)
 
 
@@ -160,8 +169,9 @@ def _real(storage: Storage) -> str:
     return os.path.realpath(storage.root) if storage.is_local else storage.root
 
 
-def _load(config: ScoreConfig) -> ModelSource:
-    directory = fetch_model(config.model)
+def _load(config: ScoreConfig, directory: Path) -> ModelSource:
+    from trbert_model.checkpoints.loading import load_checkpoint  # imports torch and transformers, which takes seconds
+
     try:
         loaded, tokenizer, digest = load_checkpoint(directory)
         task = task_of(loaded.config).of(tokenizer, loaded.config, config.engine_options())
@@ -177,12 +187,11 @@ def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
     """The dtypes that may be chosen once the cluster is known, the most likely first."""
     if config.dtype != "auto":
         return [config.dtype]
-    first = [] if recorded is None else [recorded.get("dtype", "float32")]
-    if first and not config.overwrite:  # the output is refused with any other dtype
-        return first
-    if config.gpus_per_actor is not None:
-        return [*first, auto_dtype(config.gpus_per_actor)]
-    return [*first, *sorted(("bfloat16", "float32"), reverse=not torch.cuda.is_available())]
+    if recorded is not None and not config.overwrite:  # the output is refused with any other dtype
+        return [recorded.get("dtype", "float32")]
+    if config.gpus_per_actor:
+        return ["bfloat16"]
+    return sorted(("bfloat16", "float32"), reverse=not precision.cpu_is_fast_in_bfloat16())
 
 
 def _decide(config: ScoreConfig, model: ModelSource, dtypes: Sequence[str]) -> tuple[ScoreConfig, Expectation | None]:

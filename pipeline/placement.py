@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trbert_model.engine.precision import cpu_is_fast_in_bfloat16
 
 from .config import ScoreConfig
 from .errors import UsageError
@@ -14,6 +18,8 @@ from .stopping import StopRequest
 # A GPU actor keeps one core busy launching kernels. It requests less than 1, so that a machine with as many GPUs as
 # CPUs has room for readers, and not the readers' share, so that Ray Data does not fuse the two stages.
 GPU_ACTOR_CPUS = 0.75
+
+_ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,41 @@ class Placement:
     def device(self) -> str:
         return "cuda" if self.gpus_per_actor else "cpu"
 
-    @property
-    def dtype(self) -> str:
-        """The dtype that "auto" means for these actors."""
-        return auto_dtype(self.gpus_per_actor)
-
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "device": self.device}
 
 
-def auto_dtype(gpus_per_actor: float) -> str:
-    """The dtype that "auto" means for an actor with this many GPUs."""
-    return "bfloat16" if gpus_per_actor else "float32"
+def auto_dtype(placement: Placement) -> tuple[str, str]:
+    """The dtype that "auto" means for these actors, and why.
+
+    bfloat16 on GPUs, and on CPUs if those of all nodes with room for an actor are fast in it.
+    """
+    if placement.gpus_per_actor:
+        return "bfloat16", "the actors have GPUs"
+    fast = _fast_in_bfloat16(placement.cpus_per_actor)
+    if all(fast):
+        return "bfloat16", "the CPUs are fast in it (AMX or AVX-512 BF16)"
+    return "float32", f"the CPUs of {fast.count(False)} of {len(fast)} nodes are not fast in bfloat16"
+
+
+def _fast_in_bfloat16(least_cpus: float) -> list[bool]:
+    """Whether the CPUs of each live node with so many of them are fast in bfloat16; False if it does not answer."""
+    here, fast, asked = ray.get_runtime_context().get_node_id(), [], []
+    for node in ray.nodes():
+        if not node["Alive"] or node["Resources"].get("CPU", 0.0) < least_cpus:
+            continue
+        if node["NodeID"] == here:
+            fast.append(cpu_is_fast_in_bfloat16())
+        else:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked.append(ray.remote(num_cpus=0, scheduling_strategy=there)(cpu_is_fast_in_bfloat16).remote())
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS) if asked else ([], [])
+    for answer in asked:
+        try:
+            fast.append(answer in answered and ray.get(answer))
+        except RayError:  # the node died; others may still have room for the actors
+            fast.append(False)
+    return fast
 
 
 def place_actors(config: ScoreConfig, *, spare_cpus: float, stop: StopRequest) -> Placement:

@@ -7,19 +7,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import ray
-import torch
 
-from trbert_model.checkpoints.loading import load_checkpoint
-from trbert_model.engine import Engine, EngineOptions
+from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ModelChangedError, TRBertError
-from trbert_model.reduction.policies import ThresholdPolicy
-from trbert_model.reduction.state import SelectionPolicy
 from trbert_model.tasks.base import DocumentResults, Task
 from trbert_model.terminal import get_logger
 
@@ -30,6 +26,9 @@ from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, proces
 from .model import ModelSource, fetch_model
 from .report import SplitStats
 from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
+
+if TYPE_CHECKING:
+    from trbert_model.reduction.state import SelectionPolicy
 
 logger = get_logger(__name__)
 
@@ -96,6 +95,13 @@ class TRBertPredictor:
         digest: str | None = None,
         **options: Any,
     ):
+        # The driver imports this module too, and needs neither torch nor the model's code, whose import takes seconds.
+        import torch
+
+        from trbert_model.checkpoints.loading import load_checkpoint
+        from trbert_model.engine import Engine
+        from trbert_model.reduction.policies import ThresholdPolicy
+
         started = time.perf_counter()
         if threads:
             torch.set_num_threads(threads)

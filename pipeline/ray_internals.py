@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
@@ -18,12 +19,17 @@ try:
 except ImportError:
     ray_constants = None
 try:
+    from ray._private import worker
+except ImportError:
+    worker = None
+try:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 except ImportError:
     ExecutionCallback = None
 
 logger = get_logger(__name__)
 
+_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 # Versions of Ray in which these parts are known to work: at least the first, below the second.
 _VERSIONS = ((2, 60), (3, 0))
 
@@ -44,6 +50,51 @@ def listening_on_loopback() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def quiet_core_worker() -> Iterator[None]:
+    """If this process connects to Ray in the block, its core worker reports fatal errors only.
+
+    It prints its errors on the terminal, among them one in each run that has no consequence: Ray Data keeps its actors'
+    arguments in the object store, where they could be lost before an actor is restarted, which would fail (ray#53727).
+    Here the driver holds them until the run ends. What does fail is also raised as an exception. A user's own level is
+    kept.
+    """
+    if os.environ.get(_LOG_LEVEL) or not _has(worker, "connect", "it prints errors that have no consequence"):
+        yield
+        return
+    connect = worker.connect
+
+    def connect_quietly(*arguments: Any, **options: Any) -> Any:
+        with environment({_LOG_LEVEL: "fatal"}), _stderr_without(_LOG_LEVEL):  # which it says that it has read
+            return connect(*arguments, **options)
+
+    worker.connect = connect_quietly
+    try:
+        yield
+    finally:
+        worker.connect = connect
+
+
+@contextlib.contextmanager
+def _stderr_without(text: str) -> Iterator[None]:
+    """Leave out lines with this text from what the process writes to stderr in the block, Python or not."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        stack.callback(os.close, stderr)
+        written = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if text.encode() not in line))
 
 
 class EndWhenOver(ExecutionCallback or object):  # type: ignore[misc]

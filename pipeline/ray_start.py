@@ -3,13 +3,15 @@
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import ray
 import ray.data
 
 from .errors import UsageError
-from .ray_internals import ending_when, environment, listening_on_loopback
+from .ray_internals import ending_when, environment, listening_on_loopback, quiet_core_worker
 
 _DATA_SETTINGS = {
     # Otherwise one block, and so one task of an actor, holds several splits. A row is never divided.
@@ -24,31 +26,91 @@ _DATA_SETTINGS = {
 _LOCAL_ENVIRONMENT = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
 
 
-@contextlib.contextmanager
-def running_ray() -> Iterator[None]:
-    """Provide Ray for the block: the one that this process already uses, the cluster at RAY_ADDRESS (`ray job submit`
-    sets it), or a local one, started here.
+# The levels of loggers that otherwise say that Ray's SIGTERM handler is not set (`stopping.py` has its own), that Ray's
+# default authentication is used, that the progress bars are off, and when an execution has ended.
+_TALKATIVE = {
+    "ray._private.worker": logging.ERROR,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+}
 
-    Raises:
-        UsageError: there is no cluster at RAY_ADDRESS.
+
+class RayStart:
+    """Ray for a run: the one that this process already uses, the cluster at RAY_ADDRESS (`ray job submit` sets it), or
+    a local one. A context manager that ends what it has started.
+
+    A local Ray takes four seconds to start, mostly waiting for its processes, so it starts in a thread. The thread
+    lives until the end, because Linux ends Ray's processes with the thread that started them.
     """
-    if ray.is_initialized():
-        yield
-        return
-    if os.environ.get("RAY_ADDRESS"):
+
+    def __init__(self) -> None:
+        self._running: Future[None] = Future()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
+
+    def __enter__(self) -> "RayStart":
+        return self
+
+    def begin(self) -> None:
+        """Begin to start Ray, unless that was done before."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until Ray is running.
+
+        Raises:
+            UsageError: there is no cluster at RAY_ADDRESS.
+        """
+        self.begin()
+        self._running.result()
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        started = not ray.is_initialized()
         try:
-            ray.init(logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError) as error:
-            raise UsageError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {first_line(error)}") from error
-    else:
-        # With a single CPU, a reader and an actor would not fit at the same time.
-        cpus = max(os.cpu_count() or 1, 2)
-        with environment(_LOCAL_ENVIRONMENT), listening_on_loopback():
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+            if started:
+                _start_ray()
+        except BaseException as error:  # noqa: BLE001 - raised again by `wait`
+            self._running.set_exception(error)
+            return
+        self._running.set_result(None)
+        self._over.wait()
+        if started:
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Connect to Ray or start it."""
+    with _silenced(), quiet_core_worker():
+        if os.environ.get("RAY_ADDRESS"):
+            try:
+                ray.init(logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError) as error:
+                raise UsageError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {first_line(error)}") from error
+        else:
+            # With a single CPU, a reader and an actor would not fit at the same time.
+            cpus = max(os.cpu_count() or 1, 2)
+            with environment(_LOCAL_ENVIRONMENT), listening_on_loopback():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Set the levels in `_TALKATIVE` while the block runs."""
+    before = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    for name, level in _TALKATIVE.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        ray.shutdown()
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager
@@ -62,7 +124,7 @@ def data_context(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
     for name, value in _DATA_SETTINGS.items():
         setattr(context, name, value)
     try:
-        with ending_when(is_over):
+        with ending_when(is_over), _silenced():
             yield
     finally:
         for name, value in before.items():

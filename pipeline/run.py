@@ -25,7 +25,7 @@ from .lock import OutputLock
 from .manifest import SUCCESS, Marker, read_markers, write_manifest
 from .placement import Placement, auto_dtype, place_actors
 from .plan import Plan, make_plan
-from .ray_start import first_line, running_ray
+from .ray_start import RayStart, first_line
 from .report import RunStatistics, SplitStats
 from .rows import ErrorKind
 from .stopping import StopRequest
@@ -83,9 +83,12 @@ def score(config: ScoreConfig, stop: StopRequest | None = None) -> dict[str, Any
 def _score(config: ScoreConfig, run: RunContext) -> dict[str, Any]:
     stop = run.stop
     try:
-        job = make_job(config, stop)
-        stop.check()
-        return plan_of(job) if config.dry_run else run_job(job, run)
+        if config.dry_run:
+            return plan_of(make_job(config, stop))
+        with RayStart() as ray_start:
+            job = make_job(config, stop, ray_start.begin)
+            stop.check()
+            return run_job(job, run, ray_start)
     except (UsageError, LeaseLostError):
         raise
     except PipelineError as error:
@@ -101,8 +104,8 @@ def _score(config: ScoreConfig, run: RunContext) -> dict[str, Any]:
         )
 
 
-def run_job(job: Job, run: RunContext) -> dict[str, Any]:
-    """Lock the output, plan what is missing, and start Ray if anything is. Returns and raises the same as `score`."""
+def run_job(job: Job, run: RunContext, ray_start: RayStart) -> dict[str, Any]:
+    """Lock the output, plan what is missing, and score it. Returns and raises the same as `score`."""
 
     def lost() -> None:
         run.stop.request("another run has taken the output over", failed=True)
@@ -114,20 +117,22 @@ def run_job(job: Job, run: RunContext) -> dict[str, Any]:
         plan = None if job.differences else make_plan(job.shards, job.output, job.recorded_key)
         if plan is not None and not plan.pending:
             return _Run(job, plan, run, lock).execute()
-        if (gpus := job.config.gpus_per_actor) is not None:  # then the dtype is known without a cluster
-            job = job.on(auto_dtype(gpus))
-            job.require_output()
         run.stop.check()
-        with running_ray():
-            placement = place_actors(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=run.stop)
-            job = job.on(placement.dtype)
-            if job.expectation:
-                say(str(job.expectation))
-            run.stop.check()
-            bind_output(job.output, job.identity, overwrite=job.config.overwrite, defaults=identity_defaults())
-            if plan is None or job.differences:  # then bind_output has cleared the output
-                plan = make_plan(job.shards, job.output, job.identity_key)
-            return _Run(job, plan, run, lock).execute(placement)
+        ray_start.wait()
+        placement = place_actors(job.config, spare_cpus=READER_CPUS + COMMIT_CPUS, stop=run.stop)
+        if job.dtype_is_open:
+            dtype, reason = auto_dtype(placement)
+            job = job.on(dtype)
+            if job.config.dtype != dtype:
+                reason = f"only its calibration table has the speed asked for, that of {dtype} would be faster"
+            say(f"dtype {job.config.dtype}: {reason}")
+        if job.expectation:
+            say(str(job.expectation))
+        run.stop.check()
+        bind_output(job.output, job.identity, overwrite=job.config.overwrite, defaults=identity_defaults())
+        if plan is None or job.differences:  # then bind_output has cleared the output
+            plan = make_plan(job.shards, job.output, job.identity_key)
+        return _Run(job, plan, run, lock).execute(placement)
 
 
 def plan_of(job: Job) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline import placement
 from trbert_model import TRBertConfig, TRBertForQuestionAnswering, TRBertForSequenceClassification
+from trbert_model.engine import precision
 from trbert_model.modeling import TRBertPreTrainedModel
 from trbert_model.tasks.base import TaskOptions
 from trbert_model.tasks.classification.labellings import SingleLabel
@@ -20,6 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hu
 # of their own on the way out, and hang.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+# Tests compare with results in fp32, also on machines where "auto" is bfloat16.
+cpu_is_fast_in_bfloat16 = precision.cpu_is_fast_in_bfloat16
+precision.cpu_is_fast_in_bfloat16 = lambda: False
+placement._fast_in_bfloat16 = lambda least_cpus: [False]
 
 TESTS = Path(__file__).parent
 WORDS = [

@@ -22,6 +22,7 @@ from pipeline.errors import OutputBusyError, StorageError
 from pipeline.job import make_job
 from pipeline.lock import OutputLock
 from pipeline.manifest import SUCCESS, read_manifest
+from pipeline.ray_start import RayStart
 from pipeline.run import RunContext, run_job
 from pipeline.stopping import StopRequest
 from pipeline.storage import Storage
@@ -245,7 +246,7 @@ def test_a_run_whose_actors_cannot_load_the_model_ends_and_says_why(places, mode
     model = shutil.copytree(model_directory, tmp_path / "model")
     job = make_job(settings(places, model=str(model)))
     shutil.rmtree(model)
-    report = run_job(job, RunContext(stop=impatient(), patience=Patience(loads_an_actor=2)))
+    report = run_job(job, RunContext(stop=impatient(), patience=Patience(loads_an_actor=2)), RayStart())
     assert report["exit_code"] == 1
     reason = (
         rf"failed: no actor can load the model \(on .*: UsageError: {model}: not a model directory: .*\); run again"
@@ -261,7 +262,7 @@ def test_a_run_takes_no_results_from_a_model_that_has_replaced_its_own(places, m
     model = shutil.copytree(model_directory, tmp_path / "model")
     job = make_job(settings(places, model=str(model)))
     tiny_classifier(1).save_pretrained(model)
-    report = run_job(job, RunContext(stop=impatient()))
+    report = run_job(job, RunContext(stop=impatient()), RayStart())
     assert (report["exit_code"], report["documents"]) == (1, 0)
     reason = (
         rf"failed: the model changed during the run \(on .*: ModelChangedError: {model}: "

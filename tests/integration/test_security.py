@@ -53,8 +53,9 @@ def test_what_we_start_listens_on_loopback(s3):
     """The Ray of a job without RAY_ADDRESS, and the tests' S3 server."""
     script = """
 import json, psutil, ray
-from pipeline.ray_start import running_ray
-with running_ray():
+from pipeline.ray_start import RayStart
+with RayStart() as ray_start:
+    ray_start.wait()
     ray.get(ray.remote(lambda: 1).remote())
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     print(json.dumps([c.laddr.ip for p in mine for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]))

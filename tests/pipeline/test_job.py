@@ -10,6 +10,7 @@ from pipeline.commit import identity_key
 from pipeline.config import ScoreConfig, identity_defaults
 from pipeline.errors import UsageError
 from pipeline.job import make_job
+from pipeline.ray_start import RayStart
 from pipeline.storage import Storage
 from tests.pipeline.stages import texts, write_shard
 from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, with_table
@@ -38,7 +39,8 @@ def bind(job) -> None:
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    monkeypatch.setattr(run, "running_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(RayStart, "begin", lambda self: None)
+    monkeypatch.setattr(RayStart, "wait", lambda self: pytest.fail("Ray is needed"))
 
 
 @pytest.mark.parametrize("gpus", [None, 0.0, 1.0])
@@ -53,18 +55,33 @@ def test_a_dtype_that_the_cluster_decides_on_is_open_until_then(places):
     write_table(places, "bfloat16")
     job = make_job(ScoreConfig(**places, speedup=3.0))
     assert (job.config.dtype, job.config.thresholds, job.asked.dtype) == ("bfloat16", (0.4, 0.4), "auto")
-    assert job.on("bfloat16") is job
+    assert job.on("bfloat16") == job
     with pytest.raises(UsageError, match="no calibration table for float32"):
         job.on("float32")
-    assert make_job(ScoreConfig(**places, dtype="float16")).on("float32").config.dtype == "float16"
+    assert not make_job(ScoreConfig(**places, dtype="float16")).dtype_is_open
 
 
 def test_a_dtype_that_is_not_the_outputs_is_refused_before_ray_starts(places, no_ray):
     bind(make_job(ScoreConfig(**places, dtype="bfloat16")))
     assert make_job(ScoreConfig(**places)).config.dtype == "bfloat16"
-    for asked in ({"dtype": "float32"}, {"gpus_per_actor": 0.0}):
-        with pytest.raises(UsageError, match="made with dtype 'bfloat16' where this run has 'float32'"):
-            run.score(ScoreConfig(**places, **asked))
+    with pytest.raises(UsageError, match="made with dtype 'bfloat16' where this run has 'float32'"):
+        run.score(ScoreConfig(**places, dtype="float32"))
+
+
+def test_an_output_keeps_the_dtype_that_it_was_begun_with(places):
+    """Whatever "auto" means on this run's machines, unless it is begun anew."""
+    assert make_job(ScoreConfig(**places)).dtype_is_open
+    bind(make_job(ScoreConfig(**places, dtype="bfloat16")))
+    job = make_job(ScoreConfig(**places, gpus_per_actor=0.0))
+    assert (job.config.dtype, job.dtype_is_open, job.differences) == ("bfloat16", False, [])
+    assert make_job(ScoreConfig(**places, overwrite=True)).dtype_is_open
+
+
+def test_the_dtype_is_one_whose_table_has_the_speed_asked_for(places):
+    """bfloat16 is faster, but what was measured in float32 does not hold in it."""
+    write_table(places, "float32")
+    assert make_job(ScoreConfig(**places, speedup=3.0)).on("bfloat16").config.dtype == "float32"
+    assert make_job(ScoreConfig(**places)).on("bfloat16").config.dtype == "bfloat16"
 
 
 def test_an_output_of_an_earlier_version_is_this_ones(places):

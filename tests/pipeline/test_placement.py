@@ -8,8 +8,9 @@ import pytest
 from pipeline import placement
 from pipeline.config import ScoreConfig
 from pipeline.errors import StoppedError, UsageError
-from pipeline.placement import place_actors
+from pipeline.placement import Placement, auto_dtype, place_actors
 from pipeline.stopping import StopRequest
+from tests.conftest import cpu_is_fast_in_bfloat16
 
 PLACES = {"input": "in", "output": "out", "model": "m"}
 
@@ -26,14 +27,44 @@ def cluster(monkeypatch):
 def test_one_actor_a_gpu_in_bfloat16(cluster):
     cluster((8, 1), (8, 4), (4, 0))
     placed = place_actors(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
-    assert (placed.num_actors, placed.gpus_per_actor, placed.device, placed.dtype) == (5, 1.0, "cuda", "bfloat16")
+    assert (placed.num_actors, placed.gpus_per_actor, placed.device) == (5, 1.0, "cuda")
+    assert auto_dtype(placed)[0] == "bfloat16"
 
 
 @pytest.mark.parametrize(("cpus", "actors", "threads"), [(2, 1, 2), (4, 1, 4), (8, 2, 4), (16, 4, 4), (64, 16, 4)])
 def test_without_gpus_the_cores_are_shared_out(cluster, cpus, actors, threads):
     cluster((cpus, 0))
     placed = place_actors(ScoreConfig(**PLACES), spare_cpus=0.75, stop=StopRequest())
-    assert (placed.num_actors, placed.threads, placed.device, placed.dtype) == (actors, threads, "cpu", "float32")
+    assert (placed.num_actors, placed.threads, placed.device) == (actors, threads, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "reason"),
+    [
+        ([True, True], "bfloat16", "the CPUs are fast in it"),
+        ([True, False, True], "float32", "the CPUs of 1 of 3 nodes are not fast in bfloat16"),
+    ],
+)
+def test_on_cpus_bfloat16_is_chosen_where_all_of_them_are_fast_in_it(monkeypatch, fast, dtype, reason):
+    monkeypatch.setattr(placement, "_fast_in_bfloat16", lambda least_cpus: fast)
+    chosen, why = auto_dtype(Placement(2, 1.0, 0.0, 2, len(fast)))
+    assert (chosen, why[: len(reason)]) == (dtype, reason)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 sse\n", True),
+        ("flags\t\t: fpu amx_tile amx_bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f amx_int8\n", False),
+        ("Features\t: fp asimd bf16\n", False),
+        ("", False),
+    ],
+)
+def test_a_cpu_is_known_by_its_flags(tmp_path, flags, fast):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + flags)
+    assert cpu_is_fast_in_bfloat16(str(tmp_path / "cpuinfo")) is fast
+    assert not cpu_is_fast_in_bfloat16(str(tmp_path / "not Linux"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ class EngineOptions(TaskOptions):
     Attributes:
         max_tokens_per_batch: maximum number of tokens in a varlen batch. Default: depends on the device.
         device: "cpu", "cuda" or "cuda:N". Default: CUDA if available.
-        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and on CPUs that
+            compute it fast (`precision.cpu_is_fast_in_bfloat16`), and float32 elsewhere.
         reduce: False runs the dense model.
         thresholds: lowest keep probabilities of kept tokens, one per reduction. Default: the model's own.
 

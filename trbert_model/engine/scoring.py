@@ -28,6 +28,7 @@ from ..tasks.base import DocumentResults
 from ..tasks.registry import task_of_model
 from ..terminal import get_logger
 from ..varlen import VarlenBatch
+from . import precision
 from .options import EngineOptions, check_thresholds
 
 logger = get_logger(__name__)
@@ -98,7 +99,8 @@ class Engine:
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = options.dtype
         if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+            fast = self.device.type == "cuda" or precision.cpu_is_fast_in_bfloat16()
+            dtype = "bfloat16" if fast else "float32"
         self.dtype = dtype
         self.model = model.to(device=self.device, dtype=getattr(torch, dtype)).eval()
         fuse_for_inference(self.model)
