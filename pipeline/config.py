@@ -54,7 +54,11 @@ class ScoreConfig:
         identity=True,
     )
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast", identity=True)
-    split_bytes: int = option(8 << 20, "text bytes in one unit of work and of commit", identity=True)
+    split_bytes: int | None = option(
+        None,
+        "text bytes in one unit of work and of commit (default: 8 MiB on GPUs, on CPUs what takes some seconds)",
+        identity=True,
+    )
     max_tokens_per_batch: int | None = option(None, "tokens in one batch of an actor")
     num_actors: int | None = option(None, "model actors")
     gpus_per_actor: float | None = option(None, "GPUs an actor takes; 0 runs on the CPU")

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trbert_model.engine import precision
 from trbert_model.engine.options import check_thresholds
 from trbert_model.errors import TRBertError
@@ -24,6 +26,10 @@ from .placement import Placement
 from .stopping import StopRequest
 from .storage import Storage
 
+_MOST_SPLIT_BYTES, _LEAST_SPLIT_BYTES = 8 << 20, 32 << 10
+_TOKEN_BYTES = 4  # of English text
+_SPLIT_FLOPS = 1.5e12  # `stop_grace` at 100 GFLOP/s, which two cores reach in fp32 on a model without reduction
+
 
 @dataclass(frozen=True)
 class Job:
@@ -32,10 +38,11 @@ class Job:
     Attributes:
         asked: the options as given.
         config: the options with `dtype` and `thresholds` resolved, and without `speedup` and `max_drop`. As long as
-            `dtype` depends on the cluster, it is a guess (see `on`).
+            `dtype` depends on the cluster, it is a guess (see `on`), and `split_bytes` may be None (see `divided`).
         input: the input root, which the shards' paths are relative to.
         recorded: the identity recorded in the output; None if it is new.
         expectation: what the model's calibration table predicts for the thresholds; None if it does not contain them.
+        token_flops: FLOPs of the dense model per token in a full window.
     """
 
     asked: ScoreConfig
@@ -46,6 +53,7 @@ class Job:
     shards: Sequence[Shard]
     recorded: dict[str, Any] | None
     expectation: Expectation | None
+    token_flops: float
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -89,8 +97,21 @@ class Job:
         Raises:
             UsageError: the model's calibration tables do not offer the requested speed for either.
         """
-        config, expectation = _decide(self.asked, self.model, [dtype, "float32"])
+        config, expectation = _decide(self.asked, self.model, [dtype, "float32"], self.recorded)
         return replace(self, config=config, expectation=expectation)
+
+    def divided(self, device: str) -> "Job":
+        """Resolve `split_bytes` for actors on "cuda" or "cpu", unless it is given or recorded.
+
+        A split should be done within the grace of a stopped run. The same machine should divide a shard in the same way
+        each time, so this does not depend on measurements.
+        """
+        if self.config.split_bytes is not None:
+            return self
+        size = _MOST_SPLIT_BYTES
+        while device == "cpu" and size > _LEAST_SPLIT_BYTES and size / _TOKEN_BYTES * self.token_flops > _SPLIT_FLOPS:
+            size //= 2
+        return replace(self, config=replace(self.config, split_bytes=size))
 
     def locked(self, fence: Callable[[], None]) -> "Job":
         """The job with the output's identity read again, for use while the run holds the output's lock.
@@ -102,13 +123,15 @@ class Job:
             UsageError, StorageError: as in `make_job`.
         """
         recorded = output_identity(self.output)
-        config, expectation = _decide(self.asked, self.model, _dtypes(self.asked, recorded))
+        config, expectation = _decide(self.asked, self.model, _dtypes(self.asked, recorded), recorded)
         output = self.output.fenced(fence)
         return replace(self, config=config, expectation=expectation, output=output, recorded=recorded)
 
     def encode_options(self) -> EncodeOptions:
         """The options of the readers."""
         config, task = self.config, self.model.task
+        if config.split_bytes is None:
+            raise ValueError("the job is not divided")
         return EncodeOptions(
             input=self.input,
             task=task,
@@ -154,9 +177,9 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None, start: Callab
     stop.check()
     if recorded is None or output.listed(SUCCESS) is None:
         start()
-    model = _load(config, directory)
-    decided, expectation = _decide(config, model, _dtypes(config, recorded))
-    return Job(config, decided, model, root, output, shards, recorded, expectation)
+    model, token_flops = _load(config, directory)
+    decided, expectation = _decide(config, model, _dtypes(config, recorded), recorded)
+    return Job(config, decided, model, root, output, shards, recorded, expectation, token_flops)
 
 
 def make_identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
@@ -169,8 +192,10 @@ def _real(storage: Storage) -> str:
     return os.path.realpath(storage.root) if storage.is_local else storage.root
 
 
-def _load(config: ScoreConfig, directory: Path) -> ModelSource:
+def _load(config: ScoreConfig, directory: Path) -> tuple[ModelSource, float]:
+    """Load a model; returns what is known of it, and its FLOPs per token."""
     from trbert_model.checkpoints.loading import load_checkpoint  # imports torch and transformers, which takes seconds
+    from trbert_model.flops import dense_flops
 
     try:
         loaded, tokenizer, digest = load_checkpoint(directory)
@@ -180,7 +205,9 @@ def _load(config: ScoreConfig, directory: Path) -> ModelSource:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:
         raise UsageError(str(error)) from error
-    return ModelSource(config.model, directory, digest, loaded.config.usable_positions, task)
+    window = loaded.config.usable_positions
+    token_flops = float(dense_flops(loaded.config, np.array([window]))[0] / window)
+    return ModelSource(config.model, directory, digest, window, task), token_flops
 
 
 def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
@@ -194,12 +221,16 @@ def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:
     return sorted(("bfloat16", "float32"), reverse=not precision.cpu_is_fast_in_bfloat16())
 
 
-def _decide(config: ScoreConfig, model: ModelSource, dtypes: Sequence[str]) -> tuple[ScoreConfig, Expectation | None]:
+def _decide(
+    config: ScoreConfig, model: ModelSource, dtypes: Sequence[str], recorded: dict[str, Any] | None
+) -> tuple[ScoreConfig, Expectation | None]:
     """Resolve the options with the first of these dtypes for which the model offers the requested speed.
 
     Raises:
         UsageError: it offers that for none of them; the message is about the first.
     """
+    if config.split_bytes is None and recorded is not None:
+        config = replace(config, split_bytes=recorded["split_bytes"])
     refusals = []
     for dtype in dtypes:
         try:

@@ -67,6 +67,23 @@ class Care:
         return self.deaths >= DEATHS_BEFORE_CARE
 
 
+@dataclass(frozen=True)
+class UnderWay:
+    """How far the scoring of a split is.
+
+    Attributes:
+        shard: path of its shard.
+        documents: its documents that were given to the model so far.
+        share: the share of its shard's rows that these are.
+        started: when it began, in seconds since the epoch.
+    """
+
+    shard: str
+    documents: int
+    share: float
+    started: float
+
+
 @dataclass
 class _Work:
     process: str | None = None
@@ -74,6 +91,7 @@ class _Work:
     deaths: int = 0
     deaths_at: Counter = field(default_factory=Counter)
     sign: float | None = None  # time.monotonic() of the last sign of progress; None while waiting for other stages
+    under_way: UnderWay | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,7 @@ class Ledger:
             entry.deaths += 1
             if entry.document is not None:
                 entry.deaths_at[entry.document] += 1
-        entry.process, entry.document, entry.sign = process, None, time.monotonic()
+        entry.process, entry.document, entry.sign, entry.under_way = process, None, time.monotonic(), None
         killers = frozenset(d for d, deaths in entry.deaths_at.items() if deaths >= DEATHS_OF_A_DOCUMENT)
         return Care(entry.deaths, killers), self._stop
 
@@ -128,12 +146,17 @@ class Ledger:
         if entry is not None and entry.process == process:
             entry.document, entry.sign = document, time.monotonic()
 
-    def progress(self, work: str, process: str, waits: bool = False) -> Stop:
+    def progress(self, work: str, process: str, waits: bool = False, under_way: UnderWay | None = None) -> Stop:
         """Record a sign of progress, or with `waits` that the work waits for other stages; returns when to stop."""
         entry = self._work.get(work)
         if entry is not None and entry.process == process:
             entry.sign = None if waits else time.monotonic()
+            entry.under_way = under_way
         return self._stop
+
+    def under_way(self) -> list[UnderWay]:
+        """How far the scoring of the splits in progress is."""
+        return [entry.under_way for entry in self._work.values() if entry.under_way is not None]
 
     def end(self, work: str, process: str) -> None:
         """Remove finished work, unless another process has begun it since."""
@@ -277,6 +300,9 @@ class LedgerClient:
     def deaths(self) -> tuple[int, int, dict[str, Any]] | None:
         return self._ask("deaths")
 
+    def under_way(self) -> list[UnderWay]:
+        return self._ask("under_way") or []
+
     def overdue(self, seconds: float, storage_seconds: float) -> list[tuple[str, str]]:
         return self._ask("overdue", seconds, storage_seconds) or []
 
@@ -336,9 +362,9 @@ class Entry:
         if self.care.one_at_a_time:
             self.client._ask("touch", self.name, process_name(), document)
 
-    def stopping(self) -> Stop:
+    def stopping(self, under_way: UnderWay | None = None) -> Stop:
         """Give a sign of progress; returns when to stop."""
-        return self.client._ask("progress", self.name, process_name()) or Stop.NO
+        return self.client._ask("progress", self.name, process_name(), False, under_way) or Stop.NO
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from trbert_model.terminal import get_logger
 from .choice import pick
 from .encode import TOKENIZER_FAILED, check_text, killed_row, rejected_table
 from .errors import PipelineError, UsageError
-from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, process_name
+from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, UnderWay, process_name
 from .model import ModelSource, fetch_model
 from .report import SplitStats
 from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
@@ -243,7 +243,7 @@ class SplitPredictor(TRBertPredictor):
                 if WHOLE in entry.care.killers:
                     raise PipelineError(f"scoring it killed its process {entry.care.deaths} times")
                 entry.touch(WHOLE)
-                results, rejected, stats = self._results(row["shard"], split, entry)
+                results, rejected, stats = self._results(row, split, entry)
         except _StoppedError:
             return stopped_table(row)
         except Exception as error:
@@ -256,8 +256,9 @@ class SplitPredictor(TRBertPredictor):
         scored = {"payload": to_ipc(results), "rejected": to_ipc(rejected)}
         return split_table(row | scored | {"stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))})
 
-    def _results(self, shard: str, split: pa.Table, entry: Entry) -> tuple[pa.Table, pa.Table, SplitStats]:
+    def _results(self, row: dict[str, Any], split: pa.Table, entry: Entry) -> tuple[pa.Table, pa.Table, SplitStats]:
         """Score a split; returns its results, its quarantined rows and its statistics."""
+        shard = row["shard"]
         before = dataclasses.replace(self.engine.statistics)
         documents, rejected = from_ipc(split["payload"][0]), from_ipc(split["rejected"][0])
         killed = sorted(entry.care.killers)
@@ -269,12 +270,12 @@ class SplitPredictor(TRBertPredictor):
             ]
             rejected = rejected_table(rejected.to_pylist() + rows)
         # By position, since a passed column may have the same name as the documents' column.
-        encoded = documents.column(documents.num_columns - 1)
+        encoded = self._until_stopped(documents.column(documents.num_columns - 1), row, entry)
         if entry.care.one_at_a_time:
             scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
-            scored = self.engine.score(self._until_stopped(encoded, entry))
+            scored = self.engine.score(encoded)
         # Read the column again, which copies no token ids, so that a long document is not held twice.
         kept = self.task.from_column(documents.column(documents.num_columns - 1))
         documents = documents.remove_column(documents.num_columns - 1)
@@ -302,25 +303,31 @@ class SplitPredictor(TRBertPredictor):
             stats.count_bad(rows)
         return pa.table(columns), rejected, stats
 
-    def _score_each(self, encoded: pa.ChunkedArray, entry: Entry) -> DocumentResults:
+    def _score_each(self, encoded: Iterator[Any], entry: Entry) -> DocumentResults:
         """Score the documents one at a time, to find one that kills the process; known ones are left out.
 
         Results do not depend on a document's batch, so they equal those of a split scored at once.
         """
         scored = [self.engine.score([])]
-        for position, document in enumerate(self._until_stopped(encoded, entry)):
+        for position, document in enumerate(encoded):
             if position not in entry.care.killers:
                 entry.touch(position)
                 scored.append(self.engine.score([document]))
         entry.touch(WHOLE)
         return DocumentResults.concatenate(scored)
 
-    def _until_stopped(self, encoded: pa.ChunkedArray, entry: Entry) -> Iterator[Any]:
-        """Yield the documents. Every `stop_interval`, report progress, and raise _StoppedError if the run stops now."""
-        asked = time.monotonic()
-        for document in self.task.from_column(encoded):
+    def _until_stopped(self, encoded: pa.ChunkedArray, row: dict[str, Any], entry: Entry) -> Iterator[Any]:
+        """Yield a split's documents. Every `stop_interval`, report progress, and raise _StoppedError if stopped.
+
+        Args:
+            encoded: the documents' column.
+            row: the split's other columns.
+        """
+        share = row["rows"] / max(row["shard_rows"], 1) / max(len(encoded), 1)
+        started, asked = time.time(), time.monotonic()
+        for number, document in enumerate(self.task.from_column(encoded)):
             if time.monotonic() - asked > self.stop_interval:
                 asked = time.monotonic()
-                if entry.stopping() is Stop.NOW:
+                if entry.stopping(UnderWay(row["shard"], number, number * share, started)) is Stop.NOW:
                     raise _StoppedError
             yield document

@@ -5,12 +5,14 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trbert_model.terminal import printable
 
 from .corpus import Shard
+from .ledger import UnderWay
 from .plan import Plan
 
 
@@ -102,8 +104,10 @@ class RunStatistics:
         self.hung = 0  # processes that were killed because they showed no progress
         self.quarantined = 0  # rows of the shards this run completed, including those quarantined by earlier runs
         self._lock = threading.Lock()
-        self._bytes_total = float(sum(shard.size for shard, _ in plan.pending))
+        self._sizes = {shard.path: shard.size for shard, _ in plan.pending}
+        self._bytes_total = float(sum(self._sizes.values()))
         self._bytes_done = 0.0
+        self._shown = (0.0, 0)  # the largest share and number of documents that a progress line showed
 
     def add_shard(self, quarantined: int) -> None:
         """Count a completed shard; called by the threads that write markers."""
@@ -135,20 +139,30 @@ class RunStatistics:
             return 0.0
         return max(span.last_end for span in spans) - min(span.first_start for span in spans)
 
-    def progress_line(self) -> str:
-        """One line: documents, speed, kept tokens, and the remaining time at the current speed."""
-        elapsed = max(time.time() - self.started, 1e-9)
-        steady = max(self.steady_seconds(), 1e-9)
-        done = min(self._bytes_done / max(self._bytes_total, 1.0), 1.0)
-        total = self.total
-        if not self.splits:
-            return f"{_clock(elapsed)} starting: no split is done yet"
-        kept = " / ".join(f"{100 * k / max(total.tokens, 1):.0f}%" for k in total.kept_tokens) or "all"
-        eta = _clock(steady * (1 - done) / done) if done else "unknown"
-        return (
-            f"{_clock(elapsed)} {100 * done:.0f}% · {total.documents:,} documents · "
-            f"{total.tokens / steady:,.0f} tokens/s · kept {kept} · {total.bad} bad rows · ETA {eta}"
+    def progress_line(self, under_way: Sequence[UnderWay] = ()) -> str:
+        """One line: documents, speed, kept tokens, and the remaining time at the current speed.
+
+        Args:
+            under_way: splits in progress. Speed and kept tokens are those of committed splits.
+        """
+        now, total = time.time(), self.total
+        spans = list(self.actors.values())  # a copy, since this is called in another thread
+        first = min([*(span.first_start for span in spans), *(split.started for split in under_way)], default=now)
+        size = self._bytes_done + sum(self._sizes.get(split.shard, 0) * split.share for split in under_way)
+        # A split that has ended and is not committed yet is in neither.
+        done, documents = self._shown = (
+            max(self._shown[0], min(size / max(self._bytes_total, 1.0), 1.0)),
+            max(self._shown[1], total.documents + sum(split.documents for split in under_way)),
         )
+        clock = _clock(now - self.started)
+        if not documents:
+            return f"{clock} starting: no document is scored yet"
+        eta = _clock(max(now - first, 0.0) * (1 - done) / done) if done else "unknown"
+        parts = [f"{clock} {100 * done:.0f}%", f"{documents:,} documents"]
+        if self.splits:
+            kept = " / ".join(f"{100 * k / max(total.tokens, 1):.0f}%" for k in total.kept_tokens) or "all"
+            parts += [f"{total.tokens / max(self.steady_seconds(), 1e-9):,.0f} tokens/s", f"kept {kept}"]
+        return " · ".join([*parts, f"{total.bad} bad rows", f"ETA {eta}"])
 
     def report(self, *, status: str, exit_code: int, settings: dict[str, Any]) -> dict[str, Any]:
         """Build the run report, as stored in `_runs/<run id>.json`."""

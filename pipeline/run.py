@@ -126,6 +126,7 @@ def run_job(job: Job, run: RunContext, ray_start: RayStart) -> dict[str, Any]:
             if job.config.dtype != dtype:
                 reason = f"only its calibration table has the speed asked for, that of {dtype} would be faster"
             say(f"dtype {job.config.dtype}: {reason}")
+        job = job.divided(placement.device)
         if job.expectation:
             say(str(job.expectation))
         run.stop.check()

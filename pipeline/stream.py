@@ -152,7 +152,7 @@ class Stream:
 
     def _report_progress(self, done: threading.Event) -> None:
         while not done.wait(self.job.config.progress_interval or None):
-            say(self.statistics.progress_line())
+            say(self.statistics.progress_line(self._ledger.under_way()))
 
 
 def say(line: str) -> None:

@@ -56,6 +56,25 @@ def test_score_refuses_in_one_line_and_exits_with_2(tmp_path, model_directory, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_prints_its_own_lines_and_none_of_rays(tmp_path, model_directory):
+    write_shard(tmp_path / "in/a.parquet", {"text": texts(40)})
+    places = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(model_directory)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    finished = subprocess.run(
+        [sys.executable, "jobs/score.py", *places, "--progress-interval", "1"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "40 scored" in finished.stdout
+    dtype, *progress = finished.stderr.splitlines()
+    assert dtype.startswith(("dtype bfloat16: the CPUs are fast", "dtype float32: the CPUs of 1 of 1 nodes"))
+    assert [line for line in progress if not re.match(r"\d:\d\d:\d\d (starting|\d+%)", line)] == []
+
+
 def test_score_dry_run_prints_the_plan(tmp_path, model_directory, capsys):
     write_shard(tmp_path / "in/a.parquet", {"text": ["good"]})
     places = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(model_directory)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +67,20 @@ def test_a_dtype_that_is_not_the_outputs_is_refused_before_ray_starts(places, no
     assert make_job(ScoreConfig(**places)).config.dtype == "bfloat16"
     with pytest.raises(UsageError, match="made with dtype 'bfloat16' where this run has 'float32'"):
         run.score(ScoreConfig(**places, dtype="float32"))
+
+
+def test_splits_are_as_long_as_a_stop_may_take_and_stay_so(places):
+    """Eight times the FLOPs: an eighth of the text, down to a limit; on GPUs that does not matter."""
+    job = make_job(ScoreConfig(**places))
+    assert job.config.split_bytes is None
+    sizes = [replace(job, token_flops=flops).divided("cpu").config.split_bytes for flops in (1e5, 2e7, 1.6e8, 1e10)]
+    assert sizes == [8 << 20, 256 << 10, 32 << 10, 32 << 10]
+    assert replace(job, token_flops=1e10).divided("cuda").config.split_bytes == 8 << 20
+    bind(replace(job, token_flops=2e7).divided("cpu"))
+    for again in ({}, {"overwrite": True}):
+        assert make_job(ScoreConfig(**places, **again)).divided("cuda").config.split_bytes == 256 << 10
+        assert make_job(ScoreConfig(**places, **again)).on("float32").config.split_bytes == 256 << 10
+    assert make_job(ScoreConfig(**places, split_bytes=1000)).divided("cpu").config.split_bytes == 1000
 
 
 def test_an_output_keeps_the_dtype_that_it_was_begun_with(places):

@@ -21,6 +21,7 @@ from pipeline.ledger import (
     Ledger,
     LedgerClient,
     Stop,
+    UnderWay,
 )
 from pipeline.predict import SplitPredictor
 from pipeline.rows import ErrorKind, from_ipc
@@ -96,6 +97,27 @@ def test_a_process_that_was_thought_dead_changes_nothing():
     assert ledger._work["work"].document is None
 
 
+def test_how_far_a_split_is_can_be_asked_until_it_ends():
+    ledger = Ledger()
+    ledger.begin("work", "a")
+    assert ledger.under_way() == []
+    ledger.progress("work", "a", under_way=UnderWay("shard", 3, 0.5, 1.0))
+    ledger.progress("work", "another's", under_way=UnderWay("shard", 4, 0.6, 1.0))
+    assert ledger.under_way() == [UnderWay("shard", 3, 0.5, 1.0)]
+    ledger.end("work", "a")
+    assert ledger.under_way() == []
+
+
+def test_an_actor_says_how_far_its_split_is(encoded, model_directory):
+    (split,) = encoded()
+    ledger = FixedLedger()
+    predictor(model_directory, ledger, stop_interval=0.0)(split)
+    said = [under_way for under_way in ledger.under_way_said if under_way is not None]
+    assert [under_way.documents for under_way in said] == list(range(7))
+    assert {under_way.shard for under_way in said} == {"a.parquet"}
+    assert said[-1].share == pytest.approx(6 / 7)
+
+
 def test_a_stop_is_never_taken_back():
     ledger = Ledger()
     ledger.stop(Stop.NOW)
@@ -110,12 +132,15 @@ class FixedLedger(LedgerClient):
         super().__init__()
         self.care, self.stop_now, self.asked = care, stop, stop if stopping is None else stopping
         self.touched: list[int | None] = []
+        self.under_way_said: list[UnderWay | None] = []
 
     def _ask(self, method, *arguments):
         if method == "begin":
             return self.care, self.stop_now
         if method == "touch":
             self.touched.append(arguments[-1])
+        if method == "progress":
+            self.under_way_said.append(arguments[-1])
         return self.asked if method == "progress" else None
 
 

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from pipeline.corpus import Shard
+from pipeline.ledger import UnderWay
 from pipeline.plan import Plan
 from pipeline.report import RunStatistics, SplitStats, summary
 
@@ -77,13 +78,22 @@ def test_an_idle_actor_shows():
 
 
 def test_progress_is_the_share_of_the_shards_bytes():
-    line = statistics().progress_line()
+    stats = statistics()
+    line = stats.progress_line()
     assert "62%" in line  # all of the first 1000 bytes and a quarter of the second
     assert "4 documents" in line
     assert "kept 40% / 10%" in line
-    assert "ETA 0:00:02" in line  # 4 seconds for 62.5%
     empty = RunStatistics("run", Plan(), time.time())
-    assert "no split is done yet" in empty.progress_line()
+    assert "starting: no document is scored yet" in empty.progress_line()
+
+
+def test_progress_includes_splits_under_way_and_never_goes_back():
+    """A split may take minutes, and one that is being committed is in neither list for a while."""
+    started = time.time() - 20
+    stats = RunStatistics("run", Plan(pending=[(Shard("a", "v", 1000), frozenset())]), started)
+    line = stats.progress_line([UnderWay("a", 30, 0.25, started), UnderWay("a", 10, 0.25, started + 1)])
+    assert line == "0:00:20 50% · 40 documents · 0 bad rows · ETA 0:00:20"
+    assert "50% · 40 documents" in stats.progress_line([])
 
 
 def test_a_run_with_nothing_to_do_has_a_report_too():
