@@ -53,7 +53,15 @@ class RayStart:
         return self
 
     def begin(self) -> None:
-        """Begin to start Ray, unless that was done before."""
+        """Begin to start a local Ray, unless that was done before.
+
+        To connect to a cluster takes a second only. And a submitted job has no working directory for a moment while it
+        connects, in which imports fail.
+        """
+        if not os.environ.get("RAY_ADDRESS"):
+            self._begin()
+
+    def _begin(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
 
@@ -63,7 +71,7 @@ class RayStart:
         Raises:
             UsageError: there is no cluster at RAY_ADDRESS.
         """
-        self.begin()
+        self._begin()
         self._running.result()
 
     def __exit__(self, *exception: object) -> None:
