@@ -80,7 +80,7 @@ def as_text(table: Calibration) -> str:
     dense += [f"{table.dense_other_metrics[name]:.2f}% {name}" for name in others]
     lines = [
         f"{table.documents:,} documents of {table.corpus}, dense {', '.join(dense)}",
-        f"{'':10} {'FLOPs':>7} {'time':>7} {table.metric:>9} {'drop':>7} {'95% interval':>16}  "
+        f"{'':10} {'FLOPs':>7} {'time':>7} {table.metric:>9} {'change':>7} {'95% interval':>16}  "
         + "".join(f"{name:>13}" for name in others)
         + f"{'  ' if others else ''}kept",
     ]
@@ -95,7 +95,7 @@ def _line(label: str, point: OperatingPoint) -> str:
     kept = " / ".join(f"{100 * fraction:.0f}%" for fraction in point.kept_fractions)
     return (
         f"{label:10} {point.flops_speedup:6.2f}x {point.measured_speedup:6.2f}x {point.metric:8.2f}% "
-        f"{point.drop:+7.2f} {low:+7.2f} to {high:+5.2f}  {others}{'  ' if others else ''}{kept}"
+        f"{-point.drop:+7.2f} {-high:+7.2f} to {-low:+5.2f}  {others}{'  ' if others else ''}{kept}"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, read_calibration
+from trbert_model.calibration.table import CONFIDENCE, Calibration, OperatingPoint, calibration_key, read_calibration
 from trbert_model.errors import TRBertError
 
 from .config import ScoreConfig
@@ -42,12 +42,10 @@ class Expectation:
 
     def __str__(self) -> str:
         point = self.point
-        low, high = point.drop_interval
         thresholds = ", ".join(f"{threshold:.4g}" for threshold in point.thresholds)
         return (
             f"{self.asked}: thresholds {thresholds}; expect {point.flops_speedup:.2f}x fewer FLOPs than dense, "
-            f"{point.measured_speedup:.2f}x faster, {point.drop:+.2f} points lost ({low:+.2f} to {high:+.2f}; on "
-            f"{self.documents:,} documents of {self.corpus})"
+            f"{point.measured_speedup:.2f}x faster, {point.change()} on {self.documents:,} documents of {self.corpus}"
         )
 
 
@@ -64,7 +62,13 @@ def choose(config: ScoreConfig, model: ModelSource) -> tuple[ScoreConfig, Expect
     if not config.reduce:
         return config, None
     if config.speedup is not None or config.max_drop is not None:
-        expectation = pick(model, config.dtype, speedup=config.speedup, max_drop=config.max_drop)
+        expectation = pick(
+            model,
+            config.dtype,
+            speedup=config.speedup,
+            max_drop=config.max_drop,
+            confidence=config.max_drop_confidence,
+        )
         return (
             dataclasses.replace(config, speedup=None, max_drop=None, thresholds=expectation.point.thresholds),
             expectation,
@@ -80,8 +84,17 @@ def choose(config: ScoreConfig, model: ModelSource) -> tuple[ScoreConfig, Expect
     return config, None
 
 
-def pick(model: ModelSource, dtype: str, *, speedup: float | None, max_drop: float | None) -> Expectation:
+def pick(
+    model: ModelSource,
+    dtype: str,
+    *,
+    speedup: float | None,
+    max_drop: float | None,
+    confidence: float = CONFIDENCE,
+) -> Expectation:
     """Look up the operating point for a least FLOPs `speedup` or a `max_drop` in percentage points; the other is None.
+
+    `confidence` is that of the interval that must not reach beyond `max_drop`, see `Calibration.pick`.
 
     Raises:
         UsageError: both are given, the calibration file is damaged, there is no table for this model, dtype and window,
@@ -97,7 +110,8 @@ def pick(model: ModelSource, dtype: str, *, speedup: float | None, max_drop: flo
             f"make it with: python jobs/evaluate.py --model {model.uri} --dtype {dtype} --corpus LABELLED.parquet"
         )
     try:
-        return Expectation(asked, table.pick(speedup=speedup, max_drop=max_drop), table.corpus, table.documents)
+        point = table.pick(speedup=speedup, max_drop=max_drop, confidence=confidence)
+        return Expectation(asked, point, table.corpus, table.documents)
     except TRBertError as error:
         raise UsageError(str(error)) from error
 

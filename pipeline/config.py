@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trbert_model.calibration.table import CONFIDENCE
 from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ConfigurationError
 from trbert_model.options import option
@@ -48,6 +49,9 @@ class ScoreConfig:
     reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model", identity=True)
     speedup: float | None = option(None, "least FLOPs speed-up, its thresholds from the model's calibration table")
     max_drop: float | None = option(None, "most points of accuracy to lose for speed, from the calibration table")
+    max_drop_confidence: float = option(
+        CONFIDENCE, "confidence that max_drop is kept, by the table's paired documents; 0 goes by the measured drop"
+    )
     thresholds: tuple[float, ...] | None = option(
         None,
         "keep probability from which on a token stays, one a reduction (default: the model's)",
@@ -108,6 +112,8 @@ class ScoreConfig:
             raise UsageError(f"{' and '.join(names)} cannot go together: each of them decides the speed")
         if self.speedup is not None and not self.speedup >= 1:
             raise UsageError(f"speedup {self.speedup} must be at least 1")
+        if not 0 <= self.max_drop_confidence < 1:
+            raise UsageError(f"max_drop_confidence {self.max_drop_confidence} must be from 0 to below 1")
         if isinstance(self.keep_columns, str):
             raise UsageError(f"keep_columns {self.keep_columns!r} must be a tuple of names")
         passed = self.passed_columns

@@ -15,6 +15,8 @@ from .corpus import Shard
 from .ledger import UnderWay
 from .plan import Plan
 
+_MOST_LABELS = 10  # in the summary
+
 
 @dataclass
 class SplitStats:
@@ -250,14 +252,19 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['status']}  (run {report['run']}, exit code {report['exit_code']})",
         f"  shards      {shards['completed']} completed, {shards['complete_before']} complete before, "
         f"{len(shards['unreadable'])} unreadable, of {shards['in_corpus']}",
-        f"  documents   {report['documents']:,} scored, {sum(report['bad_rows'].values()):,} quarantined"
-        + "".join(f" ({reason}: {count})" for reason, count in sorted(report["bad_rows"].items())),
     ]
+    if report["splits"]["committed"] or shards["in_corpus"] > shards["complete_before"]:
+        lines.append(
+            f"  documents   {report['documents']:,} scored, {sum(report['bad_rows'].values()):,} quarantined"
+            + "".join(f" ({reason}: {count})" for reason, count in sorted(report["bad_rows"].items()))
+        )
     if report["documents"]:
         flops, kept = report["flops"], report["kept_fractions"]
         labels = sorted(report["labels"].items(), key=lambda item: -item[1])
         lines += [
-            "  labels      " + ", ".join(f"{label} {count:,}" for label, count in labels[:10]),
+            "  labels      "
+            + ", ".join(f"{label} {count:,}" for label, count in labels[:_MOST_LABELS])
+            + (f" and {len(labels) - _MOST_LABELS:,} more" if len(labels) > _MOST_LABELS else ""),
             f"  tokens      {report['tokens']:,} in {report['windows']:,} windows; kept "
             + (", then ".join(f"{100 * fraction:.1f}%" for fraction in kept) or "all"),
             f"  FLOPs       {flops['spent'] / 1e12:,.3f} T spent, {flops['saved'] / 1e12:,.3f} T saved: "
@@ -274,7 +281,7 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(
                 f"  expected    {expected['flops_speedup']:.2f}x fewer FLOPs, kept "
                 + ", then ".join(f"{100 * fraction:.1f}%" for fraction in expected["kept_fractions"])
-                + f", {expected['drop']:+.2f} points lost ({low:+.2f} to {high:+.2f}): {expected['asked']}"
+                + f", {-expected['drop']:+.2f} points ({-high:+.2f} to {-low:+.2f}): {expected['asked']}"
             )
     lines += [f"  warning     {warning}" for warning in report["warnings"]]
     if any(report["faults"].values()):

@@ -8,7 +8,8 @@ from .calibration.table import Calibration, OperatingPoint
 def draw_calibration(table: Calibration, path: str | Path) -> None:
     """Plot a table's metric over FLOPs speed-up and over measured speed-up, in a PNG or SVG file.
 
-    Shows 95% intervals, and marks the dense model and the default thresholds.
+    Shows 95% intervals of the change from the dense model over paired documents, and marks the dense model and the
+    default thresholds.
     """
     import matplotlib  # only needed here
 
@@ -27,7 +28,7 @@ def draw_calibration(table: Calibration, path: str | Path) -> None:
             yerr=_errors(points),
             marker="o",
             capsize=3,
-            label="calibration table",
+            label="calibration table, 95% intervals of paired documents",
         )
         panel.plot(1, table.dense_metric, "k*", markersize=12, label="dense")
         panel.plot(getattr(table.default, name), table.default.metric, "rs", label="default thresholds")
@@ -42,6 +43,6 @@ def draw_calibration(table: Calibration, path: str | Path) -> None:
 
 
 def _errors(points: list[OperatingPoint]) -> list[list[float]]:
-    low = [max(point.metric - point.metric_interval[0], 0.0) for point in points]
-    high = [max(point.metric_interval[1] - point.metric, 0.0) for point in points]
+    low = [max(point.drop_interval[1] - point.drop, 0.0) for point in points]
+    high = [max(point.drop - point.drop_interval[0], 0.0) for point in points]
     return [low, high]

@@ -45,7 +45,8 @@ def config(**options) -> ScoreConfig:
     [
         ({"speedup": 3.0}, (0.4, 0.4)),
         ({"speedup": 1.0}, (0.2, 0.2)),
-        ({"max_drop": 1.0}, (0.4, 0.4)),
+        ({"max_drop": 1.0, "max_drop_confidence": 0.0}, (0.4, 0.4)),
+        ({"max_drop": 3.0}, (0.7, 0.7)),
         ({"max_drop": 50.0}, (0.7, 0.7)),
         ({"thresholds": (0.7, 0.7)}, (0.7, 0.7)),
     ],
@@ -65,7 +66,7 @@ def test_without_a_choice_the_models_own_thresholds_are_expected(model):
     assert expectation is not None
     assert expectation.point.flops_speedup == 2.9
     assert "the model's own thresholds: thresholds 0.5, 0.5; expect 2.90x fewer FLOPs" in str(expectation)
-    assert "+1.00 points lost (-1.00 to +3.00; on 1,000 documents of dev.parquet)" in str(expectation)
+    assert "-1.00 points (-3.00 to +1.00) on 1,000 documents of dev.parquet" in str(expectation)
     for unmeasured in (config(dtype="bfloat16"), config(reduce=False), config(thresholds=(0.3, 0.3))):
         assert choose(unmeasured, model) == (unmeasured, None)
 

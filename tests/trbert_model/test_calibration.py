@@ -84,12 +84,26 @@ def test_a_choice_takes_the_best_point_that_keeps_the_promise():
     )
     assert table.pick(speedup=2).flops_speedup == 2
     assert table.pick(speedup=2.5).flops_speedup == 3
-    assert table.pick(max_drop=1.0).flops_speedup == 3
-    assert table.pick(max_drop=0.5).flops_speedup == 2
+    assert table.pick(max_drop=1.0, confidence=0.0).flops_speedup == 3
+    assert table.pick(max_drop=0.5, confidence=0.0).flops_speedup == 2
     with pytest.raises(ConfigurationError, match=r"speedup 5 is beyond the calibration table, which ends at 4\.00x"):
         table.pick(speedup=5)
-    with pytest.raises(ConfigurationError, match=r"max_drop 0.1: .* smallest drop is 0\.20 points, at 2\.00x"):
-        table.pick(max_drop=0.1)
+    with pytest.raises(ConfigurationError, match=r"max_drop 0.1: at 0% confidence, 0\.20 points may be lost .* 2\.00x"):
+        table.pick(max_drop=0.1, confidence=0.0)
+
+
+def test_a_drop_counts_with_the_confidence_asked_for():
+    each = point(2, 90, 0.2)
+    assert each.largest_drop(0.95) == pytest.approx(1.0), "the end of the measured interval"
+    assert each.largest_drop(0.0) == 0.2
+    drops = [each.largest_drop(confidence) for confidence in (0.0, 0.5, 0.9, 0.95, 0.99)]
+    assert drops == sorted(drops)
+    table = Calibration("k", "c", 100, "accuracy", 92.0, each, (each,))
+    assert table.pick(max_drop=1.0) is each
+    with pytest.raises(
+        ConfigurationError, match=r"at 95% confidence, 1\.00 points may be lost even at 2\.00x \(0\.20 "
+    ):
+        table.pick(max_drop=0.9)
 
 
 def test_the_bootstrap_interval_holds_the_mean_and_shrinks_with_documents():

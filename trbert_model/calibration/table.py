@@ -9,12 +9,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from ..errors import CheckpointError, ConfigurationError
 
 FILE = "calibration.json"
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+CONFIDENCE = 0.95  # of --max-drop, by default
 # Speed-ups whose ratio is at least this count as equal.
 _AS_FAST = 0.99
 
@@ -44,6 +46,20 @@ class OperatingPoint:
     drop: float
     drop_interval: tuple[float, float]
     other_metrics: dict[str, float] = field(default_factory=dict)
+
+    def change(self) -> str:
+        """How the metric changes from the dense model's, in words with a sign: losses are negative."""
+        low, high = self.drop_interval
+        return f"{-self.drop:+.2f} points ({-high:+.2f} to {-low:+.2f})"
+
+    def largest_drop(self, confidence: float) -> float:
+        """The upper end of the drop's interval of this confidence, which is 0 for the measured drop itself.
+
+        That of the 95% interval was measured. Others are taken to lie as in a normal distribution.
+        """
+        normal = NormalDist()
+        share = normal.inv_cdf((1 + confidence) / 2) / normal.inv_cdf((1 + 0.95) / 2)
+        return self.drop + share * (self.drop_interval[1] - self.drop)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -80,12 +96,15 @@ class Calibration:
     points: tuple[OperatingPoint, ...]
     dense_other_metrics: dict[str, float] = field(default_factory=dict)
 
-    def pick(self, *, speedup: float | None = None, max_drop: float | None = None) -> OperatingPoint:
+    def pick(
+        self, *, speedup: float | None = None, max_drop: float | None = None, confidence: float = CONFIDENCE
+    ) -> OperatingPoint:
         """Choose the most accurate point with at least a given speed-up, or the fastest with at most a given drop.
 
         Args:
             speedup: lowest FLOPs speed-up.
             max_drop: highest drop, in percentage points.
+            confidence: of the interval of paired documents that must not reach beyond `max_drop`.
 
         Raises:
             ConfigurationError: no point qualifies; the message names the nearest one.
@@ -98,13 +117,15 @@ class Calibration:
                 f"speedup {speedup:g} is beyond the calibration table, which ends at "
                 f"{self.points[-1].flops_speedup:.2f}x"
             )
-        good = [point for point in self.points if point.drop <= (max_drop or 0.0)]
+        good = [point for point in self.points if point.largest_drop(confidence) <= (max_drop or 0.0)]
         if good:
             return good[-1]
-        least = min(self.points, key=lambda point: point.drop)
+        least = min(self.points, key=lambda point: point.largest_drop(confidence))
         raise ConfigurationError(
-            f"max_drop {max_drop:g}: the calibration table's smallest drop is {least.drop:.2f} points, at "
-            f"{least.flops_speedup:.2f}x; --no-reduce runs the dense model"
+            f"max_drop {max_drop:g}: at {100 * confidence:g}% confidence, {least.largest_drop(confidence):.2f} points "
+            f"may be lost even at {least.flops_speedup:.2f}x ({least.drop:.2f} measured, on {self.documents:,} "
+            "documents); measure on more documents, choose a lower max_drop_confidence (0 goes by the measured drop), "
+            "or run the dense model with --no-reduce"
         )
 
 
