@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trbert_model.terminal import printable
+from trbert_model.terminal import clock, printable
 
 from .corpus import Shard
 from .ledger import UnderWay
@@ -156,11 +156,11 @@ class RunStatistics:
             max(self._shown[0], min(size / max(self._bytes_total, 1.0), 1.0)),
             max(self._shown[1], total.documents + sum(split.documents for split in under_way)),
         )
-        clock = _clock(now - self.started)
+        elapsed = clock(now - self.started)
         if not documents:
-            return f"{clock} starting: no document is scored yet"
-        eta = _clock(max(now - first, 0.0) * (1 - done) / done) if done else "unknown"
-        parts = [f"{clock} {100 * done:.0f}%", f"{documents:,} documents"]
+            return f"{elapsed} starting: no document is scored yet"
+        eta = clock(max(now - first, 0.0) * (1 - done) / done) if done else "unknown"
+        parts = [f"{elapsed} {100 * done:.0f}%", f"{documents:,} documents"]
         if self.splits:
             kept = " / ".join(f"{100 * k / max(total.tokens, 1):.0f}%" for k in total.kept_tokens) or "all"
             parts += [f"{total.tokens / max(self.steady_seconds(), 1e-9):,.0f} tokens/s", f"kept {kept}"]
@@ -304,11 +304,6 @@ def _listed(what: str, reasons: dict[str, str], most: int = 50) -> list[str]:
     lines = [f"  {what:11} {name}{reason}" for name, reason in rows]
     more = len(lines) - most
     return lines if more <= 0 else [*lines[:most], f"  {what:11} … and {more:,} more, in the run report"]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _timestamp(seconds: float) -> str:

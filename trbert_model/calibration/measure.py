@@ -1,5 +1,7 @@
 """Thresholds for a given speed-up, and the measurement of a calibration table."""
 
+import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from ..labelled import LabelledCorpus
 from ..reduction.policies import ThresholdPolicy, keep_all
 from ..reduction.state import Candidates, SelectionPolicy
 from ..tasks.base import DocumentResults
-from ..terminal import get_logger
+from ..terminal import clock, get_logger
 from .table import SPEEDUPS, Calibration, OperatingPoint, pareto_front
 
 logger = get_logger(__name__)
@@ -171,16 +173,22 @@ def calibrate(
             other_metrics=_other_metrics(corpus, results),
         )
 
-    points = []
-    first = keep_logits(engine, documents)
+    wanted = []
     for speedup in speedups:
         for exponents in schedules(len(config.reduction_layers)):
-            try:
-                fractions = kept_fractions_for(speedup, config, windows, exponents)
-            except ConfigurationError:
-                continue  # out of reach
-            points.append(measure(thresholds_of(cutoffs_for(engine, documents, fractions, first))))
-            logger.info("%.2fx: %.2f%% (dense %.2f%%)", points[-1].flops_speedup, points[-1].metric, 100 * best.mean())
+            with contextlib.suppress(ConfigurationError):  # out of reach
+                wanted.append(kept_fractions_for(speedup, config, windows, exponents))
+    points: list[OperatingPoint] = []
+    first = keep_logits(engine, documents)
+    started = time.monotonic()
+    for fractions in wanted:
+        points.append(measure(thresholds_of(cutoffs_for(engine, documents, fractions, first))))
+        done, total = len(points), len(wanted)
+        logger.info(
+            "%d of %d: %.2fx %.2f%% (dense %.2f%%) · ETA %s",
+            *(done, total, points[-1].flops_speedup, points[-1].metric, 100 * best.mean()),
+            clock((time.monotonic() - started) * (total - done) / done),
+        )
     return Calibration(
         key=key,
         corpus=name,
