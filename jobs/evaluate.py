@@ -18,6 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.model import fetch_model
 from pipeline.storage import Storage, open_file
 from trbert_model.calibration.table import FILE, SPEEDUPS, Calibration, OperatingPoint, calibration_key, with_table
+from trbert_model.card import CARD, write_card
 from trbert_model.options import LabelledColumns, option, parse_options
 from trbert_model.plotting import draw_calibration
 from trbert_model.terminal import printable
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plot is not None:
         draw_calibration(table, plot)
         print(printable(f"drawn in {plot}"))
+    if config.write and storage.is_local and Path(storage.root, CARD).is_file():
+        write_card(Path(storage.root))
     return 0
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import logging
+import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +15,15 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 
 from tests.conftest import TINY, tiny_tokenizer
 from trbert_model import ConfigurationError, InputError, TrainingError
+from trbert_model.calibration.table import Calibration, OperatingPoint, with_table
+from trbert_model.card import write_card
 from trbert_model.checkpoints.conversion import apply_adapter, convert_checkpoint
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.options import LabelledColumns
 from trbert_model.tasks.classification.labelled import RawTexts
 from trbert_model.training import TrainingConfig, train
+from trbert_model.training.config import STAGES
 from trbert_model.training.objectives import FineTune, Imitation, Joint, Reinforcement
 
 
@@ -82,10 +88,19 @@ def options(corpus, **changes) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("adapter_rank", [None, 4])
-def test_a_run_trains_saves_and_resumes(corpus, adapter_rank):
+def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, caplog):
     config = options(corpus, adapter_rank=adapter_rank, fine_tune_epochs=30.0 if adapter_rank is None else 2.0)
-    trained = train(config)
+    with caplog.at_level(logging.INFO, "trbert_model"):
+        trained = train(config)
     measured = trained["stages"]
+    said = [record.getMessage() for record in caplog.records if record.name == "trbert_model.training.trainer"]
+    progress = r"stage 2 of 4, imitation · step 10 of 32 · ETA 0:00:\d\d · loss [\d.]+ · "
+    assert any(re.match(progress, line) for line in said)
+    done = [line.split(" · ")[0] for line in said if " · done: " in line]
+    assert done == [f"stage {i} of 4, {stage}" for i, stage in enumerate(STAGES, 1)]
+    card = (corpus / "model/README.md").read_text()
+    assert f"| joint | {100 * measured['joint']['accuracy']:.2f}% " in card
+    assert str(corpus) not in card
     assert set(measured) == {"fine_tune", "imitation", "selectors", "joint", "joint_without_reduction"}
     assert measured["fine_tune"]["flops_speedup"] == 1.0
     assert measured["joint"]["flops_speedup"] == pytest.approx(1.8, rel=0.15)
@@ -114,6 +129,29 @@ def test_a_run_trains_saves_and_resumes(corpus, adapter_rank):
     }
     with pytest.raises(ConfigurationError, match="trained with other options"):
         train(dataclasses.replace(config, speedup=1.5))
+
+
+def test_a_card_shows_the_speeds_too_and_never_replaces_anothers(model_directory, tmp_path):
+    model = shutil.copytree(model_directory, tmp_path / "model")
+    point = OperatingPoint((0.5,), (0.3,), ((0.1, 0.5),), 3.0, 2.8, 91.0, (85, 95), 1.0, (-1, 3))
+    table = Calibration("key", "dev.parquet", 1000, "accuracy", 92.0, point, (point,))
+    (model / "calibration.json").write_bytes(with_table(model, table))
+    assert write_card(model)
+    assert "| 3.00× | 2.80× | 91.00% | -1.00 | -3.00 to +1.00 |" in (model / "README.md").read_text()
+    assert write_card(model), "its own card is made anew"
+    (model / "README.md").write_text("by hand")
+    assert not write_card(model)
+    assert (model / "README.md").read_text() == "by hand"
+
+
+def test_what_cannot_be_reported_or_uploaded_is_said(corpus):
+    """The tests look nothing up on a hub, so it cannot be reached."""
+    brief = {"fine_tune_epochs": 0.5, "imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
+    with pytest.raises(ConfigurationError, match="report_to nowhere: "):
+        train(options(corpus, **brief, report_to=("nowhere",)))
+    with pytest.raises(TrainingError, match=r"push_to_hub me/model: .*; the model is in "):
+        train(options(corpus, **brief, push_to_hub="me/model"))
+    assert (corpus / "model/model.safetensors").is_file()
 
 
 def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(corpus, monkeypatch):

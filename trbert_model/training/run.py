@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -30,9 +31,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..calibration.measure import cutoffs_for, keep_logits, kept_fractions_for, schedules, thresholds_of
+from ..card import write_card
 from ..checkpoints.conversion import convert_checkpoint
 from ..engine import Engine, EngineOptions
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, TrainingError
 from ..labelled import LabelledCorpus
 from ..reduction.state import SelectionPolicy
 from ..tasks.base import TaskOptions
@@ -90,6 +92,9 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     if is_main_process():
         _save(model, tokenizer, config, output)
         (output / "training.json").write_text(json.dumps(run.measurements, indent=1) + "\n")
+        write_card(output)
+        if config.push_to_hub:
+            _push(config.push_to_hub, output)
     return run.measurements
 
 
@@ -279,7 +284,8 @@ class _Run:
             save_steps=50,
             save_total_limit=1,
             logging_steps=10,
-            report_to="none",
+            report_to=list(config.report_to) or "none",
+            run_name=f"{Path(config.output).name}-{name}",
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -288,13 +294,20 @@ class _Run:
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel would split tokens and cu_seqlens independently of each other
-        trainer = StageTrainer(
-            model=objective,
-            args=arguments,
-            train_dataset=self.dataset,
-            data_collator=self.dataset.collate,
-            joint_learning_rate=config.joint_learning_rate if name == "joint" else None,
-        )
+        stages = [stage for stage in STAGES if config.epochs(stage)]
+        try:
+            trainer = StageTrainer(
+                title=f"stage {stages.index(name) + 1} of {len(stages)}, {name}",
+                model=objective,
+                args=arguments,
+                train_dataset=self.dataset,
+                data_collator=self.dataset.collate,
+                joint_learning_rate=config.joint_learning_rate if name == "joint" else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            if not config.report_to:
+                raise
+            raise ConfigurationError(f"report_to {', '.join(config.report_to)}: {error}") from error
         checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         if checkpoint and state and state.global_step >= state.max_steps:
@@ -311,7 +324,9 @@ class _Run:
 
 def _bind_stages(stages: Path, config: TrainingConfig) -> None:
     """Record the options of the stages; raise ConfigurationError if existing stages were trained with others."""
-    record, options = stages / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    shown = {"report_to", "push_to_hub"}  # these do not change what is trained
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in shown}
+    record, options = stages / "config.json", json.loads(json.dumps(options))
     if record.is_file() and json.loads(record.read_text()) != options:
         raise ConfigurationError(
             f"{stages}: trained with other options; remove it, or choose another output, to train anew"
@@ -350,3 +365,17 @@ def _save(model: AnyModel, tokenizer: PreTrainedTokenizerBase, config: TrainingC
     merged = merged_copy(model)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def _push(repository: str, output: Path) -> None:
+    """Upload a trained model to the Hugging Face Hub, as who is logged in there.
+
+    Raises:
+        TrainingError: it cannot be uploaded.
+    """
+    try:
+        huggingface_hub.create_repo(repository, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=output, ignore_patterns=["stages/**"])
+    except Exception as error:  # also those of the libraries below the hub's
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainingError(f"push_to_hub {repository}: {reason}; the model is in {output}") from error

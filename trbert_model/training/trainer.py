@@ -1,24 +1,60 @@
 """transformers' Trainer for a training stage."""
 
+import time
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from ..errors import TrainingError
+from ..terminal import clock, get_logger
+
+logger = get_logger(__name__)
 
 # A selector whose kept fraction over a logging period is outside this range has stopped choosing.
 _COLLAPSED = (0.002, 0.998)
 
 
-class StageTrainer(Trainer):
-    """transformers' Trainer for an `Objective`: logs its measurements, and stops if the selectors stop choosing."""
+class _Progress(TrainerCallback):
+    """Logs how far a stage is, with the trainer's measurements, and one line at its end."""
 
-    def __init__(self, *args: Any, joint_learning_rate: float | None, **kwargs: Any):
+    def __init__(self, title: str):
+        self.title = title
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        left, done = state.max_steps - state.global_step, max(state.global_step - self.first, 1)
+        eta = clock((time.monotonic() - self.started) * left / done)
+        silent = ("epoch", "grad_norm", "learning_rate")
+        numbers = [f"{name} {value:.4g}" for name, value in logs.items() if name not in silent]
+        logger.info(" · ".join([self.title, f"step {state.global_step} of {state.max_steps}", f"ETA {eta}", *numbers]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            seconds = time.monotonic() - self.started
+            logger.info("%s · done: %d steps in %s", self.title, state.global_step - self.first, clock(seconds))
+
+
+class StageTrainer(Trainer):
+    """transformers' Trainer for an `Objective`: logs its measurements, and stops if the selectors stop choosing.
+
+    Args:
+        title: the stage's name in the log.
+        joint_learning_rate: rate of the parameters that are not the selectors'. Default: that of all.
+        args, kwargs: the arguments of Trainer.
+    """
+
+    def __init__(self, *args: Any, title: str, joint_learning_rate: float | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Progress(title))
         self.joint_learning_rate = joint_learning_rate
         self.measured: defaultdict[str, list[float]] = defaultdict(list)
 
