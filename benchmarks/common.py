@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +33,13 @@ def repeated(items: list, count: int) -> list:
     return [items[i % len(items)] for i in order]
 
 
+def write_shards(directory: Path, table: pa.Table, rows: int) -> None:
+    """Write a new directory of Parquet shards with this many rows each."""
+    directory.mkdir(parents=True)
+    for number, start in enumerate(range(0, len(table), rows)):
+        pq.write_table(table.slice(start, rows), directory / f"{number:05d}.parquet")
+
+
 def machine() -> dict[str, Any]:
     """The machine's CPU and the versions of the packages."""
     model = platform.processor() or platform.machine()
@@ -41,7 +49,7 @@ def machine() -> dict[str, Any]:
         lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
         values = {key.strip(): value.strip() for key, value in lines.items()}
         model, flags = values.get("model name", model), set(values.get("flags", "").split())
-    instructions = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_bf16") if name in flags]
+    instructions = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if name in flags]
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -49,6 +57,12 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         **{package: version(package) for package in ("torch", "transformers", "ray")},
     }
+
+
+def described(machine: dict[str, Any]) -> str:
+    """A machine in words: its cores, CPU and instructions, and whether it has AMX."""
+    instructions = [*machine["instructions"], *([] if "amx_bf16" in machine["instructions"] else ["no AMX"])]
+    return f"{machine['cores']} cores of {machine['cpu']} ({', '.join(instructions)})"
 
 
 def save(name: str, result: dict[str, Any], table: str) -> None:

@@ -22,7 +22,7 @@ from transformers import BertForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import held_out_texts, machine, repeated, save
-from benchmarks.measure import matrix_product_peak, measure, total, transformers_bert
+from benchmarks.measure import forward_of, matrix_product_peak, measure, run_padded, total, transformers_bert
 from trbert_model import TRBertConfig, TRBertForSequenceClassification
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
@@ -44,23 +44,6 @@ def forced_policy(fractions: tuple[float, ...]) -> SelectionPolicy:
     return policy
 
 
-@torch.inference_mode()
-def run_padded(
-    bert: BertForSequenceClassification, windows: list[np.ndarray], batch: int, *, sort_by_length: bool
-) -> np.ndarray:
-    """Compute padded batches, of windows sorted by length on request. Logits (windows, labels) in input order."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if sort_by_length else list(range(len(windows)))
-    logits = np.zeros((len(windows), bert.config.num_labels), np.float32)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        longest = max(len(windows[i]) for i in chosen)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        for row, i in enumerate(chosen):
-            ids[row, : len(windows[i])] = torch.from_numpy(windows[i])
-        logits[chosen] = bert(ids, attention_mask=(ids > 0).long()).logits.numpy()
-    return logits
-
-
 def compare(
     model: TRBertForSequenceClassification,
     tokenizer: Any,
@@ -71,7 +54,7 @@ def compare(
     baselines: bool,
 ) -> dict[str, Any]:
     """Measure one model: dense, with each reduction, and in transformers' BERT."""
-    bert = transformers_bert(model, BertForSequenceClassification)
+    bert = forward_of(transformers_bert(model, BertForSequenceClassification))
     dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
 
     def windows_of(docs: list[np.ndarray]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertPreTrainedModel
+from transformers import BertConfig, BertForSequenceClassification, BertPreTrainedModel
 
 from trbert_model import TRBertConfig
 from trbert_model.modeling import TRBertPreTrainedModel
@@ -39,17 +39,48 @@ def transformers_bert(model: TRBertPreTrainedModel, bert_class: type[BertPreTrai
     return bert
 
 
+# Logits (sequences, labels) of padded token ids, int64 (sequences, tokens), and their mask of ones and zeros.
+Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def forward_of(bert: BertForSequenceClassification) -> Forward:
+    """The logits of transformers' BERT."""
+
+    @torch.inference_mode()
+    def forward(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return bert(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.float().numpy()
+
+    return forward
+
+
+def run_padded(forward: Forward, windows: list[np.ndarray], batch: int, *, sort_by_length: bool) -> np.ndarray:
+    """Compute padded batches, of windows sorted by length on request. Logits (windows, labels) in input order."""
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i])) if sort_by_length else list(range(len(windows)))
+    logits = []
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        ids = np.zeros((len(chosen), max(len(windows[i]) for i in chosen)), np.int64)
+        for row, i in enumerate(chosen):
+            ids[row, : len(windows[i])] = windows[i]
+        logits.append(forward(ids, (ids > 0).astype(np.int64)))
+    return np.concatenate(logits)[np.argsort(order)]
+
+
 def measure(
     systems: dict[str, Callable[[list[Any]], Any]],
     documents: list[Any],
     block: int,
     peak: Callable[[], float],
+    warm_up: list[Any] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[Any]], float]:
-    """Run every system on all documents, block by block in turn: its seconds and results, and the median peak."""
+    """Run every system on all documents, block by block in turn: its seconds and results, and the median peak.
+
+    Each system runs the `warm_up` documents first, without timing. Default: the first four.
+    """
     seconds: dict[str, float] = defaultdict(float)
     results: dict[str, list[Any]] = defaultdict(list)
     for run in systems.values():
-        run(documents[:4])  # warm-up
+        run(documents[:4] if warm_up is None else warm_up)
     peaks, names = [], list(systems)
     for number, start in enumerate(range(0, len(documents), block)):
         peaks.append(peak())

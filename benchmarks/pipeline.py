@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import held_out_texts, machine, save
+from benchmarks.common import held_out_texts, machine, save, write_shards
 from benchmarks.memory import RunMemory
 from pipeline import ScoreConfig, score
 
@@ -47,19 +46,11 @@ def engine_alone(model: Path, texts: list[str]) -> float:
     return float(subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True).stdout)
 
 
-def write_corpus(directory: Path, texts: list[str], times: int) -> None:
-    directory.mkdir(parents=True)
-    everything = texts * times
-    for number, start in enumerate(range(0, len(everything), SHARD_DOCUMENTS)):
-        table = pa.table({"text": everything[start : start + SHARD_DOCUMENTS]})
-        pq.write_table(table, directory / f"{number:05d}.parquet")
-
-
 def run_pipeline(model: Path, texts: list[str], times: int) -> dict[str, Any]:
     """Score the corpus, repeated `times` times, with one actor of one thread."""
     with TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        write_corpus(directory / "in", texts, times)
+        write_shards(directory / "in", pa.table({"text": texts * times}), SHARD_DOCUMENTS)
         with RunMemory() as memory:
             report = score(
                 ScoreConfig(
