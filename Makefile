@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos audit gpu-check benchmarks clean
+.PHONY: demo test chaos audit gpu-check benchmarks peers clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,11 @@ benchmarks: .venv/installed build/demo/model/config.json
 	$(BIN)/python -m benchmarks.pipeline --model build/demo/model --corpus build/demo/corpus/held-out
 	$(BIN)/python -m benchmarks.limits --model build/demo/model
 	$(BIN)/python -m benchmarks.soak --model build/demo/model --corpus build/demo/corpus/held-out
+
+# The engine and whole jobs beside transformers, ONNX Runtime and OpenVINO, which it installs; on a quiet machine, too.
+peers: .venv/installed build/demo/model/config.json
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -m benchmarks.peers --model build/demo/model --corpus build/demo/corpus/held-out
 
 build/demo/model/config.json: .venv/installed
 	$(BIN)/python examples/demo.py
