@@ -78,9 +78,9 @@ def compare(
     table = read_calibration(table_directory, key)
     if table is None:
         raise SystemExit(f"{table_directory}: no calibration table in {calibrated}; jobs/evaluate.py makes it")
-    dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
+    dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(dtype="float32", device="cpu", reduce=False))
     thresholds = table.pick(speedup=speedup).thresholds
-    reduced = Engine(model, tokenizer, EngineOptions(device="cpu", thresholds=thresholds))
+    reduced = Engine(model, tokenizer, EngineOptions(dtype="float32", device="cpu", thresholds=thresholds))
     assert isinstance(dense.task, QuestionAnsweringTask)
     corpus = some(LabelledQuestions.read(str(questions), dense.task, LabelledColumns()), limit)
     documents = corpus.documents

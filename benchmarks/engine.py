@@ -55,14 +55,14 @@ def compare(
 ) -> dict[str, Any]:
     """Measure one model: dense, with each reduction, and in transformers' BERT."""
     bert = forward_of(transformers_bert(model, BertForSequenceClassification))
-    dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", reduce=False))
+    dense = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", dtype="float32", reduce=False))
 
     def windows_of(docs: list[np.ndarray]) -> list[np.ndarray]:
         return [window.input_ids for document in docs for window in dense.task.windows(document)]
 
     systems: dict[str, Callable[[list[np.ndarray]], Any]] = {"dense": dense.score}
     for name, policy in reductions.items():
-        engine = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu"))
+        engine = Engine(copy.deepcopy(model), tokenizer, EngineOptions(device="cpu", dtype="float32"))
         systems[name] = functools.partial(engine.score, policy=policy)
     for name in list(systems):
         half = EngineOptions(device="cpu", dtype="bfloat16", reduce=name in reductions)

@@ -80,7 +80,7 @@ def measured(workshop: Workshop, name: str, limit: int) -> dict[str, Any]:
     windows = []
     for corpus in run.corpora:
         dense = workshop.dense(corpus)
-        engine = Engine.from_pretrained(dense, EngineOptions(reduce=False))
+        engine = Engine.from_pretrained(dense, EngineOptions(dtype="float32", reduce=False))
         part = "dev" if workshop.file(corpus, "dev").exists() else "test"
         dataset = workshop.read(corpus, part, engine).dataset()
         indices = np.random.default_rng(0).permutation(len(dataset.windows))[:limit]

@@ -31,7 +31,7 @@ ENGINE_ALONE = """
 import json, sys, time, torch
 torch.set_num_threads(1)
 from trbert_model.engine import Engine, EngineOptions
-engine = Engine.from_pretrained(sys.argv[1], EngineOptions(device="cpu"))
+engine = Engine.from_pretrained(sys.argv[1], EngineOptions(dtype="float32", device="cpu"))
 documents = engine.task.tokenize(json.load(sys.stdin))
 engine.score(documents[:20])
 started = time.perf_counter()
@@ -60,6 +60,7 @@ def run_pipeline(model: Path, texts: list[str], times: int) -> dict[str, Any]:
                     num_actors=1,
                     threads_per_actor=1,
                     gpus_per_actor=0.0,
+                    dtype="float32",
                     split_bytes=SPLIT_BYTES,
                     progress_interval=60.0,
                 )

@@ -49,6 +49,7 @@ def main() -> None:
                 num_actors=1,
                 threads_per_actor=1,
                 gpus_per_actor=0.0,
+                dtype="float32",
                 split_bytes=SPLIT_BYTES,
                 progress_interval=60.0,
                 stop_after=f"{arguments.minutes:g}m",

@@ -96,7 +96,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     prepare(arguments.data, arguments.work / "corpora")
     workshop = Workshop(arguments.work, "float32")
-    options = EngineOptions(device="cpu", reduce=False)
+    options = EngineOptions(dtype="float32", device="cpu", reduce=False)
     engines = {positions: Engine.from_pretrained(trained(workshop, positions), options) for positions in POSITIONS}
     corpora = {part: compare(engines, workshop.file("squad", part)) for part in PARTS}
     result = {"machine": machine(), "threads": torch.get_num_threads(), "corpora": corpora}
