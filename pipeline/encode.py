@@ -22,6 +22,7 @@ from trbert_model.terminal import get_logger
 from .corpus import Shard
 from .errors import ShardError, StorageError
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
+from .partitions import Partitions
 from .report import SplitStats
 from .rows import error_table, split_table, stopped_table, to_ipc
 from .storage import Storage, is_passing
@@ -58,6 +59,7 @@ class EncodeOptions:
         task: the model's task, made by the driver, so that readers need neither the model nor torch and transformers.
         text_columns: the text column, or the question and context columns.
         passed_columns: the columns that are copied from the input to the results, `id_column` first.
+        partitions: those of them whose values come from the shards' paths.
         whole_bytes: shards up to this size are read in one or two requests and held in memory; of larger ones,
             `_READ_BYTES` of each column.
         most_passed_bytes: the limit for the passed columns of one split, of which several copies are in memory.
@@ -69,6 +71,7 @@ class EncodeOptions:
     id_column: str | None
     passed_columns: list[str]
     split_bytes: int
+    partitions: Partitions = field(default_factory=Partitions)
     whole_bytes: int = 64 << 20
     most_passed_bytes: int = 2 << 30
 
@@ -114,8 +117,8 @@ class RawSplit:
 def read_shards(batch: pa.Table, options: EncodeOptions, ledger: LedgerClient = NO_LEDGER) -> Iterator[pa.Table]:
     """Ray Data stage: read groups of shards (rows of `shard_groups`) and yield one row per split that is not done."""
     for group in batch.to_pylist():
-        for *what, done in json.loads(group["shards"]):
-            shard = Shard(*what)
+        for path, version, size, partition, done in json.loads(group["shards"]):
+            shard = Shard(path, version, size, tuple((name, value) for name, value in partition))
             try:
                 with ledger.work(f"reading {shard.path} {shard.version}") as entry:
                     if entry.stop:
@@ -143,7 +146,7 @@ def shard_groups(pending: list[tuple[Shard, frozenset[int]]]) -> list[dict[str, 
         if not groups or room < shard.size or len(groups[-1]) == most:
             groups.append([])
             room = _GROUP_BYTES
-        groups[-1].append([shard.path, shard.version, shard.size, sorted(done)])
+        groups[-1].append([shard.path, shard.version, shard.size, shard.partition, sorted(done)])
         room -= shard.size
     return [{"shards": json.dumps(group)} for group in groups]
 
@@ -218,8 +221,9 @@ def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit
             if not _is_damage(error):
                 raise
             raise ShardError(f"not a readable Parquet file: {error}") from error
-        columns = [*options.text_columns, *options.passed_columns]
         names = parquet.schema_arrow.names
+        fixed = options.partitions.scalars(shard.partition, names)
+        columns = [*options.text_columns, *(name for name in options.passed_columns if name not in fixed)]
         if missing := [column for column in dict.fromkeys(columns) if column not in names]:
             raise ShardError(
                 f"no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, names))}"
@@ -232,7 +236,7 @@ def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit
             columns_of_text = [
                 (name, batch.column(name), _as_binary(batch.column(name))) for name in options.text_columns
             ]
-            passed = batch.select(options.passed_columns)
+            passed = _passed(batch, options.passed_columns, fixed)
             start = 0
             for i in range(batch.num_rows):
                 size, text, reason, detail = _row_text(columns_of_text, i)
@@ -255,6 +259,14 @@ def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit
             raise ShardError(f"it has {row} rows where its footer says {rows}")
         if split.rows:
             yield split, rows
+
+
+def _passed(batch: pa.RecordBatch, names: list[str], fixed: dict[str, pa.Scalar]) -> pa.RecordBatch:
+    """The passed columns of a batch, those in `fixed` with one value for all rows."""
+    if not fixed:
+        return batch.select(names)
+    columns = [pa.repeat(fixed[name], len(batch)) if name in fixed else batch.column(name) for name in names]
+    return pa.record_batch(columns, names=names)
 
 
 def _row_text(columns: list[tuple[str, pa.Array, pa.Array | None]], i: int) -> tuple[int, tuple | None, str, str]:

@@ -17,11 +17,12 @@ from trbert_model.tasks.registry import task_of
 from .choice import Expectation, choose
 from .commit import identity_differences, identity_key, output_identity, refusal
 from .config import ScoreConfig, identity_defaults
-from .corpus import Shard, input_root, list_shards
+from .corpus import Location, Shard, find_input, read_corpus
 from .encode import EncodeOptions
 from .errors import UsageError
 from .manifest import SUCCESS
 from .model import ModelSource, fetch_model
+from .partitions import Partitions
 from .placement import Placement
 from .stopping import StopRequest
 from .storage import Storage
@@ -40,6 +41,7 @@ class Job:
         config: the options with `dtype` and `thresholds` resolved, and without `speedup` and `max_drop`. As long as
             `dtype` depends on the cluster, it is a guess (see `on`), and `split_bytes` may be None (see `divided`).
         input: the input root, which the shards' paths are relative to.
+        partitions: the partition columns among the passed columns.
         recorded: the identity recorded in the output; None if it is new.
         expectation: what the model's calibration table predicts for the thresholds; None if it does not contain them.
         token_flops: FLOPs of the dense model per token in a full window.
@@ -51,6 +53,7 @@ class Job:
     input: Storage
     output: Storage
     shards: Sequence[Shard]
+    partitions: Partitions
     recorded: dict[str, Any] | None
     expectation: Expectation | None
     token_flops: float
@@ -138,6 +141,7 @@ class Job:
             text_columns=tuple(getattr(config, name) for name in task.text_options),
             id_column=config.id_column,
             passed_columns=config.passed_columns,
+            partitions=self.partitions,
             split_bytes=config.split_bytes,
         )
 
@@ -167,24 +171,43 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None, start: Callab
     """
     stop = stop or StopRequest()
     output = config.storage(config.output, stop)
-    root = config.storage(input_root(config.input), stop)
-    inside, around = (f"{storage.protocol}:{_real(storage)}/" for storage in (output, root))
-    if inside.startswith(around) or around.startswith(inside):
+    location = find_input(config.storage(config.input, stop))
+    if _overlap(location, output):
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
     directory = fetch_model(config.model)
     recorded = output_identity(output)
-    shards = list_shards(config.storage(config.input, stop))
+    texts = (config.text_column, config.question_column, config.context_column)  # whichever the model's task reads
+    corpus = read_corpus(location, (*texts, *config.passed_columns))
     stop.check()
     if recorded is None or output.listed(SUCCESS) is None:
         start()
     model, token_flops = _load(config, directory)
     decided, expectation = _decide(config, model, _dtypes(config, recorded), recorded)
-    return Job(config, decided, model, root, output, shards, recorded, expectation, token_flops)
+    return Job(
+        config,
+        decided,
+        model,
+        location.root,
+        output,
+        corpus.shards,
+        corpus.partitions,
+        recorded,
+        expectation,
+        token_flops,
+    )
 
 
 def make_identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
     """The identity of an output, from options with `dtype` and `thresholds` resolved and a model's digest."""
     return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
+
+
+def _overlap(location: Location, output: Storage) -> bool:
+    """Whether the input is in the output, or the output where the input's files are looked for."""
+    inside, around = (f"{storage.protocol}:{_real(storage)}/" for storage in (output, location.root))
+    if around.startswith(inside):
+        return True
+    return inside.startswith(around) and location.includes(inside.removeprefix(around))
 
 
 def _real(storage: Storage) -> str:

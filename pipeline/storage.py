@@ -127,6 +127,16 @@ class Storage:
         """A copy of this storage that writes and deletes only if `fence` allows it."""
         return Storage(self.uri, self.retry_seconds, self._stop, fence)
 
+    def at(self, uri: str) -> "Storage":
+        """A storage at another URI with the same retries, stop request and fence."""
+        return Storage(uri, self.retry_seconds, self._stop, self._fence)
+
+    @property
+    def parent(self) -> "Storage | None":
+        """The storage of the enclosing directory; None for a bucket or the root directory."""
+        uri = self.uri.rpartition("/")[0].rstrip("/")
+        return self.at(uri) if "/" in uri and ("://" in uri or self.is_local) else None
+
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
         """The fsspec file system, created on first use in each process."""
@@ -219,21 +229,50 @@ class Storage:
         found = self._regular(found)
         return sorted((self._stored_file(name, info) for name, info in found.items()), key=lambda file: file.path)
 
-    def glob(self) -> list[StoredFile]:
-        """List the files that match the prefix as a glob pattern, sorted by path."""
-        fixed = glob_root(self.location(""))
-        found = self._call("list", "", lambda: self.fs.glob(self.root, detail=True))
-        files = self._regular(found)
-        return sorted((self._stored_file(n, i, base=fixed) for n, i in files.items()), key=lambda file: file.path)
+    def entries(self, depth: int | None = None, stem: str = "") -> dict[str, StoredFile | None]:
+        """List files and directories (None) below the prefix, by path.
+
+        Args:
+            depth: levels of directories to list; None for all.
+            stem: what the names in the first level begin with. Not all file systems leave others out.
+        """
+        options: dict[str, Any] = {"prefix": stem} if stem and self.fs.async_impl else {}
+        found = self._call(
+            "list", "", lambda: self.fs.find(self.root, maxdepth=depth, withdirs=True, detail=True, **options)
+        )
+        root = self.root.rstrip("/")
+        directories = [name for name, info in found.items() if info["type"] == "directory"]
+        entries: dict[str, StoredFile | None] = {name[len(root) :].removeprefix("/"): None for name in directories}
+        files = (self._stored_file(name, info) for name, info in self._regular(found).items())
+        return entries | {file.path: file for file in files}
+
+    def kind(self, path: str = "") -> str | None:
+        """What is at a path below the prefix: "file", "directory" or "other"; None if nothing is or access is denied.
+
+        Raises:
+            StorageError: a transient error persists.
+        """
+        location = self.location(path)
+        try:
+            kind = self._call("read", path, lambda: self.fs.info(location))["type"]
+            if kind == "file" and not self.is_local:  # an object may be named like a prefix
+                return "directory" if self._call("list", path, lambda: self.fs.isdir(location)) else "file"
+            return kind
+        except StorageError as error:
+            if error.__cause__ is not None and is_passing(error.__cause__):
+                raise
+            return None
 
     def _regular(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The files and links of a listing, links with their targets' attributes. Opening a pipe would block."""
+        """The files of a listing, links with their targets' attributes. Opening a pipe would block."""
         files = {}
         for name, info in found.items():
-            if info.get("islink"):  # the listing has the link's own time, `version` the target's
-                with contextlib.suppress(FileNotFoundError):
+            if info.get("islink"):  # the listing has the link's own type and time, `version` the target's
+                try:
                     info = self.fs.info(name)
-            if info["type"] == "file" or info.get("islink"):
+                except FileNotFoundError:  # listed, so that it is reported
+                    info = {**info, "type": "file"}
+            if info["type"] == "file":
                 files[name] = info
         return files
 
@@ -266,9 +305,10 @@ class Storage:
         file = self._call("read", path, lambda: self.fs.open(location, "rb", cache_type="none"))
         return _RetryingFile(file, lambda request: self._call("read", path, request))  # type: ignore[return-value]
 
-    def read(self, path: str) -> bytes:
-        """Read a whole file below the prefix."""
-        return self._call("read", path, lambda: self.fs.cat_file(self.location(path)))
+    def read(self, path: str, end: int | None = None) -> bytes:
+        """Read a whole file below the prefix, or its first `end` bytes."""
+        part = {} if end is None else {"start": 0, "end": end}
+        return self._call("read", path, lambda: self.fs.cat_file(self.location(path), **part))
 
     def read_if_there(self, path: str) -> bytes | None:
         """Read a whole file below the prefix; None if it does not exist."""
@@ -279,16 +319,20 @@ class Storage:
                 return None
             raise
 
-    def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Read whole files below the prefix, concurrently if the file system can. Yields them in the given order."""
+    def read_many(self, paths: Iterable[str], end: int | None = None) -> Iterator[tuple[str, bytes]]:
+        """Read whole files below the prefix, concurrently if the file system can. Yields them in the given order.
+
+        Args:
+            end: read only this many bytes of each.
+        """
         paths = list(paths)
         for start in range(0, len(paths), _FILES_AT_ONCE):
             some = {self.location(path): path for path in paths[start : start + _FILES_AT_ONCE]}
             with self.errors("read"):
                 # Not `cat`, which would take "[", "?" and "*" in the prefix for a pattern.
-                contents = self.fs.cat_ranges(list(some), None, None, on_error="return")
+                contents = self.fs.cat_ranges(list(some), None if end is None else 0, end, on_error="return")
             for path, data in zip(some.values(), contents):
-                yield path, data if isinstance(data, bytes) else self.read(path)
+                yield path, data if isinstance(data, bytes) else self.read(path, end)
 
     def fetch(self, path: str, to: Path) -> None:
         """Copy a file below the prefix to a local path."""
@@ -426,11 +470,6 @@ def _check_authority(uri: str) -> None:
             )
         if url.scheme in ("s3", "s3a") and not host:
             raise UsageError(f"{uri}: it names no bucket")
-
-
-def glob_root(pattern: str) -> str:
-    """The directory that precedes a pattern's first wildcard."""
-    return re.split(r"[*?[]", pattern, maxsplit=1)[0].rsplit("/", 1)[0]
 
 
 def is_passing(error: BaseException) -> bool:

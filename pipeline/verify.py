@@ -15,7 +15,7 @@ from trbert_model.options import option
 from trbert_model.terminal import printable
 
 from .commit import METADATA, embedded_rejects, holds, output_identity
-from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard, input_root, list_shards
+from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard, find_input, read_corpus
 from .deaths import DEATHS
 from .errors import StorageError, UsageError
 from .manifest import SUCCESS, Marker, named_objects, newest, read_manifest, read_markers
@@ -71,8 +71,8 @@ def verify(config: VerifyConfig) -> Verification:
     if recorded is None and copy is None:
         raise UsageError(f"{config.output}: not the output of a scoring run: no {IDENTITY} there")
     uri = config.input or (recorded or copy["output"])["input"]  # type: ignore[index]
-    root = Storage(input_root(uri))
-    shards = list_shards(Storage(uri))
+    location = find_input(Storage(uri))
+    root, shards = location.root, read_corpus(location).shards
     files = {file.path for file in output.files()}
     if copy is not None:
         return _verify_copy(copy, shards, root, output, files)

@@ -501,6 +501,12 @@ def link(path: Path) -> None:
     path.symlink_to(path.rename(path.parent.parent / "elsewhere"))
 
 
+def pipe(path: Path) -> None:
+    """A link to a pipe elsewhere, which nobody writes into."""
+    os.mkfifo(path.parent.parent / "pipe")
+    path.symlink_to(path.parent.parent / "pipe")
+
+
 NFC, NFD = (unicodedata.normalize(form, "é.parquet") for form in ("NFC", "NFD"))
 CORPORA = {
     "spaces": Corpus(["a b.parquet", " .parquet", "ends .parquet"]),
@@ -527,8 +533,13 @@ CORPORA = {
     ),
     "empty objects": Corpus(["a.parquet"], empty("_SUCCESS", "d/.keep", ".a.parquet.crc", "d_$folder$", "readme")),
     "an empty shard": Corpus(["a.parquet", "z.parquet"], empty("m.parquet"), unreadable=["m.parquet"]),
-    "other endings": Corpus(["a.parquet"], written("b.PARQUET", "c.Parquet", "d.parq", "e.parquet.gz", "parquet")),
+    "other endings": Corpus(["a.parquet"], written("b.PARQUET", "c.Parquet", "d.parq", "e.parquet.gz")),
+    "without an ending": Corpus(["000000_0", "20240101_000000_00001_abcde", "a.parquet", "d/export-000000000000"]),
     "a pipe": Corpus(["a.parquet"], lambda directory: os.mkfifo(directory / "b.parquet")),
+    "a link to a pipe": Corpus(["a.parquet"], lambda directory: pipe(directory / "b.parquet")),
+    "a link to a pipe by a glob": Corpus(
+        ["a.parquet"], lambda directory: pipe(directory / "b.parquet"), pattern="/*.parquet"
+    ),
     "links": Corpus(["a.parquet", "b.parquet"], lambda directory: link(directory / "b.parquet")),
     "links by a glob": Corpus(["b.parquet"], lambda directory: link(directory / "b.parquet"), pattern="/*.parquet"),
     "a link to nowhere": Corpus(
@@ -860,7 +871,10 @@ BAD_PLACES = {
     "input not there": ({"input": "{tmp}/nowhere"}, r"nowhere: no Parquet files there \(0 other files\)"),
     "input not there, two lines": ({"input": "{tmp}/no\nwhere"}, r"no.*where: no Parquet files there"),
     "input of other files": ({"input": "{tmp}/model"}, r"model: no Parquet files there \(4 other files\)"),
-    "input in capitals": ({"input": "{tmp}/other/A.PARQUET"}, r"A\.PARQUET: no Parquet files there \(1 other files\)"),
+    "input not Parquet": (
+        {"input": "{tmp}/model/config.json"},
+        r"config\.json: no Parquet files there \(1 other files\)",
+    ),
     "input a hidden file": (
         {"input": "{tmp}/other/_a.parquet"},
         r"_a\.parquet: no Parquet files there \(1 other files\)",
@@ -868,7 +882,8 @@ BAD_PLACES = {
     "output is input": ({"output": "{tmp}/in"}, "output .*/in and input .*/in lie inside each other"),
     "output inside input": ({"output": "{tmp}/in/scores"}, "output .*/in/scores and input .* lie inside each other"),
     "input inside output": ({"output": "{tmp}"}, "output .* and input .*/in lie inside each other"),
-    "output beside an input file": ({"input": "{tmp}/in/a.parquet", "output": "{tmp}/in/x"}, "inside each other"),
+    "output around an input file": ({"input": "{tmp}/in/a.parquet", "output": "{tmp}/in"}, "inside each other"),
+    "output in an input file": ({"input": "{tmp}/in/a.parquet", "output": "{tmp}/in/a.parquet/x"}, "inside each other"),
     "output inside input by dots": ({"output": "{tmp}/x/../in/y"}, "output .* lie inside each other"),
     "output inside input by a link": ({"output": "{tmp}/link/x"}, "output .* lie inside each other"),
     "a threshold too few": ({"thresholds": (0.5,)}, r"thresholds \(0.5,\) must be one for each of .* \[1, 2\]"),
@@ -887,7 +902,7 @@ BAD_PLACES = {
 @pytest.mark.parametrize(("wrong", "pattern"), [pytest.param(*place, id=name) for name, place in BAD_PLACES.items()])
 def test_places_that_cannot_work_are_refused_before_anything_starts(wrong, pattern, places, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "in")
-    written("A.PARQUET", "_a.parquet")(tmp_path / "other")
+    written("_a.parquet")(tmp_path / "other")
     shutil.copytree(tmp_path / "model", tmp_path / "damaged")
     (tmp_path / "damaged/calibration.json").write_text("{")
     wrong = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in wrong.items()}
