@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from fsspec.utils import glob_translate
 
-from .errors import UsageError
+from .errors import StorageError, UsageError
 from .partitions import Partitions, Values, partition_types, path_values
 from .storage import Storage, StoredFile
+from .tables import Snapshot, find_tables, read_table, table_at
 
 MARKERS = "_shards"
 QUARANTINE = "_quarantine"
@@ -127,6 +128,7 @@ def read_corpus(location: Location, columns: Collection[str] = ()) -> Corpus:
 
     Of folders that match a glob, all files are listed, unless the glob matches Parquet files. Files are Parquet if
     their names end in `.parquet`. Without an ending, or with one that the input spells out, their first bytes decide.
+    Of Delta and Iceberg tables, the present files are listed (see `tables.py`).
 
     Names that begin with "_" or "." are other programs' markers and temporary files, and are skipped, as in Spark.
 
@@ -134,14 +136,16 @@ def read_corpus(location: Location, columns: Collection[str] = ()) -> Corpus:
         columns: the columns that will be read; `Corpus.partitions` has those of them that are partition columns.
 
     Raises:
-        UsageError: there are no Parquet files, or a name is not UTF-8.
+        UsageError: there are no Parquet files, a name is not UTF-8, or a table cannot be read.
         StorageError: the input cannot be listed.
     """
-    files, folders, _ = _list(location)
-    shards = _shards(location, files, columns)
+    files, folders, paths = _list(location)
+    tables = _read_tables(location, files, paths, columns)
+    shards = _shards(location, files, tables, columns)
     if not shards and folders:
-        files, _ = _list_folders(location, folders)
-        shards = _shards(location, files, columns)
+        files, paths = _list_folders(location, folders)
+        tables = _read_tables(location, files, paths, columns)
+        shards = _shards(location, files, tables, columns)
     root = location.root.uri
     if not shards:
         raise UsageError(f"{location.uri}: no Parquet files there ({len(files)} other files)")
@@ -150,8 +154,10 @@ def read_corpus(location: Location, columns: Collection[str] = ()) -> Corpus:
             shard.path.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"{root}: the name {shard.path!a} is not UTF-8; rename it") from error
-    outer = path_values(f"{root}/", columns)
+    outer = () if any(not table.prefix for table in tables) else path_values(f"{root}/", columns)
     types = partition_types([outer, *(shard.partition for shard in shards)])
+    for table in tables:
+        types |= table.snapshot.types
     return Corpus(shards, Partitions(types, outer))
 
 
@@ -163,6 +169,15 @@ def list_shards(storage: Storage) -> list[Shard]:
 def input_root(input_uri: str) -> str:
     """The URI that shard paths are relative to: the prefix, a single file's directory, or a glob's fixed part."""
     return find_input(Storage(input_uri)).root.uri
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table in the input, whose files have the `prefix`, or around it: then `outer` is the root's path below it."""
+
+    prefix: str
+    outer: str
+    snapshot: Snapshot
 
 
 def _list(location: Location) -> tuple[list[StoredFile], list[str], Iterable[str]]:
@@ -191,12 +206,17 @@ def _list_folders(location: Location, folders: list[str]) -> tuple[list[StoredFi
     return list(found.values()), found
 
 
-def _shards(location: Location, files: list[StoredFile], columns: Collection[str]) -> list[Shard]:
+def _shards(location: Location, files: list[StoredFile], tables: list[_Table], columns: Collection[str]) -> list[Shard]:
     """Those of the files that are shards, sorted by path."""
     present: list[tuple[StoredFile, Values]] = []
     unknown: list[StoredFile] = []
     for file in files:
-        if _is_hidden(file.path):
+        table = next((table for table in tables if file.path.startswith(table.prefix)), None)
+        if table is not None:
+            values = table.snapshot.files.get(table.outer + file.path.removeprefix(table.prefix))
+            if values is not None:
+                present.append((file, path_values(table.prefix, columns) + values))
+        elif _is_hidden(file.path):
             continue
         elif file.path.endswith(".parquet"):
             present.append((file, path_values(file.path, columns)))
@@ -206,6 +226,39 @@ def _shards(location: Location, files: list[StoredFile], columns: Collection[str
     present += [(f, path_values(f.path, columns)) for f, (_, start) in zip(unknown, starts) if start == MAGIC]
     shards = [Shard(file.path, file.version, file.size, values) for file, values in present]
     return sorted(shards, key=lambda shard: shard.path)
+
+
+def _read_tables(
+    location: Location, files: list[StoredFile], paths: Iterable[str], columns: Collection[str]
+) -> list[_Table]:
+    """The tables in the listing and the one that the root is in, inner ones first.
+
+    Raises:
+        StorageError: a file that a table's log names is missing.
+    """
+    root = location.root
+    inside = {path: kind for path, kind in find_tables(paths).items() if not _is_hidden(path)}
+    tables = [
+        _Table(path and f"{path}/", "", read_table(root.at(f"{root.uri}/{path}") if path else root, kind, columns))
+        for path, kind in sorted(inside.items(), reverse=True)
+    ]
+    if "" not in inside:
+        around, outer = root, ""
+        while True:
+            if (kind := table_at(around)) is not None:
+                tables.append(_Table("", outer, read_table(around, kind, columns)))
+                break
+            name = around.uri.rpartition("/")[2]
+            if ("=" not in name and name != "data") or (parent := around.parent) is None:
+                break
+            around, outer = parent, f"{name}/{outer}"
+    listed = {file.path for file in files}
+    for table in tables if location.file is None and not location.patterns else ():
+        for name in table.snapshot.files:
+            path = table.prefix + name.removeprefix(table.outer)
+            if name.startswith(table.outer) and path not in listed:
+                raise StorageError(f"{root.uri}/{path}: the table's log names it, but it is not there")
+    return tables
 
 
 def _is_hidden(path: str) -> bool:
