@@ -81,8 +81,8 @@ def read_table(storage: Storage, kind: str, columns: Collection[str]) -> Snapsho
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         raise UsageError(
-            f"{storage.uri}: a table of {name}, whose log must be read, or deleted rows would be scored; {package} is "
-            f"not installed: {_EXTRA}"
+            f"{storage.uri}: the log of this {name} table must be read, as the folder may also hold deleted rows, and "
+            f"{package} is not installed: {_EXTRA}"
         ) from error
     except PipelineError:
         raise
