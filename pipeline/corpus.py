@@ -3,7 +3,7 @@
 import hashlib
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from fsspec.utils import glob_translate
@@ -123,7 +123,7 @@ def find_input(storage: Storage) -> Location:
     return Location(storage.uri, storage.at(fixed or "/"), patterns)
 
 
-def read_corpus(location: Location, columns: Collection[str] = ()) -> Corpus:
+def read_corpus(location: Location, columns: Iterable[str] = ()) -> Corpus:
     """List the Parquet files of an input: a single file, all files below a prefix, or the matches of a glob.
 
     Of folders that match a glob, all files are listed, unless the glob matches Parquet files. Files are Parquet if
@@ -139,6 +139,7 @@ def read_corpus(location: Location, columns: Collection[str] = ()) -> Corpus:
         UsageError: there are no Parquet files, a name is not UTF-8, or a table cannot be read.
         StorageError: the input cannot be listed.
     """
+    columns = tuple(columns)
     files, folders, paths = _list(location)
     tables = _read_tables(location, files, paths, columns)
     shards = _shards(location, files, tables, columns)
@@ -154,7 +155,7 @@ def read_corpus(location: Location, columns: Collection[str] = ()) -> Corpus:
             shard.path.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"{root}: the name {shard.path!a} is not UTF-8; rename it") from error
-    outer = () if any(not table.prefix for table in tables) else path_values(f"{root}/", columns)
+    outer = () if any(not table.prefix for table in tables) else path_values(root, columns)
     types = partition_types([outer, *(shard.partition for shard in shards)])
     for table in tables:
         types |= table.snapshot.types
@@ -206,7 +207,7 @@ def _list_folders(location: Location, folders: list[str]) -> tuple[list[StoredFi
     return list(found.values()), found
 
 
-def _shards(location: Location, files: list[StoredFile], tables: list[_Table], columns: Collection[str]) -> list[Shard]:
+def _shards(location: Location, files: list[StoredFile], tables: list[_Table], columns: tuple[str, ...]) -> list[Shard]:
     """Those of the files that are shards, sorted by path."""
     present: list[tuple[StoredFile, Values]] = []
     unknown: list[StoredFile] = []
@@ -215,21 +216,22 @@ def _shards(location: Location, files: list[StoredFile], tables: list[_Table], c
         if table is not None:
             values = table.snapshot.files.get(table.outer + file.path.removeprefix(table.prefix))
             if values is not None:
-                present.append((file, path_values(table.prefix, columns) + values))
+                present.append((file, path_values(table.prefix.rstrip("/"), columns) + values))
         elif _is_hidden(file.path):
             continue
         elif file.path.endswith(".parquet"):
-            present.append((file, path_values(file.path, columns)))
+            present.append((file, path_values(posixpath.dirname(file.path), columns)))
         elif file.size > len(MAGIC) and _may_be_parquet(file.path, location):
             unknown.append(file)
     starts = location.root.read_many([file.path for file in unknown], len(MAGIC))
-    present += [(f, path_values(f.path, columns)) for f, (_, start) in zip(unknown, starts) if start == MAGIC]
+    parquet = [file for file, (_, start) in zip(unknown, starts) if start == MAGIC]
+    present += [(file, path_values(posixpath.dirname(file.path), columns)) for file in parquet]
     shards = [Shard(file.path, file.version, file.size, values) for file, values in present]
     return sorted(shards, key=lambda shard: shard.path)
 
 
 def _read_tables(
-    location: Location, files: list[StoredFile], paths: Iterable[str], columns: Collection[str]
+    location: Location, files: list[StoredFile], paths: Iterable[str], columns: tuple[str, ...]
 ) -> list[_Table]:
     """The tables in the listing and the one that the root is in, inner ones first.
 

@@ -2,8 +2,9 @@
 
 import datetime
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -45,20 +46,21 @@ class Partitions:
         return {name: pa.scalar(text, pa.string()).cast(self.types[name]) for name, text in texts.items()}
 
 
-def path_values(path: str, columns: Collection[str]) -> Values:
-    """The values of these columns in the names of a path's directories, decoded. The last part is a file's name.
+@lru_cache  # thousands of shards share a folder
+def path_values(folder: str, columns: tuple[str, ...]) -> Values:
+    """The values of these columns in the names of a path's folders, decoded.
 
     Raises:
         UsageError: a value is not UTF-8 once it is decoded.
     """
     found: dict[str, str | None] = {}
-    for part in path.split("/")[:-1] if columns else ():
+    for part in folder.split("/") if columns else ():
         name, equals, value = part.partition("=")
         if equals and (name := unquote(name)) in columns:
             try:
                 found[name] = None if value == NULL else unquote(value, errors="strict")
             except UnicodeDecodeError as error:
-                raise UsageError(f"{path}: the value in {part!a} is not UTF-8; rename the folder") from error
+                raise UsageError(f"{folder}: the value in {part!a} is not UTF-8; rename the folder") from error
     return tuple(found.items())
 
 
