@@ -27,7 +27,9 @@ class ScoreConfig:
         UsageError: an option is missing or out of range, or options contradict each other.
     """
 
-    input: str = option("", "the corpus: a Parquet file, a prefix or a glob; local or any fsspec URI (s3://…)")
+    input: str = option(
+        "", "the corpus: a Parquet file, a prefix, a glob or a table's folder; local or any fsspec URI (s3://…)"
+    )
     output: str = option("", "prefix that the results go to")
     model: str = option("", "directory of a TR-BERT model (jobs/train.py, jobs/convert.py); local or URI")
     text_column: str = option("text", "column with the documents, for classification", identity=True)

@@ -270,7 +270,7 @@ class Storage:
             if info.get("islink"):  # the listing has the link's own type and time, `version` the target's
                 try:
                     info = self.fs.info(name)
-                except FileNotFoundError:  # listed, so that it is reported
+                except OSError:  # it leads nowhere or in circles: listed, so that it is reported
                     info = {**info, "type": "file"}
             if info["type"] == "file":
                 files[name] = info

@@ -47,7 +47,7 @@ def find_tables(paths: Iterable[str]) -> dict[str, str]:
         if (DELTA in path or HUDI in path) and (match := _LOG.fullmatch(path)):
             found[match[1].rstrip("/")] = match[2]
         elif path.endswith((".metadata.json", ".metadata.json.gz")) and (match := _METADATA.fullmatch(path)):
-            found[(match[1] or "").rstrip("/")] = ICEBERG
+            found.setdefault((match[1] or "").rstrip("/"), ICEBERG)  # a Delta table may have Iceberg's metadata, too
     return found
 
 
@@ -130,6 +130,7 @@ def _copy_log(storage: Storage, to: Path) -> None:
     if "_last_checkpoint" in names:
         checkpoint = re.search(rb'"version"\s*:\s*(\d+)', storage.read(f"{DELTA}/_last_checkpoint"))
         first = f"{int(checkpoint[1]):020d}" if checkpoint else ""
+        first = first if any(name.startswith(f"{first}.checkpoint") for name in names) else ""
     needed = sorted(name for name in names if not name[0].isdigit() or name >= first)
     needed = [name for name in needed if not name.rpartition("/")[2].startswith(".")]  # checksums and temporary files
     for path, data in storage.read_many(f"{DELTA}/{name}" for name in needed):

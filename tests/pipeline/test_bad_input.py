@@ -545,6 +545,9 @@ CORPORA = {
     "a link to nowhere": Corpus(
         ["a.parquet"], lambda d: (d / "b.parquet").symlink_to(d / "nowhere"), unreadable=["b.parquet"]
     ),
+    "a link to itself": Corpus(
+        ["a.parquet"], lambda d: (d / "b.parquet").symlink_to(d / "b.parquet"), unreadable=["b.parquet"]
+    ),
     "an odd prefix": Corpus(["a.parquet", "d/b.parquet"], below="it's [50%] #1?"),
     "a prefix with two colons": Corpus(["a.parquet"], below="in::put"),
     "a file with two colons": Corpus(["a::b.parquet"], written("b.parquet"), pattern="/a::b.parquet"),
