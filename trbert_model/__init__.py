@@ -11,7 +11,9 @@ from .lazy import lazy_names
 if TYPE_CHECKING:
     from .checkpoints.conversion import convert_checkpoint
     from .configuration import TRBertConfig
+    from .engine.explain import explain
     from .errors import CheckpointError, ConfigurationError, InputError, TrainingError, TRBertError
+    from .explanation import Explanation
     from .modeling import TRBertModel
     from .tasks.classification.head import TRBertForSequenceClassification
     from .tasks.question_answering.head import TRBertForQuestionAnswering
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CheckpointError": "errors",
     "ConfigurationError": "errors",
+    "Explanation": "explanation",
     "InputError": "errors",
     "TRBertConfig": "configuration",
     "TRBertError": "errors",
@@ -29,11 +32,13 @@ _MODULES = {
     "TrainingError": "errors",
     "VarlenBatch": "varlen",
     "convert_checkpoint": "checkpoints.conversion",
+    "explain": "engine.explain",
 }
 
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "Explanation",
     "InputError",
     "TRBertConfig",
     "TRBertError",
@@ -43,6 +48,7 @@ __all__ = [
     "TrainingError",
     "VarlenBatch",
     "convert_checkpoint",
+    "explain",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -16,7 +16,10 @@ Options = TypeVar("Options")
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field with a default and the help text for its command-line option."""
+    """A dataclass field with a default and the help text for its command-line option.
+
+    With `positional=True` in the metadata, the command line gives it without a flag.
+    """
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
@@ -46,7 +49,9 @@ def parse_options(cls: type[Options], arguments: Sequence[str] | None, descripti
         if field.default not in (None, "", ()) and not isinstance(field.default, bool):
             text += f" (default: {field.default})"
         kind = _kind(hints[field.name])
-        if kind is bool:
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, metavar=field.name.upper(), nargs="?", help=text)
+        elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif kind is tuple:
             item = typing.get_args(_concrete(hints[field.name]))[0]

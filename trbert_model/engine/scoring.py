@@ -7,7 +7,7 @@ the number and lengths of the documents.
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from ..backbones.fused import packs_weights
 from ..checkpoints.loading import load_model
 from ..configuration import TRBertConfig
 from ..errors import InputError, TRBertError
+from ..explanation import Explanation
 from ..flops import dense_flops, reduced_flops
 from ..modeling import TRBertPreTrainedModel, fuse_for_inference
 from ..reduction.policies import ThresholdPolicy
+from ..reduction.recording import LayerRecorder
 from ..reduction.state import SelectionPolicy
 from ..tasks.base import DocumentResults
 from ..tasks.registry import task_of_model
@@ -51,6 +53,20 @@ class EngineStatistics:
     batches: int = 0
     model_seconds: float = 0.0
     halved_batches: int = 0
+
+
+@dataclass
+class Recording:
+    """Which layers computed the tokens of some documents, see `Engine.score`.
+
+    Attributes:
+        documents: indices of the documents to record.
+        windows: of each of them, its windows in order, with the number of layers that computed each of their tokens,
+            int16 (tokens,).
+    """
+
+    documents: Collection[int]
+    windows: dict[int, list[tuple[Any, np.ndarray]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -139,12 +155,18 @@ class Engine:
             raise InputError(f"row {min(failures)}: {failures[min(failures)]}")
         return self.score(documents, policy)
 
-    def score(self, documents: Iterable[Any], policy: SelectionPolicy | None = None) -> DocumentResults:
+    def score(
+        self,
+        documents: Iterable[Any],
+        policy: SelectionPolicy | None = None,
+        recording: Recording | None = None,
+    ) -> DocumentResults:
         """Score documents of any length.
 
         Args:
             documents: as from the task's `encode_rows`.
             policy: chooses the tokens to keep, instead of the thresholds.
+            recording: receives the layers that computed the tokens of some of the documents.
 
         Raises:
             OutOfMemoryError: a single window does not fit into the device's memory.
@@ -159,7 +181,7 @@ class Engine:
         def compute(complete: int) -> None:
             """Compute the pending batch; after it, all windows of the first `complete` documents are computed."""
             first = len(outputs)
-            for document, window, output, sums in self._compute(pending, policy):
+            for document, window, output, sums in self._compute(pending, policy, recording):
                 entry = waiting[document - first]
                 entry.windows.append(window)
                 entry.outputs.append(output)
@@ -192,10 +214,40 @@ class Engine:
             kept_tokens=sums[:, 4:].astype(np.int64),
         )
 
-    def _compute(self, pending: _Pending, policy: SelectionPolicy) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
+    def explanation(
+        self,
+        texts: tuple[str, ...],
+        document: Any,
+        windows: list[tuple[Any, np.ndarray]],
+        outcome: dict[str, Any],
+        most_characters: int | None = None,
+    ) -> Explanation:
+        """What a `Recording` says of a document; see `Explanation.of`."""
+        layers = tuple(self.config.reduction_layers) if self.options.reduce else ()
+        return Explanation.of(
+            self.task,
+            texts,
+            document,
+            windows,
+            outcome,
+            num_layers=self.config.num_hidden_layers,
+            reduction_layers=layers,
+            most_characters=most_characters,
+        )
+
+    def _compute(
+        self, pending: _Pending, policy: SelectionPolicy, recording: Recording | None
+    ) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
         """Run one batch; yields each window's document index, the window, its output, and its share of the totals."""
         started = time.perf_counter()
-        outputs, kept = self._forward(pending.windows, policy)
+        if recording is not None and any(document in recording.documents for document in pending.documents):
+            recorder = LayerRecorder(policy, self.config)
+            outputs, kept = self._forward(pending.windows, recorder, recorder.finish)
+            for document, window, layers in zip(pending.documents, pending.windows, recorder.layers):
+                if document in recording.documents:
+                    recording.windows.setdefault(document, []).append((window, layers))
+        else:
+            outputs, kept = self._forward(pending.windows, policy)
         self.statistics.model_seconds += time.perf_counter() - started
         lengths = np.array([len(window.input_ids) for window in pending.windows])
         spent = reduced_flops(self.config, lengths, kept) if self.options.reduce else dense_flops(self.config, lengths)
@@ -203,14 +255,21 @@ class Engine:
         for i, (document, window) in enumerate(zip(pending.documents, pending.windows)):
             yield document, window, outputs[i], np.array([lengths[i], 1, spent[i], dense[i], *kept[i]])
 
-    def _forward(self, windows: list[Any], policy: SelectionPolicy) -> tuple[list[Any], np.ndarray]:
+    def _forward(
+        self, windows: list[Any], policy: SelectionPolicy, finish: Callable[[list[int]], None] = lambda lengths: None
+    ) -> tuple[list[Any], np.ndarray]:
         """The task's output of each window, and kept tokens (windows, reductions); halves the batch if memory runs out.
+
+        Args:
+            finish: called after each batch that did not fail, with the number of tokens of each of its windows.
 
         Raises:
             OutOfMemoryError: a single window does not fit into the device's memory.
         """
         try:
-            return self._forward_once(windows, policy)
+            results = self._forward_once(windows, policy)
+            finish([len(window.input_ids) for window in windows])
+            return results
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -224,7 +283,7 @@ class Engine:
         self.statistics.halved_batches += 1
         logger.warning("out of memory on %s with %d tokens in a batch; halving it", self.device, tokens)
         half = len(windows) // 2
-        first, second = self._forward(windows[:half], policy), self._forward(windows[half:], policy)
+        first, second = (self._forward(part, policy, finish) for part in (windows[:half], windows[half:]))
         return first[0] + second[0], np.concatenate([first[1], second[1]])
 
     @torch.inference_mode()

@@ -178,6 +178,26 @@ class Task(ABC):
     def from_column(self, column: pa.ChunkedArray) -> Iterator[Any]:
         """Decode the documents of a `to_column` column one by one, without copying the token ids."""
 
+    @abstractmethod
+    def token_spans(self, texts: tuple[str, ...], document: Any) -> np.ndarray:
+        """Where a document's tokens are in its row's texts, int32 (tokens, 3).
+
+        Args:
+            texts: the row's texts, or their beginnings.
+
+        Returns:
+            For each token the index of its text, and start and end of the characters that it stands for, which are
+            equal for a token beyond the texts. Tokens are in the order of the texts.
+        """
+
+    @abstractmethod
+    def window_tokens(self, document: Any, window: Any) -> np.ndarray:
+        """For each token of a window, the index of the document's token that it is, -1 for special tokens; int32."""
+
+    def text_names(self) -> tuple[str, ...]:
+        """The names of a row's texts."""
+        return tuple(option.removesuffix("_column") for option in self.text_options)
+
     # Model outputs to results.
 
     @abstractmethod
@@ -204,6 +224,14 @@ class Task(ABC):
     @abstractmethod
     def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
         """Number of documents with each result, from the result columns; empty if results cannot be counted."""
+
+    def outcome(self, columns: dict[str, pa.Array], index: int) -> dict[str, Any]:
+        """A document's values in the result columns, for people."""
+        return {name: columns[name][index].as_py() for name in self.result_names}
+
+    def answer(self, outcome: dict[str, Any]) -> tuple[int, int, int] | None:
+        """Where the texts hold the answer in an `outcome`: the text's index, start and end; None if they do not."""
+        return None
 
     # The parts that need torch.
 

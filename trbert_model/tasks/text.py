@@ -85,6 +85,32 @@ def token_ids(tokenizer: BareTokenizer, texts: Sequence[str]) -> list[np.ndarray
     return ids
 
 
+def token_offsets(tokenizer: BareTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """A text's token ids, int32 (tokens,), and each token's first and last characters, int32 (tokens, 2)."""
+    ids, offsets, start = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)], 0
+    for piece in pieces(text, tokenizer):
+        encoding = tokenizer.backend_tokenizer.encode_batch([piece], add_special_tokens=False)[0]
+        ids.append(np.asarray(encoding.ids, np.int32))
+        offsets.append(np.asarray(encoding.offsets, np.int32).reshape(-1, 2) + start)
+        start += len(piece)
+    return np.concatenate(ids), np.concatenate(offsets)
+
+
+def spans_of(text: int, tokens: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Rows of `Task.token_spans` for tokens of the text with this index.
+
+    Args:
+        tokens: int32 (tokens,), token ids.
+        ids, offsets: of the text or its beginning, from `token_offsets`. Its last tokens may be others if it was cut.
+    """
+    both = min(len(tokens), len(ids))
+    same = int(np.cumprod(tokens[:both] == ids[:both]).sum())
+    spans = np.zeros((len(tokens), 3), np.int32)
+    spans[:, 0] = text
+    spans[:same, 1:] = offsets[:same]
+    return spans
+
+
 def encode_apart(
     encode: Callable[[list[str]], list[Encoded]], texts: Sequence[str]
 ) -> tuple[list[Encoded | None], dict[int, str]]:

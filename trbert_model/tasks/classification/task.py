@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ...errors import ConfigurationError
 from ..base import DEFAULTS, Task, TaskOptions, lists
-from ..text import BareTokenizer, encode_apart, pieces, token_ids
+from ..text import BareTokenizer, encode_apart, pieces, spans_of, token_ids, token_offsets
 from .labellings import Labelling, check_problem_type, labelling_of, problem_type_of
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ class Window:
     Attributes:
         input_ids: int32 (tokens,), with [CLS] and [SEP].
         new_tokens: number of tokens that no earlier window has, at least 1: the weight of the window's logits.
+        first: index of the window's first token, after [CLS], in the document.
     """
 
     input_ids: np.ndarray
     new_tokens: int
+    first: int = 0
 
 
 @dataclass
@@ -112,7 +114,7 @@ class ClassificationTask(Task):
             end = min(start + capacity, len(tokens))
             new = end - start - (self.shared if start else 0)
             # An empty document has one window, of weight 1, so that every document has a result.
-            yield Window(np.concatenate([cls, tokens[start:end], sep]).astype(np.int32), max(new, 1))
+            yield Window(np.concatenate([cls, tokens[start:end], sep]).astype(np.int32), max(new, 1), start)
             if end == len(tokens) or self.overflow == "truncate":
                 return
             start = end - self.shared
@@ -137,6 +139,14 @@ class ClassificationTask(Task):
         for chunk in column.chunks:
             for document in chunk:
                 yield document.values.to_numpy()
+
+    def token_spans(self, texts: tuple[str, ...], document: np.ndarray) -> np.ndarray:
+        (text,) = texts
+        return spans_of(0, document, *token_offsets(self.tokenizer, text))
+
+    def window_tokens(self, document: np.ndarray, window: Window) -> np.ndarray:
+        count = len(window.input_ids) - 2
+        return np.concatenate([[-1], np.arange(window.first, window.first + count), [-1]]).astype(np.int32)
 
     def token_types(self, windows: Sequence[Window]) -> None:
         """None: all token types are 0."""
@@ -164,6 +174,12 @@ class ClassificationTask(Task):
 
     def result_columns(self, outputs: np.ndarray, documents: Iterable[np.ndarray]) -> dict[str, pa.Array]:
         return self.labelling.columns(outputs)
+
+    def outcome(self, columns: dict[str, pa.Array], index: int) -> dict[str, Any]:
+        found = super().outcome(columns, index)
+        return found | {
+            name: dict(zip(self.labels, found[name])) for name in ("probabilities", "scores") if name in found
+        }
 
     def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
         return self.labelling.counts(columns)

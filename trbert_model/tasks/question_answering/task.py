@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ...errors import ConfigurationError
 from ..base import DEFAULTS, Task, TaskOptions, lists
-from ..text import BareTokenizer, encode_apart, pieces, token_ids
+from ..text import BareTokenizer, encode_apart, spans_of, token_ids, token_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,21 +147,17 @@ class QuestionAnsweringTask(Task):
         return [EncodedQuestion(question, known[context]) for question, context in zip(ids, contexts)]
 
     def _encode_questions(self, questions: Sequence[str]) -> list[np.ndarray]:
-        if self.tokenizer.spaces_count():  # then the first word has the same tokens as in the middle of a passage
-            questions = [f" {question.lstrip()}" if question.strip() else "" for question in questions]
-        return token_ids(self.tokenizer, questions)
+        return token_ids(self.tokenizer, [self._as_encoded(question) for question in questions])
+
+    def _as_encoded(self, question: str) -> str:
+        """The question with a space before it, if the first word then has the same tokens as within a passage."""
+        if not self.tokenizer.spaces_count():
+            return question
+        return f" {question.lstrip()}" if question.strip() else ""
 
     def _encode_context(self, text: str) -> EncodedContext:
-        ids: list[np.ndarray] = []
-        offsets: list[np.ndarray] = []
-        start = 0
-        for piece in pieces(text, self.tokenizer):
-            encoding = self.tokenizer.backend_tokenizer.encode_batch([piece], add_special_tokens=False)[0]
-            ids.append(np.asarray(encoding.ids, np.int32))
-            offsets.append(np.asarray(encoding.offsets, np.int32).reshape(-1, 2) + start)
-            start += len(piece)
-        where = np.concatenate(offsets)
-        return EncodedContext(text, np.concatenate(ids), where[:, 0], where[:, 1])
+        ids, offsets = token_offsets(self.tokenizer, text)
+        return EncodedContext(text, ids, offsets[:, 0], offsets[:, 1])
 
     def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> tuple[list[EncodedQuestion], dict[int, str]]:
         """As `Task.encode_rows`; each row is a question and a context."""
@@ -257,6 +253,24 @@ class QuestionAnsweringTask(Task):
                     contexts[index] = EncodedContext(text.as_py(), *(array.values.to_numpy() for array in arrays))
                 yield EncodedQuestion(question.values.to_numpy(), contexts[index])
 
+    def token_spans(self, texts: tuple[str, ...], document: EncodedQuestion) -> np.ndarray:
+        question, context = texts
+        encoded = self._as_encoded(question)
+        ids, offsets = token_offsets(self.tokenizer, encoded)
+        offsets = np.clip(offsets + len(question) - len(encoded), 0, None)
+        asked = spans_of(0, document.ids, ids, offsets)
+        ends = np.where(document.context.ends <= len(context), document.context.ends, document.context.starts)
+        told = np.stack([np.ones_like(ends), document.context.starts, ends], 1)
+        return np.concatenate([asked, told])
+
+    def window_tokens(self, document: EncodedQuestion, window: QuestionWindow) -> np.ndarray:
+        tokens = np.full(len(window.input_ids), -1, np.int32)
+        asked = len(document.ids)
+        tokens[1 : 1 + asked] = np.arange(asked)
+        first = asked + window.first
+        tokens[window.passage : window.passage + window.count] = np.arange(first, first + window.count)
+        return tokens
+
     def token_types(self, windows: Sequence[QuestionWindow]) -> list[np.ndarray]:
         """Each window's token type ids, int32 (tokens,)."""
         return [window.token_type_ids for window in windows]
@@ -304,6 +318,9 @@ class QuestionAnsweringTask(Task):
         if self.options.spans:
             columns["spans"] = pa.array(every, pa.list_(_SPAN))
         return columns
+
+    def answer(self, outcome: dict[str, Any]) -> tuple[int, int, int] | None:
+        return None if outcome["answer"] is None else (1, outcome["start_char"], outcome["end_char"])
 
     def counts(self, columns: dict[str, pa.Array]) -> dict[str, int]:
         """Questions by whether they have an answer."""

@@ -1,0 +1,233 @@
+"""A document with the number of layers that computed each of its tokens, as HTML and as text.
+
+Does not import torch, so that the driver of a run can show documents without a model.
+"""
+
+import functools
+import secrets
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .terminal import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from .tasks.base import Task
+
+NOT_READ = -1  # the layers of a token that is in no window, because the document was truncated
+_NO_TOKEN = -2
+
+
+class Run(NamedTuple):
+    """Consecutive characters whose tokens were computed by equally many layers; None: no token."""
+
+    text: str
+    layers: int | None
+    in_answer: bool
+
+
+class Level(NamedTuple):
+    """A number of layers after which tokens leave, the tokens that left then, and those computed by as many or more."""
+
+    layers: int
+    tokens: int
+    at_least: int
+
+
+@dataclass(frozen=True)
+class ExplainedText:
+    """A text and its tokens.
+
+    Attributes:
+        name: what the text is, such as "context".
+        text: the text, or its beginning.
+        starts, ends: the characters of each token are `text[start:end]`.
+        layers: number of layers that computed each token, or NOT_READ. For a token in several windows, the highest.
+        answer: start and end of the answer, if this text holds it.
+        left_out: number of further characters, which are not in `text`.
+    """
+
+    name: str
+    text: str
+    starts: list[int]
+    ends: list[int]
+    layers: list[int]
+    answer: tuple[int, int] | None = None
+    left_out: int = 0
+
+    def runs(self) -> list[Run]:
+        """The text in pieces. White space between two tokens of one piece belongs to it."""
+        layers = np.full(len(self.text), _NO_TOKEN)
+        tokens = list(zip(self.starts, self.ends, self.layers))
+        for start, end, count in tokens:  # several may stand for one character, in byte-level BPE
+            layers[start:end] = np.maximum(layers[start:end], count)
+        for (_, end, count), (start, _, following) in pairwise(tokens):
+            if count == following and self.text[end:start].isspace():
+                layers[end:start] = count
+        in_answer = np.zeros(len(self.text), bool)
+        if self.answer is not None:
+            in_answer[slice(*self.answer)] = True
+        changes = np.flatnonzero((np.diff(layers) != 0) | np.diff(in_answer)) + 1
+        bounds = [0, *changes.tolist(), len(self.text)] if self.text else [0]
+        return [
+            Run(
+                self.text[start:end], None if layers[start] == _NO_TOKEN else int(layers[start]), bool(in_answer[start])
+            )
+            for start, end in pairwise(bounds)
+        ]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A document, its result, and how many layers computed each of its tokens. It shows itself in notebooks.
+
+    Attributes:
+        texts: its texts with their tokens.
+        outcome: its result, by column.
+        num_layers: layers of the model.
+        reduction_layers: the layers before which tokens were dropped; empty for the dense model.
+        num_tokens, num_windows: of all windows, with special tokens and tokens that windows share.
+        kept_tokens: tokens kept by each reduction, counted in the same way.
+    """
+
+    texts: list[ExplainedText]
+    outcome: dict[str, Any]
+    num_layers: int
+    reduction_layers: list[int]
+    num_tokens: int
+    num_windows: int
+    kept_tokens: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        task: "Task",
+        texts: tuple[str, ...],
+        document: Any,
+        windows: list[tuple[Any, np.ndarray]],
+        outcome: dict[str, Any],
+        *,
+        num_layers: int,
+        reduction_layers: tuple[int, ...],
+        most_characters: int | None = None,
+    ) -> "Explanation":
+        """Combine a document with its windows and their layers, as recorded by `engine.Recording`.
+
+        Args:
+            texts: the row that the document was made of.
+            outcome: from `Task.outcome`.
+            most_characters: the number of characters to keep of each text. Default: all.
+        """
+        shown = tuple(text[:most_characters] for text in texts)
+        spans = task.token_spans(shown, document)
+        layers = np.full(len(spans), NOT_READ)
+        for window, computed in windows:
+            tokens = task.window_tokens(document, window)
+            np.maximum.at(layers, tokens[tokens >= 0], computed[tokens >= 0])
+        explained = []
+        answer = task.answer(outcome)
+        for i, (name, whole, text) in enumerate(zip(task.text_names(), texts, shown)):
+            own = (spans[:, 0] == i) & (spans[:, 1] < spans[:, 2])
+            starts, ends = spans[own, 1].tolist(), spans[own, 2].tolist()
+            span = answer[1:] if answer is not None and answer[0] == i else None
+            explained.append(
+                ExplainedText(name, text, starts, ends, layers[own].tolist(), span, len(whole) - len(text))
+            )
+        return cls(
+            texts=explained,
+            outcome=outcome,
+            num_layers=num_layers,
+            reduction_layers=list(reduction_layers),
+            num_tokens=sum(len(computed) for _, computed in windows),
+            num_windows=len(windows),
+            kept_tokens=[sum(int((counts > layer).sum()) for _, counts in windows) for layer in reduction_layers],
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Explanation":
+        """From the result of `dataclasses.asdict`, also after it was JSON."""
+        texts = [
+            ExplainedText(**{**text, "answer": text["answer"] and tuple(text["answer"])}) for text in values["texts"]
+        ]
+        return cls(**{**values, "texts": texts})
+
+    @property
+    def levels(self) -> list[Level]:
+        """The numbers of layers that can have computed a token, lowest first."""
+        counts = [count for text in self.texts for count in text.layers]
+        return [
+            Level(layers, counts.count(layers), sum(count >= layers for count in counts))
+            for layers in sorted({*self.reduction_layers, self.num_layers})
+        ]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The result and the numbers of tokens, as names and values."""
+        tokens = f"{self.num_tokens:,} in {self.num_windows:,} window{'s' * (self.num_windows != 1)}"
+        if self.reduction_layers:
+            tokens += "; kept " + ", then ".join(f"{count:,}" for count in self.kept_tokens)
+        return [*((name.replace("_", " "), _plain(value)) for name, value in self.outcome.items()), ("tokens", tokens)]
+
+    def to_text(self) -> str:
+        """The document for a terminal, with the tokens that all layers computed in [brackets]."""
+        lines = [f"{name:13} {value}" for name, value in self.facts()]
+        lines += [
+            f"{'' if i else 'computed by':13} {layers} of {self.num_layers} layers: {tokens:,} tokens"
+            for i, (layers, tokens, _) in enumerate(self.levels)
+        ]
+        for text in self.texts:
+            lines += ["", f"{text.name} ([computed by all layers]):"]
+            lines.append(
+                "".join(_bracketed(run.text) if run.layers == self.num_layers else run.text for run in text.runs())
+            )
+            if text.left_out:
+                lines.append(f"… and {text.left_out:,} more characters")
+        return printable("\n".join(lines))
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_html(self, title: str = "Surviving tokens") -> str:
+        """A page of its own, without references to other files."""
+        return templates().get_template("explanation_page.html").render(explanation=self, title=title)
+
+    def _repr_html_(self) -> str:
+        macros: Any = templates().get_template("explanation.html").module
+        # Radio buttons of one name exclude each other, and a notebook may show several explanations.
+        return str(macros.style()) + str(macros.shown(self, f"tokens-{secrets.token_hex(4)}"))
+
+
+@functools.cache
+def templates(*directories: Path) -> "Environment":
+    """The HTML templates of this package, and of further directories. Values are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    places = [*directories, Path(__file__).parent / "templates"]
+    return Environment(
+        loader=FileSystemLoader(places),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _bracketed(text: str) -> str:
+    """Brackets around a text, inside of white space at its ends."""
+    inner = text.strip()
+    return text.replace(inner, f"[{inner}]", 1) if inner else text
+
+
+def _plain(value: Any) -> str:
+    """A value of a result column as text."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(each) for each in value) or "none"
+    return "none" if value is None else str(value)
