@@ -161,6 +161,8 @@ def label_drift(labels: dict[str, int], before: dict[str, int]) -> list[str]:
 def last_labels(output: Storage, digest: str) -> dict[str, int]:
     """Label counts in the newest report of a run that scored documents with this model; empty if there is none."""
     for file in reversed(output.files(RUNS)):
+        if not file.path.endswith(".json"):  # the page of a run
+            continue
         try:
             report = json.loads(output.read(f"{RUNS}/{file.path.rsplit('/', 1)[-1]}"))
         except (ValueError, StorageError):  # reports are not part of the results, so skip damaged ones

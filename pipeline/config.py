@@ -84,6 +84,7 @@ class ScoreConfig:
     progress_interval: float = option(10.0, "seconds between progress lines")
     delete_removed: bool = option(False, "delete the results of shards that are no longer in the corpus")
     overwrite: bool = option(False, "replace an output made with another model or other options")
+    samples: bool = option(True, "show ten documents with their texts in the run's page; --no-samples leaves them out")
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")
 
     def __post_init__(self):

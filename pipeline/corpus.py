@@ -16,6 +16,7 @@ from .tables import Snapshot, find_tables, read_table, table_at
 MARKERS = "_shards"
 QUARANTINE = "_quarantine"
 RUNS = "_runs"
+SAMPLES = "_samples"
 IDENTITY = "_output.json"
 
 MAGIC = b"PAR1"  # the first bytes of a Parquet file

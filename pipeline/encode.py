@@ -6,6 +6,7 @@ Each row group is read once. Every split becomes one row of the Ray Data pipelin
 import base64
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from trbert_model.terminal import get_logger
 
 from .corpus import Shard
 from .errors import ShardError, StorageError
+from .highlights import choose_samples
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .partitions import Partitions
 from .report import SplitStats
@@ -63,6 +65,7 @@ class EncodeOptions:
         whole_bytes: shards up to this size are read in one or two requests and held in memory; of larger ones,
             `_READ_BYTES` of each column.
         most_passed_bytes: the limit for the passed columns of one split, of which several copies are in memory.
+        samples: number of documents of each shard to show in the run's page.
     """
 
     input: Storage
@@ -74,6 +77,7 @@ class EncodeOptions:
     partitions: Partitions = field(default_factory=Partitions)
     whole_bytes: int = 64 << 20
     most_passed_bytes: int = 2 << 30
+    samples: float = 0
 
 
 @dataclass
@@ -451,13 +455,17 @@ def rejected_table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _rejected_row(shard: str, row: int, identifier: pa.Scalar | None, reason: str, detail: str) -> dict[str, Any]:
-    name = None
-    if identifier is not None and identifier.is_valid:
-        try:
-            name = str(identifier.as_py())
-        except (ValueError, OverflowError):  # not UTF-8, or a date outside Python's range
-            name = _raw(identifier)
-    return {"shard": shard, "row": row, "id": name, "reason": reason, "detail": detail}
+    return {"shard": shard, "row": row, "id": printed(identifier), "reason": reason, "detail": detail}
+
+
+def printed(identifier: pa.Scalar | None) -> str | None:
+    """A row's id as text; None if it has none."""
+    if identifier is None or not identifier.is_valid:
+        return None
+    try:
+        return str(identifier.as_py())
+    except (ValueError, OverflowError):  # not UTF-8, or a date outside Python's range
+        return _raw(identifier)
 
 
 def _raw(value: pa.Scalar) -> str:
@@ -503,12 +511,16 @@ def _encode(
     documents = documents.filter(pa.array([problem is None for problem in problems], pa.bool_()))
     rejected = rejected_table(split.rejected)
     stats.count_bad(split.rejected)
+    good = [position for position, problem in enumerate(problems) if problem is None]
+    share = math.ceil(options.samples * split.rows / max(shard_rows, 1))
+    samples = choose_samples(split.texts, good, share, f"{shard.key} {shard.version} {split.index}")
     stats.tokenize_seconds = time.perf_counter() - started
     return _base_row(shard, shard_rows, split.index) | {
         "rows": split.rows,
         "payload": to_ipc(documents),
         "rejected": to_ipc(rejected),
         "stats": stats.to_json(),
+        "highlights": json.dumps({"samples": samples}),
     }
 
 

@@ -20,6 +20,7 @@ from .config import ScoreConfig, identity_defaults
 from .corpus import Location, Shard, find_input, read_corpus
 from .encode import EncodeOptions
 from .errors import UsageError
+from .highlights import SAMPLES
 from .manifest import SUCCESS
 from .model import ModelSource, fetch_model
 from .partitions import Partitions
@@ -130,8 +131,8 @@ class Job:
         output = self.output.fenced(fence)
         return replace(self, config=config, expectation=expectation, output=output, recorded=recorded)
 
-    def encode_options(self) -> EncodeOptions:
-        """The options of the readers."""
+    def encode_options(self, shards: int) -> EncodeOptions:
+        """The options of the readers of this many shards."""
         config, task = self.config, self.model.task
         if config.split_bytes is None:
             raise ValueError("the job is not divided")
@@ -143,6 +144,7 @@ class Job:
             passed_columns=config.passed_columns,
             partitions=self.partitions,
             split_bytes=config.split_bytes,
+            samples=SAMPLES / max(shards, 1) if config.samples else 0,
         )
 
     def predictor_arguments(self, placement: Placement) -> dict[str, Any]:
@@ -230,7 +232,8 @@ def _load(config: ScoreConfig, directory: Path) -> tuple[ModelSource, float]:
         raise UsageError(str(error)) from error
     window = loaded.config.usable_positions
     token_flops = float(dense_flops(loaded.config, np.array([window]))[0] / window)
-    return ModelSource(config.model, directory, digest, window, task), token_flops
+    layers, reductions = loaded.config.num_hidden_layers, tuple(loaded.config.reduction_layers)
+    return ModelSource(config.model, directory, digest, window, task, layers, reductions), token_flops
 
 
 def _dtypes(config: ScoreConfig, recorded: dict[str, Any] | None) -> list[str]:

@@ -25,6 +25,7 @@ class ModelSource:
         digest: SHA-256 of the files that decide the results.
         window: window length in tokens.
         task: the task of the model's head.
+        layers, reduction_layers: number of its layers, and those before which tokens are dropped.
     """
 
     uri: str
@@ -32,6 +33,8 @@ class ModelSource:
     digest: str
     window: int
     task: Task
+    layers: int = 0
+    reduction_layers: tuple[int, ...] = ()
 
 
 def fetch_model(uri: str) -> Path:

@@ -16,12 +16,14 @@ import ray
 
 from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ModelChangedError, TRBertError
+from trbert_model.explanation import Recording
 from trbert_model.tasks.base import DocumentResults, Task
 from trbert_model.terminal import get_logger
 
 from .choice import pick
-from .encode import TOKENIZER_FAILED, check_text, killed_row, rejected_table
+from .encode import TOKENIZER_FAILED, check_text, killed_row, printed, rejected_table
 from .errors import PipelineError, UsageError
+from .highlights import explain_samples, first_rejects
 from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, UnderWay, process_name
 from .model import ModelSource, fetch_model
 from .report import SplitStats
@@ -167,6 +169,13 @@ class TRBertPredictor:
         return {**spread, "error": pa.array(errors, pa.string())}
 
 
+def _by_length(results: DocumentResults) -> dict[str, list[int]]:
+    """Documents, their tokens, and those kept by each reduction, by the least power of two of their tokens."""
+    bounds = 2 ** np.ceil(np.log2(np.maximum(results.num_tokens, 1))).astype(np.int64)
+    counts = np.column_stack([np.ones_like(bounds), results.num_tokens, results.kept_tokens])
+    return {str(bound): counts[bounds == bound].sum(axis=0).tolist() for bound in np.unique(bounds)}
+
+
 class _StoppedError(Exception):
     """The run stops now, without finishing the split."""
 
@@ -243,7 +252,7 @@ class SplitPredictor(TRBertPredictor):
                 if WHOLE in entry.care.killers:
                     raise PipelineError(f"scoring it killed its process {entry.care.deaths} times")
                 entry.touch(WHOLE)
-                results, rejected, stats = self._results(row, split, entry)
+                results, rejected, stats, highlights = self._results(row, split, entry)
         except _StoppedError:
             return stopped_table(row)
         except Exception as error:
@@ -253,11 +262,13 @@ class SplitPredictor(TRBertPredictor):
         stats.predict_seconds = time.perf_counter() - clock
         span = ActorSplit(self.actor, self.loaded_seconds, start, start + stats.predict_seconds)
         total = SplitStats.from_json(row["stats"]) + stats
-        scored = {"payload": to_ipc(results), "rejected": to_ipc(rejected)}
+        scored = {"payload": to_ipc(results), "rejected": to_ipc(rejected), "highlights": json.dumps(highlights)}
         return split_table(row | scored | {"stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))})
 
-    def _results(self, row: dict[str, Any], split: pa.Table, entry: Entry) -> tuple[pa.Table, pa.Table, SplitStats]:
-        """Score a split; returns its results, its quarantined rows and its statistics."""
+    def _results(
+        self, row: dict[str, Any], split: pa.Table, entry: Entry
+    ) -> tuple[pa.Table, pa.Table, SplitStats, dict[str, Any]]:
+        """Score a split; returns its results, its quarantined rows, its statistics and its highlights."""
         shard = row["shard"]
         before = dataclasses.replace(self.engine.statistics)
         documents, rejected = from_ipc(split["payload"][0]), from_ipc(split["rejected"][0])
@@ -270,12 +281,15 @@ class SplitPredictor(TRBertPredictor):
             ]
             rejected = rejected_table(rejected.to_pylist() + rows)
         # By position, since a passed column may have the same name as the documents' column.
-        encoded = self._until_stopped(documents.column(documents.num_columns - 1), row, entry)
+        column = documents.column(documents.num_columns - 1)
+        encoded = self._until_stopped(column, row, entry)
+        samples = json.loads(row["highlights"] or "{}").get("samples", [])
+        recording = Recording({sample["position"] for sample in samples})
         if entry.care.one_at_a_time:
             scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
-            scored = self.engine.score(encoded)
+            scored = self.engine.score(encoded, recording=recording)
         # Read the column again, which copies no token ids, so that a long document is not held twice.
         kept = self.task.from_column(documents.column(documents.num_columns - 1))
         documents = documents.remove_column(documents.num_columns - 1)
@@ -298,10 +312,18 @@ class SplitPredictor(TRBertPredictor):
             dense_flops=float(scored.dense_flops.sum()),
             model_seconds=after.model_seconds - before.model_seconds,
             halved_batches=after.halved_batches - before.halved_batches,
+            by_length=_by_length(scored),
         )
         if killed:
             stats.count_bad(rows)
-        return pa.table(columns), rejected, stats
+        shown = self.task.from_column(column.take(pa.array([each["position"] for each in samples], pa.int64())))
+        samples = explain_samples(self.engine, samples, recording, shown, results)
+        for sample in samples:
+            sample |= {"shard": shard, "row": documents["row"][sample["position"]].as_py(), "id": None}
+            if self.id_column:
+                sample["id"] = printed(documents[self.id_column][sample["position"]])
+        highlights = {"samples": samples, "rejected": first_rejects(rejected, TOKENIZER_FAILED)}
+        return pa.table(columns), rejected, stats, highlights
 
     def _score_each(self, encoded: Iterator[Any], entry: Entry) -> DocumentResults:
         """Score the documents one at a time, to find one that kills the process; known ones are left out.

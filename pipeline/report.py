@@ -1,10 +1,10 @@
 """Statistics of a run: records of single splits, which add up to the run's report."""
 
 import dataclasses
+import itertools
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from trbert_model.terminal import clock, printable
 
 from .corpus import Shard
+from .highlights import Highlights
 from .ledger import UnderWay
 from .plan import Plan
 
@@ -39,6 +40,8 @@ class SplitStats:
     commit_seconds: float = 0.0
     halved_batches: int = 0
     storage_retries: int = 0
+    # Least power of two of a document's tokens → documents, their tokens, and those kept by each reduction.
+    by_length: dict[str, list[int]] = field(default_factory=dict)
 
     def count_bad(self, rows: list[dict[str, Any]]) -> None:
         """Count quarantined rows by reason."""
@@ -46,17 +49,8 @@ class SplitStats:
             self.bad_rows[row["reason"]] = self.bad_rows.get(row["reason"], 0) + 1
 
     def __add__(self, other: "SplitStats") -> "SplitStats":
-        summed: dict[str, Any] = {}
-        for item in dataclasses.fields(self):
-            mine, its = getattr(self, item.name), getattr(other, item.name)
-            if isinstance(mine, dict):
-                summed[item.name] = dict(Counter(mine) + Counter(its))
-            elif isinstance(mine, list):
-                longer, shorter = (mine, its) if len(mine) >= len(its) else (its, mine)
-                summed[item.name] = [a + b for a, b in zip(longer, shorter + [0] * (len(longer) - len(shorter)))]
-            else:
-                summed[item.name] = mine + its
-        return SplitStats(**summed)
+        names = [item.name for item in dataclasses.fields(self)]
+        return SplitStats(**{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
 
     @property
     def bad(self) -> int:
@@ -68,6 +62,15 @@ class SplitStats:
     @classmethod
     def from_json(cls, text: str) -> "SplitStats":
         return cls(**json.loads(text))
+
+
+def _sum(mine: Any, its: Any) -> Any:
+    """Add two numbers, lists by position, or dictionaries by key."""
+    if isinstance(mine, dict):
+        return mine | its | {key: _sum(mine[key], its[key]) for key in mine.keys() & its.keys()}
+    if isinstance(mine, list):
+        return [sum(pair) for pair in itertools.zip_longest(mine, its, fillvalue=0)]
+    return mine + its
 
 
 @dataclass
@@ -95,6 +98,7 @@ class RunStatistics:
         self.started = started  # seconds since the epoch
         self.finished: float | None = None
         self.total = SplitStats()
+        self.highlights = Highlights()
         self.splits = 0
         self.actors: dict[str, ActorSpan] = {}
         self.unreadable: dict[str, str] = {}
@@ -215,6 +219,10 @@ class RunStatistics:
             "text_bytes": total.text_bytes,
             "result_bytes": total.result_bytes,
             "kept_fractions": [kept / total.tokens for kept in total.kept_tokens] if total.tokens else [],
+            "kept_by_length": {
+                bound: {"documents": documents, "tokens": tokens, "kept_fractions": [n / max(tokens, 1) for n in kept]}
+                for bound, (documents, tokens, *kept) in sorted(total.by_length.items(), key=lambda item: int(item[0]))
+            },
             "flops": {
                 "spent": total.flops,
                 "dense": total.dense_flops,
@@ -241,6 +249,7 @@ class RunStatistics:
                 "computing_share": round(computed / presence, 4) if presence else None,
                 "halved_batches": total.halved_batches,
             },
+            **self.highlights.report(),
             **settings,
         }
 
@@ -283,6 +292,8 @@ def summary(report: dict[str, Any]) -> str:
                 + ", then ".join(f"{100 * fraction:.1f}%" for fraction in expected["kept_fractions"])
                 + f", {-expected['drop']:+.2f} points ({-high:+.2f} to {-low:+.2f}): {expected['asked']}"
             )
+    if page := report.get("page"):
+        lines.append(f"  page        {report['output'].rstrip('/')}/{page}")
     lines += [f"  warning     {warning}" for warning in report["warnings"]]
     if any(report["faults"].values()):
         faults = report["faults"]

@@ -23,6 +23,7 @@ SPLIT_SCHEMA = pa.schema(
         ("payload", pa.large_binary()),
         ("rejected", pa.large_binary()),
         ("stats", pa.string()),
+        ("highlights", pa.string()),  # what the run's page shows of it, see `highlights`, as JSON
         ("actor", pa.string()),  # which actor scored it and when, `predict.ActorSplit` as JSON
         ("committed", pa.string()),  # what was published, `commit.Committed` as JSON
         ("error", pa.string()),  # why a stage failed, for people
@@ -56,7 +57,9 @@ def stopped_table(row: dict[str, Any]) -> pa.Table:
 
 
 def _failed_table(row: dict[str, Any], reason: str, kind: ErrorKind) -> pa.Table:
-    return split_table({**row, "payload": None, "rejected": None, "error": reason, "error_kind": kind})
+    return split_table(
+        {**row, "payload": None, "rejected": None, "highlights": None, "error": reason, "error_kind": kind}
+    )
 
 
 def to_ipc(table: pa.Table) -> bytes:

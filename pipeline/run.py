@@ -17,18 +17,20 @@ from trbert_model.terminal import get_logger
 from .choice import kept_drift, label_drift, last_labels
 from .commit import Committed, bind_output, output_identity, settle_done, write_marker
 from .config import ScoreConfig, identity_defaults
-from .corpus import MARKERS, RUNS, Shard
+from .corpus import MARKERS, RUNS, SAMPLES, Shard
 from .deaths import write_deaths
 from .errors import LeaseLostError, PipelineError, StoppedError, StorageError, UsageError
 from .job import Job, make_job
 from .lock import OutputLock
 from .manifest import SUCCESS, Marker, read_markers, write_manifest
+from .page import earlier_reports, write_page
 from .placement import Placement, auto_dtype, place_actors
 from .plan import Plan, make_plan
 from .ray_start import RayStart, first_line
 from .report import RunStatistics, SplitStats
 from .rows import ErrorKind
 from .stopping import StopRequest
+from .storage import Storage
 from .stream import COMMIT_CPUS, READER_CPUS, Patience, Stream, say
 
 logger = get_logger(__name__)
@@ -187,6 +189,7 @@ class _Run:
         Args:
             placement: placement of the actors; None if there is nothing to do.
         """
+        earlier = self.marker_writers.submit(earlier_reports, self.output)
         labels_before = last_labels(self.output, self.job.model.digest) if self.plan.pending else {}
         if self.plan.complete:
             say(f"{len(self.plan.complete)} of {len(self.plan.complete) + len(self.plan.pending)} shards are complete")
@@ -214,13 +217,26 @@ class _Run:
             report = self.statistics.report(status=status, exit_code=code, settings=self._settings(placement))
             report["warnings"] = kept_drift(report["kept_fractions"], self.job.expectation)
             report["warnings"] += label_drift(report["labels"], labels_before)
+            report["page"] = f"{RUNS}/{self.run_id}.html"
+            output = self.output.fenced(lambda: None)
             try:
                 # No other run writes this name, so a run that has lost the output may write it too.
-                output = self.output.fenced(lambda: None)
                 output.write(f"{RUNS}/{self.run_id}.json", json.dumps(report, indent=1).encode())
             except StorageError as error:  # still return the report, and do not replace an error that is being raised
                 logger.error("the run report is not in the output: %s", error)
+            self._write_page(output, report, earlier)
         return report
+
+    def _write_page(self, output: Storage, report: dict[str, Any], earlier: Future) -> None:
+        """Write the page beside the report. It is for people only, so no error of it counts."""
+        samples = self.statistics.highlights.samples
+        try:
+            if samples:
+                output.write(f"{SAMPLES}/{self.run_id}.json", json.dumps(samples).encode())
+            write_page(output, report, earlier.result(), samples)
+        except Exception as error:  # noqa: BLE001
+            report["page"] = None
+            logger.warning("the run's page is not in the output: %s: %s", type(error).__name__, error)
 
     def _open_manifest(self) -> bool:
         """Return whether `_SUCCESS` is valid; if it is not, delete it and the invalid markers."""
@@ -295,9 +311,12 @@ class _Run:
             for index in [index for index in progress.splits if index >= row["num_splits"]]:
                 del progress.splits[index]  # not a split of this shard
         if row["index"] >= 0:
-            progress.splits[row["index"]] = Committed(**json.loads(row["committed"]))
+            committed = Committed(**json.loads(row["committed"]))
+            progress.splits[row["index"]] = committed
+            stats = SplitStats.from_json(row["stats"])
+            self.statistics.highlights.add(row, committed.object, stats.documents, stats.tokens)
             self.statistics.add_split(
-                SplitStats.from_json(row["stats"]),
+                stats,
                 progress.shard,
                 row["rows"],
                 row["shard_rows"],
@@ -347,7 +366,12 @@ class _Run:
         return {
             "input": config.input,
             "output": config.output,
-            "model": {"uri": config.model, "digest": model.digest},
+            "model": {
+                "uri": config.model,
+                "digest": model.digest,
+                "layers": model.layers,
+                "reduction_layers": list(model.reduction_layers) if config.reduce else [],
+            },
             "options": config.identity(),
             "expectation": expectation.as_dict() if expectation else None,
             "placement": placement.as_dict() if placement else None,

@@ -100,7 +100,7 @@ class Stream:
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=READER_CPUS,
-                fn_kwargs={"options": job.encode_options(), "ledger": ledger},
+                fn_kwargs={"options": job.encode_options(len(pending)), "ledger": ledger},
             )
             .map_batches(
                 SplitPredictor,

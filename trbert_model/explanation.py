@@ -5,7 +5,8 @@ Does not import torch, so that the driver of a run can show documents without a 
 
 import functools
 import secrets
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 
 NOT_READ = -1  # the layers of a token that is in no window, because the document was truncated
 _NO_TOKEN = -2
+
+
+@dataclass
+class Recording:
+    """Which layers computed the tokens of some documents, see `Engine.score`.
+
+    Attributes:
+        documents: indices of the documents to record.
+        windows: of each of them, its windows in order, with the number of layers that computed each of their tokens,
+            int16 (tokens,).
+    """
+
+    documents: Collection[int]
+    windows: dict[int, list[tuple[Any, np.ndarray]]] = field(default_factory=dict)
 
 
 class Run(NamedTuple):
@@ -114,30 +129,28 @@ class Explanation:
         *,
         num_layers: int,
         reduction_layers: tuple[int, ...],
-        most_characters: int | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> "Explanation":
-        """Combine a document with its windows and their layers, as recorded by `engine.Recording`.
+        """Combine a document with its windows and their layers, as in a `Recording`.
 
         Args:
-            texts: the row that the document was made of.
+            texts: the row that the document was made of, or the beginnings of its texts.
             outcome: from `Task.outcome`.
-            most_characters: the number of characters to keep of each text. Default: all.
+            lengths: numbers of characters of the whole texts. Default: of `texts`.
         """
-        shown = tuple(text[:most_characters] for text in texts)
-        spans = task.token_spans(shown, document)
+        spans = task.token_spans(texts, document)
         layers = np.full(len(spans), NOT_READ)
         for window, computed in windows:
             tokens = task.window_tokens(document, window)
             np.maximum.at(layers, tokens[tokens >= 0], computed[tokens >= 0])
         explained = []
         answer = task.answer(outcome)
-        for i, (name, whole, text) in enumerate(zip(task.text_names(), texts, shown)):
+        for i, (name, text) in enumerate(zip(task.text_names(), texts)):
             own = (spans[:, 0] == i) & (spans[:, 1] < spans[:, 2])
             starts, ends = spans[own, 1].tolist(), spans[own, 2].tolist()
             span = answer[1:] if answer is not None and answer[0] == i else None
-            explained.append(
-                ExplainedText(name, text, starts, ends, layers[own].tolist(), span, len(whole) - len(text))
-            )
+            left_out = lengths[i] - len(text) if lengths else 0
+            explained.append(ExplainedText(name, text, starts, ends, layers[own].tolist(), span, left_out))
         return cls(
             texts=explained,
             outcome=outcome,
@@ -170,7 +183,7 @@ class Explanation:
         tokens = f"{self.num_tokens:,} in {self.num_windows:,} window{'s' * (self.num_windows != 1)}"
         if self.reduction_layers:
             tokens += "; kept " + ", then ".join(f"{count:,}" for count in self.kept_tokens)
-        return [*((name.replace("_", " "), _plain(value)) for name, value in self.outcome.items()), ("tokens", tokens)]
+        return [*((name.replace("_", " "), plain(value)) for name, value in self.outcome.items()), ("tokens", tokens)]
 
     def to_text(self) -> str:
         """The document for a terminal, with the tokens that all layers computed in [brackets]."""
@@ -222,12 +235,12 @@ def _bracketed(text: str) -> str:
     return text.replace(inner, f"[{inner}]", 1) if inner else text
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value of a result column as text."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {plain(each)}" for name, each in value.items())
     if isinstance(value, list):
-        return ", ".join(_plain(each) for each in value) or "none"
+        return ", ".join(plain(each) for each in value) or "none"
     return "none" if value is None else str(value)

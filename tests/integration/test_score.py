@@ -1,7 +1,10 @@
 """Whole runs: a real S3 server, a real Ray cluster of three nodes, the tiny model, every row accounted for."""
 
 import contextlib
+import html
 import json
+import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -146,7 +149,27 @@ def test_running_again_computes_nothing(finished, model_uri, s3, capfd):
     assert "3 of 3 shards are complete" in capfd.readouterr().err
     after = {key: s3.client.head_object(Bucket=bucket, Key=key)["LastModified"] for key in data_keys(s3, bucket)}
     assert {key: after[key] for key in before} == before
-    assert [key for key in after if key not in before] == [f"out/_runs/{report['run']}.json"]
+    new = [key for key in after if key not in before]
+    assert new == [f"out/_runs/{report['run']}.{kind}" for kind in ("html", "json")]
+
+
+def test_a_page_shows_each_run_and_none_is_needed(finished, first_run, model_uri, monkeypatch, caplog):
+    _, report = first_run
+    output = Storage(f"{finished}/out")
+    page = output.read(report["page"]).decode()
+    assert f"Run {report['run']}: complete" in page
+    samples = json.loads(output.read(f"_samples/{report['run']}.json"))
+    assert len(samples) == 10
+    visible = html.unescape(re.sub(r"<[^>]*>", "", page))
+    assert all(sample["explanation"]["texts"][0]["text"] in visible for sample in samples)
+    assert report["rejected_rows"]["null"][0]["object"] in page
+    assert sum(report["timeline"]["documents"]) == pytest.approx(report["documents"], abs=5)
+    monkeypatch.setitem(sys.modules, "pygal", None)  # as if it were not installed
+    again = score(config(finished, model_uri))
+    assert (again["exit_code"], again["page"]) == (0, None)
+    assert json.loads(output.read(f"_runs/{again['run']}.json"))["documents"] == 0
+    assert output.read_if_there(f"_runs/{again['run']}.html") is None
+    assert "the run's page is not in the output" in caplog.text
 
 
 def test_a_rerun_finishes_what_is_missing(finished, model_uri):

@@ -31,4 +31,4 @@ def test_no_command_imports_torch_or_ray_to_say_what_its_options_are(job, argume
 
 
 def test_every_command_is_looked_at():
-    assert JOBS == ["compact", "convert", "evaluate", "explain", "score", "train", "verify"]
+    assert JOBS == ["compact", "convert", "evaluate", "explain", "report", "score", "train", "verify"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import trbert_model
 from tests.conftest import TINY, WORDS, tiny_classifier, tiny_tokenizer
 from trbert_model import ConfigurationError, Explanation, InputError, TRBertConfig, TRBertForQuestionAnswering
-from trbert_model.engine import Engine, EngineOptions, Recording
-from trbert_model.explanation import NOT_READ, ExplainedText
+from trbert_model.engine import Engine, EngineOptions
+from trbert_model.explanation import NOT_READ, ExplainedText, Recording
 
 TEXT = "The good news, of a game — 中 bank\r\n and café banking.  Fine <b>sport</b>"
 
@@ -160,6 +160,13 @@ def test_texts_and_labels_cannot_add_html():
         assert page.count("</style>") == page.count("<style>")
 
 
+def test_a_notebook_may_show_an_explanation_twice():
+    explanation = trbert_model.explain(ENGINE, TEXT)
+    groups = [set(re.findall(r'type="radio" name="([^"]+)"', explanation._repr_html_())) for _ in range(2)]
+    assert [len(group) for group in groups] == [1, 1]
+    assert groups[0] != groups[1]
+
+
 def test_an_explanation_survives_json():
     for explanation in (trbert_model.explain(ENGINE, TEXT), trbert_model.explain(answering(), "good", TEXT)):
         assert Explanation.from_dict(json.loads(json.dumps(dataclasses.asdict(explanation)))) == explanation
@@ -169,7 +176,8 @@ def test_only_the_beginning_of_a_long_text_is_kept():
     documents, _ = ENGINE.task.encode_rows([("banking good " * 50,)])
     recording = Recording({0})
     ENGINE.score(documents, recording=recording)
-    kept = ENGINE.explanation(("banking good " * 50,), documents[0], recording.windows[0], {}, most_characters=16)
+    beginning = ("banking good " * 50)[:16]
+    kept = ENGINE.explanation((beginning,), documents[0], recording.windows[0], {}, lengths=(650,))
     (text,) = kept.texts
     assert (text.text, text.left_out) == ("banking good ban", 650 - 16)
     assert [text.text[start:end] for start, end in zip(text.starts, text.ends)] == ["bank", "ing", "good"]

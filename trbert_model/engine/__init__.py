@@ -9,16 +9,15 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .options import EngineOptions
-    from .scoring import Engine, EngineStatistics, OutOfMemoryError, Recording
+    from .scoring import Engine, EngineStatistics, OutOfMemoryError
 
 _MODULES = {
     "Engine": "scoring",
     "EngineOptions": "options",
     "EngineStatistics": "scoring",
     "OutOfMemoryError": "scoring",
-    "Recording": "scoring",
 }
 
-__all__ = ["Engine", "EngineOptions", "EngineStatistics", "OutOfMemoryError", "Recording"]
+__all__ = ["Engine", "EngineOptions", "EngineStatistics", "OutOfMemoryError"]
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from ..checkpoints.loading import LoadedModel
 from ..errors import ConfigurationError, InputError
-from ..explanation import Explanation
+from ..explanation import Explanation, Recording
 from .options import EngineOptions
-from .scoring import Engine, Recording
+from .scoring import Engine
 
 
 def explain(

@@ -7,7 +7,7 @@ the number and lengths of the documents.
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..backbones.fused import packs_weights
 from ..checkpoints.loading import load_model
 from ..configuration import TRBertConfig
 from ..errors import InputError, TRBertError
-from ..explanation import Explanation
+from ..explanation import Explanation, Recording
 from ..flops import dense_flops, reduced_flops
 from ..modeling import TRBertPreTrainedModel, fuse_for_inference
 from ..reduction.policies import ThresholdPolicy
@@ -53,20 +53,6 @@ class EngineStatistics:
     batches: int = 0
     model_seconds: float = 0.0
     halved_batches: int = 0
-
-
-@dataclass
-class Recording:
-    """Which layers computed the tokens of some documents, see `Engine.score`.
-
-    Attributes:
-        documents: indices of the documents to record.
-        windows: of each of them, its windows in order, with the number of layers that computed each of their tokens,
-            int16 (tokens,).
-    """
-
-    documents: Collection[int]
-    windows: dict[int, list[tuple[Any, np.ndarray]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -220,7 +206,7 @@ class Engine:
         document: Any,
         windows: list[tuple[Any, np.ndarray]],
         outcome: dict[str, Any],
-        most_characters: int | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Explanation:
         """What a `Recording` says of a document; see `Explanation.of`."""
         layers = tuple(self.config.reduction_layers) if self.options.reduce else ()
@@ -232,7 +218,7 @@ class Engine:
             outcome,
             num_layers=self.config.num_hidden_layers,
             reduction_layers=layers,
-            most_characters=most_characters,
+            lengths=lengths,
         )
 
     def _compute(
