@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos audit gpu-check benchmarks peers clean
+.PHONY: demo test chaos audit gpu-check benchmarks peers pictures clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
-test: .venv/installed
+test: .venv/installed .venv/browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -45,6 +45,18 @@ build/demo/model/config.json: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# 250 MB that only the tests of pages need; without it they are skipped, but not in CI.
+.venv/browser: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]' || echo "There is no browser for this machine: see tests/look"
+	touch $@
+
+# The pictures of the documentation.
+pictures: .venv/browser build/demo/scores/_SUCCESS
+	$(BIN)/python -m tests.look.pictures
+
+build/demo/scores/_SUCCESS: .venv/installed
+	$(BIN)/python examples/demo.py
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
