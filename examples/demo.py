@@ -1,6 +1,6 @@
 """`make demo`: classify BBC News articles that the model has never seen, with a TR-BERT that drops tokens, on Ray Data.
 
-Prints and runs three commands, and then shows their results.
+Prints and runs three commands, shows their results, and then which tokens of an article all layers computed.
 """
 
 import os
@@ -36,6 +36,12 @@ def show(scores: Path) -> None:
     print(f"\nAgreement with the BBC's own topics: {100 * accuracy:.1f}% of {len(results)} articles")
 
 
+def first_article(corpus: Path) -> str:
+    import pyarrow.dataset
+
+    return pyarrow.dataset.dataset(corpus, format="parquet").head(6, columns=["text"])["text"][5].as_py().decode()
+
+
 def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
@@ -45,6 +51,10 @@ def main() -> None:
     run("jobs/convert.py", str(backbone), str(DEMO / "model"), "--adapter", "examples/bbc-news/adapter")
     run("jobs/score.py", "--config", "examples/bbc-news/score.yaml")
     show(DEMO / "scores")
+    article, page = DEMO / "article.txt", DEMO / "explain.html"
+    article.write_text(first_article(DEMO / "corpus/held-out"), encoding="utf-8")
+    run("jobs/explain.py", str(article), "--model", str(DEMO / "model"), "--html", str(page))
+    print(f"\nTo look at: {page}, and the page of the run in {DEMO / 'scores/_runs'}")
 
 
 if __name__ == "__main__":
