@@ -238,7 +238,7 @@ def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit
         split, row = RawSplit(0), 0
         for batch in _batches(parquet, columns, options.split_bytes):
             columns_of_text = [
-                (name, batch.column(name), _as_binary(batch.column(name))) for name in options.text_columns
+                (name, batch.column(name), as_binary(batch.column(name))) for name in options.text_columns
             ]
             passed = _passed(batch, options.passed_columns, fixed)
             start = 0
@@ -406,7 +406,7 @@ def _together(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return whole
 
 
-def _as_binary(column: pa.Array) -> pa.Array | None:
+def as_binary(column: pa.Array) -> pa.Array | None:
     """Cast a string or binary column to large_binary without validating it; None for other types."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
@@ -437,6 +437,10 @@ def check_text(value: Any, what: str = "text") -> tuple[str | None, str, str]:
             return None, "undecodable", f"byte {error.start} of the {what} is not UTF-8: {error.reason}"
     if not isinstance(value, str):
         return None, "wrong_type", f"the {what} is of type {type(value).__name__}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return None, "undecodable", f"character {error.start} of the {what} is half of a surrogate pair"
     if not value.strip():
         return None, "empty", f"the {what} is empty or white space"
     return value, "", ""

@@ -21,7 +21,7 @@ from trbert_model.tasks.base import DocumentResults, Task
 from trbert_model.terminal import get_logger
 
 from .choice import pick
-from .encode import TOKENIZER_FAILED, check_text, killed_row, printed, rejected_table
+from .encode import TOKENIZER_FAILED, as_binary, check_text, killed_row, printed, rejected_table
 from .errors import PipelineError, UsageError
 from .highlights import explain_samples, first_rejects
 from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, UnderWay, process_name
@@ -68,7 +68,13 @@ class TRBertPredictor:
             TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
 
     Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row is returned: if a text cannot be
-    scored (null, empty or not text), the results are null and `error` says why; otherwise `error` is null.
+    scored (null, empty or not text), the results are null and `error` says why; otherwise `error` is null. None, NaN,
+    NaT and pd.NA are null.
+
+    The types of the result columns do not depend on a batch's rows, so that the blocks of a dataset fit together.
+    Pandas frames get columns of `pd.ArrowDtype`. In a numpy dictionary the results are numpy arrays (floats, and
+    objects with None for null); in Ray's actors they are pyarrow arrays, because Ray Data would infer the type of a
+    numpy array from its values.
 
     Args:
         model: directory or URI of a TR-BERT model.
@@ -77,11 +83,13 @@ class TRBertPredictor:
         threads: torch threads; default: torch's own.
         speedup, max_drop: take the thresholds from the model's calibration table, as jobs/score.py does.
         digest: the digest that the model must have; a scoring run passes it to its actors.
+        prefix: what the names of the result columns begin with.
         options: the arguments of `trbert_model.engine.EngineOptions`, including the task's (`probabilities`, `spans`,
             …).
 
     Raises:
-        UsageError: there is no such model, its calibration table does not fit, or a batch lacks a column with texts.
+        UsageError: there is no such model, its calibration table does not fit, a batch lacks a column with texts, or
+            one of its columns is named like a result column.
         StorageError: the model cannot be read.
     """
 
@@ -95,6 +103,7 @@ class TRBertPredictor:
         speedup: float | None = None,
         max_drop: float | None = None,
         digest: str | None = None,
+        prefix: str = "",
         **options: Any,
     ):
         # The driver imports this module too, and needs neither torch nor the model's code, whose import takes seconds.
@@ -119,31 +128,40 @@ class TRBertPredictor:
         self.task = self.engine.task
         names = {"text_column": text_column, "question_column": question_column, "context_column": context_column}
         self.text_columns = tuple(names[option] for option in self.task.text_options)
+        self.prefix = prefix
         self.loaded_seconds = time.perf_counter() - started
 
     def __call__(self, batch: Any) -> Any:
         if isinstance(batch, pa.Table):
-            self._require_texts(batch.column_names)
-            columns = self._score([batch[name].to_pylist() for name in self.text_columns])
-            table = batch.drop_columns([name for name in columns if name in batch.column_names])
-            for name, column in columns.items():
+            self._check_columns(batch.column_names)
+            table = batch
+            for name, column in self._results_of([_cells(batch[name]) for name in self.text_columns]).items():
                 table = table.append_column(name, column)
             return table
+        self._check_columns(list(batch))
+        columns = self._results_of([list(batch[name]) for name in self.text_columns])
         if isinstance(batch, pd.DataFrame):
-            self._require_texts(list(batch.columns))
-            texts = [
-                [None if text is None or text is pd.NA or text != text else text for text in batch[name]]
-                for name in self.text_columns
-            ]
-            columns = self._score(texts)
-            return batch.assign(**{name: column.to_pandas().to_numpy() for name, column in columns.items()})
-        self._require_texts(list(batch))
-        columns = self._score([list(batch[name]) for name in self.text_columns])
-        return {**batch, **{name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}}
+            return batch.assign(**{name: pd.arrays.ArrowExtensionArray(column) for name, column in columns.items()})
+        in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+        return {**batch, **(columns if in_actor else {name: _as_numpy(column) for name, column in columns.items()})}
 
-    def _require_texts(self, names: list[str]) -> None:
-        if missing := [name for name in self.text_columns if name not in names]:
-            raise UsageError(f"no column {missing[0]!r} in the batch; its columns are {names}")
+    def _check_columns(self, names: list[Any]) -> None:
+        for name in self.text_columns:
+            if names.count(name) != 1:
+                count = f"{names.count(name)} columns" if name in names else "no column"
+                raise UsageError(f"{count} {name!r} in the batch; its columns are {names}")
+        results = (*self.task.result_names, "num_tokens", "num_windows", "kept_tokens", "error")
+        if taken := sorted({self.prefix + name for name in results} & set(names)):
+            raise UsageError(
+                f"columns {taken} of the batch are named like columns of the results; rename them or pass prefix="
+            )
+
+    def _results_of(self, columns: list[list[Any]]) -> dict[str, pa.Array]:
+        """`_score` on cells as users have them, with the prefixed names."""
+        texts = [
+            [None if pd.api.types.is_scalar(cell) and pd.isna(cell) else cell for cell in cells] for cells in columns
+        ]
+        return {self.prefix + name: column for name, column in self._score(texts).items()}
 
     def _score(self, columns: list[list[Any]]) -> dict[str, pa.Array]:
         """Score columns of values, some of which may not be text; returns the result columns and `error`."""
@@ -174,6 +192,28 @@ def _by_length(results: DocumentResults) -> dict[str, list[int]]:
     bounds = 2 ** np.ceil(np.log2(np.maximum(results.num_tokens, 1))).astype(np.int64)
     counts = np.column_stack([np.ones_like(bounds), results.num_tokens, results.kept_tokens])
     return {str(bound): counts[bounds == bound].sum(axis=0).tolist() for bound in np.unique(bounds)}
+
+
+def _cells(column: pa.ChunkedArray) -> list[Any]:
+    """The cells of a batch's column: texts as bytes, because they may not be UTF-8, and its type for all others."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    cells: list[Any] = []
+    for chunk in column.chunks:
+        if (texts := as_binary(chunk)) is None:
+            return [None if null else kind for null in column.is_null(nan_is_null=True).to_pylist()]
+        cells += texts.to_pylist()
+    return cells
+
+
+def _as_numpy(column: pa.Array) -> np.ndarray:
+    """Convert a result column to numpy: nulls become NaN in floating-point columns, and None in all others."""
+    if pa.types.is_floating(column.type):
+        return column.to_numpy(zero_copy_only=False)
+    values = np.empty(len(column), object)
+    values[:] = column.to_pylist()
+    return values
 
 
 class _StoppedError(Exception):

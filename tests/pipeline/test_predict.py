@@ -1,11 +1,14 @@
 """The predictor: result rows for splits, and batches of every format for notebooks."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import ray
+from ray.data.block import BlockAccessor
 
 from pipeline import TRBertPredictor, UsageError
 from pipeline.encode import read_shards, shard_groups
@@ -56,6 +59,99 @@ def test_every_row_of_a_batch_comes_back_scored_or_with_its_error(predictor, nam
     assert pd.isna(rows[1]["label"])
 
 
+def objects(*cells):
+    """A numpy column of these cells, whatever they are."""
+    column = np.empty(len(cells), object)
+    column[:] = [*cells]
+    return column
+
+
+@pytest.mark.parametrize(
+    ("cell", "error"),
+    [
+        *((null, "null") for null in (None, np.nan, np.float32("nan"), pd.NA, pd.NaT)),
+        *((text, "empty") for text in ("", " \t\n", b"")),
+        *((text, "undecodable") for text in ("bad \ud83d", "\udcff", b"bad \xff")),
+        *((value, "wrong_type") for value in (5, 0.5, True, ["good"], {"a": 1}, np.array(["a", "b"]), np.zeros(0))),
+        *((text, None) for text in (b"good", np.str_("good"), "\U0001f642")),
+    ],
+    ids=ascii,
+)
+def test_a_cell_that_is_no_text_is_that_rows_error(predictor, cell, error):
+    column = np.empty(3, object)
+    column[0], column[1], column[2] = "good", cell, "bad"
+    for batch in ({"text": column}, pd.DataFrame({"text": pd.Series(column, dtype=object)})):
+        scored = predictor(batch)
+        assert [None if pd.isna(each) else each for each in scored["error"]] == [None, error, None]
+        assert [pd.isna(label) for label in scored["label"]] == [False, error is not None, False]
+
+
+@pytest.mark.parametrize(
+    ("column", "errors"),
+    [
+        (pa.array([b"good", b"\xff"]), [None, "undecodable"]),
+        (pa.array([b"good", b"\xff"]).cast(pa.binary_view()), [None, "undecodable"]),
+        (pa.StringArray.from_buffers(2, *pa.array([b"good", b"\xff"]).buffers()[1:]), [None, "undecodable"]),
+        (pa.array(["good", None, " "]).dictionary_encode(), [None, "null", "empty"]),
+        (pa.array(["good", None], pa.large_string()), [None, "null"]),
+        (pa.array([1, None]), ["wrong_type", "null"]),
+        (pa.array([0.5, float("nan"), None]), ["wrong_type", "null", "null"]),
+        (pa.array([["good"], None]), ["wrong_type", "null"]),
+        (pa.array([2**62], pa.timestamp("s")), ["wrong_type"]),
+        (pa.nulls(2), ["null", "null"]),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_an_arrow_column_of_any_type_is_taken(predictor, column, errors):
+    scored = predictor(pa.table({"text": pa.chunked_array([column, column.slice(0, 0)])}))
+    assert scored["error"].to_pylist() == errors
+    assert scored["label"].is_null().to_pylist() == [error is not None for error in errors]
+
+
+TYPES = {
+    "label": pa.string(),
+    "score": pa.float32(),
+    "probabilities": pa.list_(pa.float32()),
+    "num_tokens": pa.int64(),
+    "num_windows": pa.int32(),
+    "kept_tokens": pa.list_(pa.int32()),
+    "error": pa.string(),
+}
+
+
+@pytest.mark.parametrize("name", ["numpy", "pandas", "pyarrow"])
+@pytest.mark.parametrize("rows", [[None, ""], ["good"], ["good", None, "bad news"], []], ids=str)
+def test_result_columns_have_the_same_types_whatever_the_rows(predictor, monkeypatch, name, rows):
+    """As blocks of Ray Data, so that datasets can be joined and written."""
+    column = objects(*rows)
+    batch = {"numpy": {"text": column}, "pandas": pd.DataFrame({"text": column}, dtype=object)}.get(name)
+    direct = predictor({"text": column})
+    assert {each: direct[each].dtype for each in TYPES} == {
+        each: np.dtype(np.float32 if each == "score" else object) for each in TYPES
+    }
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: "an actor"))
+    scored = predictor(pa.table({"text": pa.array(rows, pa.string())}) if batch is None else batch)
+    block = BlockAccessor.for_block(BlockAccessor.batch_to_block(scored)).to_arrow()
+    assert {each: block.schema.field(each).type for each in TYPES} == TYPES
+    assert block.num_rows == len(rows)
+
+
+@pytest.mark.parametrize("name", ["numpy", "pandas", "pyarrow"])
+def test_no_column_of_the_input_is_overwritten(predictor, model_directory, name):
+    columns = {"text": ["good"], "score": [7], "error": ["mine"]}
+    batch = {
+        "numpy": {key: np.array(values, object) for key, values in columns.items()},
+        "pandas": pd.DataFrame(columns),
+        "pyarrow": pa.table(columns),
+    }[name]
+    with pytest.raises(UsageError, match=r"columns \['error', 'score'\] of the batch are named like .* prefix="):
+        predictor(batch)
+    (row,) = as_rows(TRBertPredictor(str(model_directory), prefix="model_", device="cpu")(batch))
+    assert (row["score"], row["error"], row["model_label"] in predictor.task.labels) == (7, "mine", True)
+    assert list(row)[3:] == [f"model_{each}" for each in TYPES if each != "probabilities"]
+
+
 def test_a_predictor_takes_no_other_model_than_the_one_it_is_told(model_directory, answering_model):
     digest = model_digest(model_directory)
     assert list(TRBertPredictor(str(model_directory), digest=digest, device="cpu").task.labels) == [
@@ -78,6 +174,8 @@ def test_a_batch_of_nothing_but_bad_rows(predictor):
 
 
 def test_a_missing_text_column_is_named(predictor):
+    with pytest.raises(UsageError, match="2 columns 'text' in the batch"):
+        predictor(pa.table([["a"], ["b"]], names=["text", "text"]))
     with pytest.raises(UsageError, match=r"no column 'text' in the batch; its columns are \['body'\]"):
         predictor({"body": np.array(["x"])})
 
