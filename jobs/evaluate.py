@@ -16,7 +16,7 @@ from pathlib import Path
 from jobs.command import run_command
 from pipeline.errors import UsageError
 from pipeline.model import fetch_model
-from pipeline.storage import Storage, open_file
+from pipeline.storage import Storage
 from trbert_model.calibration.table import FILE, SPEEDUPS, Calibration, OperatingPoint, calibration_key, with_table
 from trbert_model.card import CARD, write_card
 from trbert_model.options import LabelledColumns, option, parse_options
@@ -28,11 +28,17 @@ from trbert_model.terminal import printable
 class EvaluateConfig(LabelledColumns):
     """The options of an evaluation."""
 
-    model: str = option("", "directory or URI of a TR-BERT model")
-    corpus: str = option("", "Parquet file or URI with labelled documents; for questions also SQuAD's JSON")
+    model: str = option("", "directory or URI of a TR-BERT model", path=True)
+    corpus: str = option(
+        "",
+        "Parquet file, folder or glob with labelled documents, local or a URI; for questions also SQuAD's JSON",
+        path=True,
+    )
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast")
     speedups: tuple[float, ...] = option(SPEEDUPS, "FLOPs speed-ups to find thresholds for")
-    plot: str | None = option(None, "PNG or SVG file to draw (default: a local model directory's calibration.png)")
+    plot: str | None = option(
+        None, "PNG or SVG file to draw (default: a local model directory's calibration.png)", path=True
+    )
     write: bool = option(True, "write table and picture into the model directory")
 
     def __post_init__(self):
@@ -46,10 +52,10 @@ class EvaluateConfig(LabelledColumns):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_options(EvaluateConfig, arguments, __doc__ or "")
+    from pipeline.labelled import corpora_read_as_input
     from trbert_model.calibration.measure import calibrate  # torch: after the options
     from trbert_model.checkpoints.loading import load_checkpoint
     from trbert_model.engine import Engine, EngineOptions
-    from trbert_model.labelled import corpora_opened_by
 
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     directory = fetch_model(config.model)
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(dtype=config.dtype))
     if not engine.config.reduction_layers:
         raise UsageError(f"{config.model}: it has no reduction layers, so there is no speed to choose")
-    with corpora_opened_by(open_file):
+    with corpora_read_as_input():
         corpus = engine.task.read_corpus(config.corpus, config)
     key = calibration_key(loaded.digest, engine.dtype, engine.config.usable_positions)
     name = Path(config.corpus).name

@@ -1,4 +1,4 @@
-"""Train a TR-BERT from a BERT, DistilBERT, RoBERTa or XLM-R checkpoint and a labelled Parquet corpus.
+"""Train a TR-BERT from a BERT, DistilBERT, RoBERTa or XLM-R checkpoint and labelled documents.
 
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import run_command
-from pipeline.storage import Storage, open_file
+from pipeline.storage import Storage
 from trbert_model.options import parse_options
 from trbert_model.terminal import printable
 from trbert_model.training.config import TrainingConfig
@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         measured = train_distributed(config, ours.num_workers)
     else:
-        from trbert_model.labelled import corpora_opened_by  # torch, which options do not need
+        from pipeline.labelled import corpora_read_as_input
         from trbert_model.training import train
 
-        with corpora_opened_by(open_file):
+        with corpora_read_as_input():
             measured = train(config)
     for stage, result in measured["stages"].items():
         if "documents" in result:

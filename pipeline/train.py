@@ -10,12 +10,11 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from trbert_model.errors import TRBertError
-from trbert_model.labelled import corpora_opened_by
 from trbert_model.training import TrainingConfig, train
 
 from .errors import PipelineError, UsageError
+from .labelled import corpora_read_as_input
 from .ray_internals import worker_errors
-from .storage import open_file
 
 
 def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any
 
 def _worker(options: dict[str, Any]) -> None:
     tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    with corpora_opened_by(open_file):
+    with corpora_read_as_input():
         train(TrainingConfig(**options | tuples))
 
 

@@ -24,18 +24,30 @@ if TYPE_CHECKING:
     from .training.teacher import TeacherSignals
 
 Opener = Callable[[str], contextlib.AbstractContextManager[IO[bytes]]]
+Lister = Callable[[str], list[str]]
+
+
+def _only_file(uri: str) -> list[str]:
+    return [uri]
+
 
 _opener: ContextVar[Opener] = ContextVar("opener", default=fsspec.open)  # opens for reading bytes
+_lister: ContextVar[Lister] = ContextVar("lister", default=_only_file)
 
 
 @contextlib.contextmanager
-def corpora_opened_by(opener: Opener) -> Iterator[None]:
-    """Within the context, open corpora with `opener`, which takes a URI, instead of fsspec."""
-    token = _opener.set(opener)
+def corpora_opened_by(opener: Opener, lister: Lister = _only_file) -> Iterator[None]:
+    """Within the context, open corpora with `opener`, which takes the URI of a file, instead of fsspec.
+
+    Args:
+        lister: lists the Parquet files of a corpus, such as a folder or a glob. Default: a corpus is one file.
+    """
+    tokens = _opener.set(opener), _lister.set(lister)
     try:
         yield
     finally:
-        _opener.reset(token)
+        _opener.reset(tokens[0])
+        _lister.reset(tokens[1])
 
 
 def open_corpus(uri: str) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -79,32 +91,77 @@ class LabelledCorpus(ABC):
         """
 
     def with_unlabelled(self, uri: str, columns: LabelledColumns) -> "LabelledCorpus":
-        """The corpus followed by the unlabelled documents of a Parquet file.
+        """The corpus followed by the unlabelled documents of Parquet files.
 
         Raises:
             ConfigurationError: not a task with `labels_whole_documents`.
-            InputError: the file cannot be read, the column is missing, or a text is null.
+            InputError: a file cannot be read, the column is missing, or a text is null.
         """
         raise ConfigurationError(f"{uri}: documents without labels are only for tasks that label whole documents")
 
 
-def read_table(uri: str, columns: list[str]) -> pa.Table:
+def read_table(uri: str, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+    """Read columns of a Parquet corpus of one or several files, dictionaries as their values.
+
+    Args:
+        columns: must be in each file, without nulls.
+        optional: may be missing, and may have nulls.
+
+    Raises:
+        InputError: a file cannot be read, a column is missing or has nulls, the files' types do not fit together, or
+            there are no rows.
+    """
+    tables = []
+    for file in _lister.get()(uri):
+        try:
+            with open_corpus(file) as opened:
+                parquet = pq.ParquetFile(opened)
+                names = parquet.schema_arrow.names
+                for column in columns:
+                    if column not in names:
+                        raise InputError(f"{file}: no column {column!r}; its columns are {names}")
+                wanted = [*columns, *(name for name in optional if name in names)]
+                tables.append(_without_dictionaries(parquet.read(columns=list(dict.fromkeys(wanted)))))
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file}: cannot be read as Parquet: {error}") from error
     try:
-        with open_corpus(uri) as file:
-            table = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{uri}: cannot be read as Parquet: {error}") from error
-    for column in columns:
-        if column not in table.column_names:
-            raise InputError(f"{uri}: no column {column!r}; its columns are {table.column_names}")
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{uri}: the types of a column do not fit together in all files: {error}") from error
+    if not table.num_rows:
+        raise InputError(f"{uri}: it has no rows")
     for column in columns:
         if table[column].null_count:
             raise InputError(f"{uri}: {table[column].null_count} rows have no {column!r}; remove them first")
     return table
 
 
-def strings(values: list[Any]) -> list[str]:
-    return [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
+def _without_dictionaries(table: pa.Table) -> pa.Table:
+    kinds = [field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in table.schema]
+    return table.cast(
+        pa.schema([field.with_type(kind) for field, kind in zip(table.schema, kinds)], table.schema.metadata)
+    )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of this type are text, or bytes that may be."""
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(is_kind(kind) for is_kind in (*texts, *binaries))
+
+
+def read_texts(table: pa.Table, column: str, uri: str) -> list[str]:
+    """The values of a text column; bytes that are not UTF-8 become replacement characters.
+
+    Raises:
+        InputError: the column is not of text.
+    """
+    values, kind = table[column], table[column].type
+    if not is_text(kind):
+        raise InputError(f"{uri}: column {column!r} is of type {kind}, not of text")
+    if pa.types.is_string_view(kind):
+        values = values.cast(pa.binary_view())
+    return [value.decode(errors="replace") for value in values.cast(pa.large_binary()).to_pylist()]
 
 
 class WindowDataset(Dataset, ABC):

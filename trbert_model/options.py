@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with a default and the help text for its command-line option.
 
     With `positional=True` in the metadata, the command line gives it without a flag.
+    With `path=True`, `parse_options` replaces a leading ~ by the home directory, since no shell does it in YAML files.
     """
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
@@ -29,7 +31,9 @@ class LabelledColumns:
 
     text_column: str = option("text", "column with the documents")
     label_column: str = option("label", "column with the labels")
-    question_column: str = option("question", "column with the questions; beside it `answers` and `answer_start`")
+    question_column: str = option(
+        "question", "column with the questions; beside it `answers` and, unless they hold it, `answer_start`"
+    )
     context_column: str = option("context", "column with the texts that the questions are about")
 
 
@@ -62,12 +66,14 @@ def parse_options(cls: type[Options], arguments: Sequence[str] | None, descripti
     parsed = vars(parser.parse_args(arguments))
     file = parsed.pop("config")
     values = _from_yaml(file, hints) if file else {}
-    return cls(**values | {name: value for name, value in parsed.items() if value is not None})
+    values |= {name: value for name, value in parsed.items() if value is not None}
+    paths = [field.name for field in dataclasses.fields(cls) if field.metadata.get("path")]  # type: ignore[arg-type]
+    return cls(**values | {name: os.path.expanduser(values[name]) for name in paths if values.get(name)})
 
 
 def _from_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).expanduser().read_bytes())  # its encoding is YAML's, not the terminal's
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -1,5 +1,7 @@
 """Labelled corpora: what cannot be trained on is refused by name, and windows keep their labels."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,6 +79,9 @@ def test_labels_that_the_model_does_not_have_are_refused(tmp_path):
     [
         ({"body": ["a"], "label": ["x"]}, "no column 'text'"),
         ({"text": ["a", None], "label": ["x", "y"]}, "1 rows have no 'text'"),
+        ({"text": [1, 2], "label": ["x", "y"]}, "column 'text' is of type int64, not of text"),
+        ({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}, "it has no rows"),
+        ({"text": ["a", "b"], "label": [["x", None], ["y"]]}, "1 rows have a null label"),
     ],
 )
 def test_a_corpus_without_texts_or_labels_is_refused(tmp_path, columns, message):
@@ -90,3 +95,63 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for name in ("text.parquet", "nowhere.parquet"):
         with pytest.raises(InputError, match=f"{name}: cannot be read as Parquet"):
             RawTexts.read(str(tmp_path / name), LabelledColumns())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ],
+    ids=str,
+)
+def test_texts_and_labels_of_any_text_type_in_any_script(tmp_path, kind):
+    texts, labels = ["das große", "中文 🙂"], ["здраво", "日本語"]
+    values = [pa.array(each).dictionary_encode() if pa.types.is_dictionary(kind) else each for each in (texts, labels)]
+    columns = {name: pa.array(each, kind) for name, each in zip(("text", "label"), values)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    raw = RawTexts.read(str(tmp_path / "a.parquet"), LabelledColumns())
+    assert (raw.texts, raw.values, raw.names("label")) == (texts, labels, labels)
+
+
+def write_labels(path, labels, names=None):
+    """Rows with these labels; names: of the classes, in the metadata as the `datasets` library writes it."""
+    table = pa.table({"text": ["a"] * len(labels), "label": labels})
+    if names is not None:
+        feature = {"names": names, "_type": "ClassLabel"}
+        if pa.types.is_list(table["label"].type):
+            feature = {"feature": feature, "_type": "List"}
+        information = {"info": {"features": {"text": {"dtype": "string"}, "label": feature}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(information)})
+    pq.write_table(table, path)
+    return RawTexts.read(str(path), LabelledColumns())
+
+
+def test_integers_are_names_or_class_ids(tmp_path):
+    raw = write_labels(tmp_path / "a.parquet", [10, 2, 2, 1])
+    assert raw.names("label") == ["1", "2", "10"]
+    assert raw.targets(["1", "2", "10"]).tolist() == [2, 1, 1, 0]
+    raw = write_labels(tmp_path / "a.parquet", [2, 0, 2])
+    assert raw.targets(["bad", "fine", "good"]).tolist() == [2, 0, 2]
+    with pytest.raises(InputError, match=r"labels \['0', '2'\] are none of the model's"):
+        raw.targets(["bad", "good"])
+    several = write_labels(tmp_path / "a.parquet", [[0, 2], []])
+    assert several.targets(["bad", "fine", "good"]).tolist() == [[1, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_class_ids_have_the_names_that_their_file_gives_them(tmp_path, several):
+    ids = [[2], [0], [2]] if several else [2, 0, 2]
+    raw = write_labels(tmp_path / "a.parquet", ids, names=["плохо", "fine", "good"])
+    assert raw.values == ([["good"], ["плохо"], ["good"]] if several else ["good", "плохо", "good"])
+    assert raw.names("label") == ["плохо", "fine", "good"]
+    expected = [[1, 0, 0], [0, 0, 1], [1, 0, 0]] if several else [0, 2, 0]
+    assert raw.targets(["good", "fine", "плохо"]).tolist() == expected
+    expected = [[0, 0, 1], [1, 0, 0], [0, 0, 1]] if several else ids
+    assert raw.targets(["LABEL_0", "LABEL_1", "LABEL_2"]).tolist() == expected
+    with pytest.raises(InputError, match=r"a\.parquet: column 'label', row 1: there is no class -1 in"):
+        write_labels(tmp_path / "a.parquet", [[0], [-1]] if several else [0, -1], names=["bad", "good"])

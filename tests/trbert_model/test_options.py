@@ -16,6 +16,7 @@ class Some:
     fast: bool = option(False, "a switch")
     columns: tuple[str, ...] = option((), "some columns")
     layers: tuple[int, ...] | None = option(None, "some layers")
+    place: str | None = option(None, "a path", path=True)
 
 
 FULL = Some("x", 3, 0.25, True, ("a", "b"), (0, 2))
@@ -27,6 +28,15 @@ def test_three_ways_to_the_same_options(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("name: x\nsize: 3\nrate: 0.25\nfast: true\ncolumns: [a, b]\nlayers: [0, 2]\n")
     assert parse_options(Some, ["--config", str(file)], "") == FULL
+
+
+def test_a_path_may_begin_at_home_in_a_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "options.yaml").write_text("name: ~/x\nplace: ~/é/中\n", "utf-8")
+    home = str(tmp_path)
+    assert parse_options(Some, ["--config", "~/options.yaml"], "") == Some("~/x", place=f"{home}/é/中")
+    assert parse_options(Some, ["--place=~"], "").place == home
+    assert parse_options(Some, ["--place", "s3://~/a"], "").place == "s3://~/a"
 
 
 def test_the_command_line_goes_before_the_file(tmp_path):

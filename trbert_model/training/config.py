@@ -24,10 +24,16 @@ class TrainingConfig(LabelledColumns):
         "what a classifier gives: single_label_classification, multi_label_classification or regression (default: by "
         "the label column: lists of labels are several, floating-point numbers and lists of them are to be regressed)",
     )
-    train: str = option("", "Parquet file or URI with the training documents; for questions also SQuAD's JSON")
-    backbone: str = option("", "directory of a BERT or DistilBERT checkpoint, or of a model this command fine-tuned")
-    output: str = option("", "directory for the trained model; a killed run resumes from its stages/")
-    evaluation: str | None = option(None, "Parquet file or URI with documents to measure each stage on")
+    train: str = option(
+        "",
+        "Parquet file, folder or glob with the training documents, local or a URI; for questions also SQuAD's JSON",
+        path=True,
+    )
+    backbone: str = option(
+        "", "directory of a BERT or DistilBERT checkpoint, or of a model this command fine-tuned", path=True
+    )
+    output: str = option("", "directory for the trained model; a killed run resumes from its stages/", path=True)
+    evaluation: str | None = option(None, "documents to measure each stage on, given as for train", path=True)
     reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
     selector_size: int = option(32, "width of a selector's hidden layer")
     question_aware: bool = option(
@@ -66,8 +72,9 @@ class TrainingConfig(LabelledColumns):
     )
     unlabelled: str | None = option(
         None,
-        "Parquet file or URI with more documents for the stages after the fine-tune, which learn from the dense model: "
-        "such as the corpus to score (classification, with distillation)",
+        "Parquet file, folder or glob with more documents for the stages after the fine-tune, which learn from the "
+        "dense model: such as the corpus to score (classification, with distillation)",
+        path=True,
     )
     adapter_rank: int | None = option(
         None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
@@ -85,7 +92,9 @@ class TrainingConfig(LabelledColumns):
     warmup: float = option(0.1, "share of a stage's steps in which the learning rate rises")
     attention_dropout: float = option(0.0, "torch's CPU flash attention knows none; more than 0 trains slower")
     teacher_cache: str | None = option(
-        None, "directory that runs with the same dense model and corpus share their teacher in (default: the output's)"
+        None,
+        "directory that runs with the same dense model and corpus share their teacher in (default: the output's)",
+        path=True,
     )
     seed: int = option(0, "of everything random")
     dtype: str = option("float32", "float32, or bfloat16 for autocast; auto: bfloat16 where the machine computes in it")

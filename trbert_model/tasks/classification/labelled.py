@@ -1,5 +1,6 @@
 """Labelled documents, for training and evaluation."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...labelled import LabelledCorpus, WindowDataset, read_table, strings
+from ...labelled import LabelledCorpus, WindowDataset, is_text, read_table, read_texts
 from ...options import LabelledColumns
 from ..base import DocumentResults
 from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, sigmoid
@@ -20,57 +21,62 @@ from .task import ClassificationTask, Window
 
 @dataclass(frozen=True)
 class RawTexts:
-    """Texts and labels of a Parquet file.
+    """Texts and labels of Parquet files.
 
     Attributes:
         values: per text, depending on `problem_type`: a label (as a string), a list of labels, or a list of numbers.
         problem_type: as in transformers.
+        class_ids: per text, its labels as integers, if the label column has integers; otherwise None.
+        class_names: names of the class ids, as the `datasets` library writes them into a file; empty if there are none.
     """
 
     uri: str
     texts: list[str]
     values: list[Any]
     problem_type: str
+    class_ids: list[list[int]] | None = None
+    class_names: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, uri: str, columns: LabelledColumns, problem_type: str | None = None) -> "RawTexts":
-        """Read a file.
+        """Read the files.
 
         Args:
             problem_type: default: by the type of the label column. Lists of labels are multi-label, floating-point
                 numbers and lists of them are regression, and everything else is single-label.
 
         Raises:
-            InputError: the file cannot be read, a column is missing, a text or label is null, or the labels do not fit
+            InputError: a file cannot be read, a column is missing, a text or label is null, or the labels do not fit
                 the problem type.
         """
         table = read_table(uri, [columns.text_column, columns.label_column])
-        column, texts = table[columns.label_column], strings(table[columns.text_column].to_pylist())
+        column, texts = table[columns.label_column], read_texts(table, columns.text_column, uri)
+        where = f"{uri}: column {columns.label_column!r}"
         kind = _problem_type(column.type)
         problem_type = problem_type or kind
         if problem_type != kind and MULTI_LABEL in (problem_type, kind):
-            raise InputError(f"{uri}: column {columns.label_column!r} of type {column.type} is none for {problem_type}")
-        values = column.to_pylist()
-        if problem_type == MULTI_LABEL:
-            values = [[str(label) for label in value] for value in values]
-        elif problem_type == REGRESSION:
-            try:
-                values = [
-                    [float(number) for number in (value if isinstance(value, list) else [value])] for value in values
-                ]
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{uri}: column {columns.label_column!r}: {error}") from error
-            for row, numbers in enumerate(values):
-                if not np.isfinite(numbers).all() or len(numbers) != len(values[0]):
-                    raise InputError(
-                        f"{uri}: column {columns.label_column!r}, row {row}: {numbers} are no such numbers"
-                    )
-        else:
-            values = [str(value) for value in values]
-        return cls(uri, texts, values, problem_type)
+            raise InputError(f"{where} of type {column.type} is none for {problem_type}")
+        if problem_type == REGRESSION:
+            return cls(uri, texts, _numbers(column.to_pylist(), where), problem_type)
+        if is_text(column.type):
+            return cls(uri, texts, read_texts(table, columns.label_column, uri), problem_type)
+        rows = [value if isinstance(value, list) else [value] for value in column.to_pylist()]
+        if kind != MULTI_LABEL and any(len(row) != 1 for row in rows):
+            raise InputError(f"{where} of type {column.type} is none for {problem_type}")
+        if nulls := sum(None in row for row in rows):
+            raise InputError(f"{where}: {nulls} rows have a null label; remove them first")
+        integers = pa.types.is_integer(column.type.value_type if kind == MULTI_LABEL else column.type)
+        ids, names = rows if integers else None, _class_names(table.schema, columns.label_column)
+        if ids is not None and names:
+            for row, each in enumerate(ids):
+                if wrong := [i for i in each if not 0 <= i < len(names)]:
+                    raise InputError(f"{where}, row {row}: there is no class {wrong[0]} in {list(names)[:5]}")
+            rows = [[names[i] for i in each] for each in ids]
+        values = [[_name(label) for label in row] for row in rows]
+        return cls(uri, texts, values if kind == MULTI_LABEL else [v for (v,) in values], problem_type, ids, names)
 
     def names(self, column: str) -> list[str]:
-        """The labels that occur, sorted; for regression, names for the numbers of this column.
+        """The labels: class names, or else those that occur, sorted. For regression, names for this column's numbers.
 
         Raises:
             InputError: there are too few labels to learn from.
@@ -78,18 +84,20 @@ class RawTexts:
         if self.problem_type == REGRESSION:
             numbers = len(self.values[0]) if self.values else 0
             names = [column] if numbers == 1 else [f"{column}_{i}" for i in range(numbers)]
-        elif self.problem_type == MULTI_LABEL:
-            names = sorted({label for labels in self.values for label in labels})
         else:
-            names = sorted(set(self.values))
+            names = sorted({label for labels in self._lists() for label in labels})
         least = 2 if self.problem_type == SINGLE_LABEL else 1
         if len(names) < least:
             what = "two different labels" if least == 2 else "one label"
             raise InputError(f"{self.uri}: column {column!r} has fewer than {what}")
+        if self.class_ids is not None:
+            return list(self.class_names) or [str(i) for i in sorted({i for ids in self.class_ids for i in ids})]
         return names
 
     def targets(self, names: Sequence[str]) -> np.ndarray:
         """The targets as the losses take them: int64 (documents,) or float32 (documents, labels).
+
+        Integers that are not all names of the model's labels are their indices.
 
         Args:
             names: the model's labels, in the order of their indices.
@@ -102,17 +110,47 @@ class RawTexts:
             if numbers.size and numbers.shape[1] != len(names):
                 raise InputError(f"{self.uri}: {numbers.shape[1]} numbers a document, the model gives {len(names)}")
             return numbers
-        single = self.problem_type == SINGLE_LABEL
-        lists = [[value] for value in self.values] if single else self.values
-        index = {name: i for i, name in enumerate(names)}
+        index, lists = {name: i for i, name in enumerate(names)}, self._lists()
         if unknown := sorted({label for labels in lists for label in labels} - set(index)):
-            raise InputError(f"{self.uri}: labels {unknown[:5]} are none of the model's: {list(names)[:5]}…")
-        if single:
-            return np.array([index[label] for (label,) in lists], np.int64)
+            ids = self.class_ids
+            if ids is None or not all(0 <= i < len(names) for each in ids for i in each):
+                raise InputError(f"{self.uri}: labels {unknown[:5]} are none of the model's: {list(names)[:5]}…")
+            indices = ids
+        else:
+            indices = [[index[label] for label in labels] for labels in lists]
+        if self.problem_type == SINGLE_LABEL:
+            return np.array([i for (i,) in indices], np.int64)
         targets = np.zeros((len(lists), len(names)), np.float32)
-        for row, labels in enumerate(lists):
-            targets[row, [index[label] for label in labels]] = 1.0
+        for row, each in enumerate(indices):
+            targets[row, each] = 1.0
         return targets
+
+    def _lists(self) -> list[list[str]]:
+        return [[value] for value in self.values] if self.problem_type == SINGLE_LABEL else self.values
+
+
+def _numbers(values: list[Any], where: str) -> list[list[float]]:
+    try:
+        numbers = [[float(number) for number in (value if isinstance(value, list) else [value])] for value in values]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+    for row, each in enumerate(numbers):
+        if not np.isfinite(each).all() or len(each) != len(numbers[0]):
+            raise InputError(f"{where}, row {row}: {each} are no such numbers")
+    return numbers
+
+
+def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """Names of the class ids of a column, or of its lists, from metadata that the `datasets` library writes."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        return tuple(map(str, feature.get("names") or feature["feature"]["names"]))
+    except (KeyError, TypeError, ValueError, AttributeError):  # it has none, or is of another kind
+        return ()
+
+
+def _name(label: Any) -> str:
+    return label.decode(errors="replace") if isinstance(label, bytes) else str(label)
 
 
 def _problem_type(kind: pa.DataType) -> str:
@@ -144,7 +182,7 @@ class LabelledTexts(LabelledCorpus):
 
     @classmethod
     def read(cls, uri: str, task: ClassificationTask, columns: LabelledColumns) -> "LabelledTexts":
-        """Read and tokenise a labelled Parquet file.
+        """Read and tokenise labelled Parquet files.
 
         Raises:
             InputError: as in `RawTexts.read` and `RawTexts.targets`.
@@ -166,7 +204,7 @@ class LabelledTexts(LabelledCorpus):
         return {"r2": (1 - errors / np.maximum(right.astype(np.float64).var(0), 1e-12)).mean(1)}
 
     def with_unlabelled(self, uri: str, columns: LabelledColumns) -> "LabelledTexts":
-        texts = strings(read_table(uri, [columns.text_column])[columns.text_column].to_pylist())
+        texts = read_texts(read_table(uri, [columns.text_column]), columns.text_column, uri)
         unknown = UNLABELLED if self.targets.dtype == np.int64 else np.nan
         none = np.full((len(texts), *self.targets.shape[1:]), unknown, self.targets.dtype)
         documents = self.documents + self.task.tokenize(texts)

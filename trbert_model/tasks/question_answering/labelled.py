@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...labelled import LabelledCorpus, WindowDataset, open_corpus, read_table, strings
+from ...labelled import LabelledCorpus, WindowDataset, open_corpus, read_table, read_texts
 from ...options import LabelledColumns
+from ...terminal import get_logger
 from ..base import DocumentResults
 from .losses import AnswerLosses
 from .metrics import exact_match, f1
 from .task import EncodedQuestion, QuestionAnsweringTask
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,16 @@ class LabelledQuestions(LabelledCorpus):
 
     @classmethod
     def read(cls, uri: str, task: QuestionAnsweringTask, columns: LabelledColumns) -> "LabelledQuestions":
-        """Read and tokenise a Parquet file with `answers` and `answer_start` lists, or a SQuAD-format JSON file.
+        """Read and tokenise labelled questions, as from `read_questions`.
 
         Raises:
-            InputError: the file cannot be read, a column is missing, an answer is not at its start position, or a
-                question leaves no room for its context. The message names the file, column or question.
+            InputError: as in `read_questions`, or a question leaves no room for its context.
         """
         rows = read_questions(uri, columns.question_column, columns.context_column)
         documents = task.encode([row["question"] for row in rows], [row["context"] for row in rows])
         for row, document in zip(rows, documents):
             if problem := task.problem(document):
                 raise InputError(f"{uri}: question {row['id']!r}: {problem[1]}")
-            for answer, start in zip(row["answers"], row["starts"]):
-                if row["context"][start : start + len(answer)] != answer:
-                    raise InputError(f"{uri}: question {row['id']!r}: {answer!r} is not at {start} of its context")
         return cls(
             documents,
             [row["answers"] for row in rows],
@@ -89,43 +89,120 @@ class LabelledQuestions(LabelledCorpus):
 
 
 def read_questions(uri: str, question_column: str, context_column: str) -> list[dict[str, Any]]:
-    """Read id, question, context, answers and starts of each row of a Parquet or SQuAD-format JSON file.
+    """Read id, question, context, answers and starts of each row of Parquet files or a JSON file in SQuAD's format.
+
+    Parquet files have `answers` and `answer_start`, both lists, or `answers` as the `datasets` library has it: a struct
+    with the lists `text` and `answer_start`. JSON files have SQuAD's articles, or rows like these as `data`. Questions
+    that `is_impossible` says have no answer need no `answers`.
+
+    An answer that differs from the context at its position in white space only becomes the context's text; how many do
+    is logged.
 
     Raises:
-        InputError: the file cannot be read, a column is missing or has nulls, or the JSON has no questions.
+        InputError: a file cannot be read, a column is missing or has nulls, there are no questions, or an answer is not
+            at its position. The message names the file, column or question.
     """
-    if uri.endswith(".json"):
-        return _read_squad(uri)
-    table = read_table(uri, [question_column, context_column, "answers", "answer_start"])
-    ids = table["id"].to_pylist() if "id" in table.column_names else list(range(table.num_rows))
-    texts = [strings(table[name].to_pylist()) for name in (question_column, context_column)]
-    right = [table[name].to_pylist() for name in ("answers", "answer_start")]
-    names = ("id", "question", "context", "answers", "starts")
-    return [dict(zip(names, row, strict=True)) for row in zip(map(str, ids), *texts, *right, strict=True)]
+    read = _json_rows if uri.endswith(".json") else _parquet_rows
+    rows, mended = [], 0
+    for identifier, question, context, answered in read(uri, question_column, context_column):
+        try:
+            texts, starts = _answers(answered)
+            spans = [_span(context, text, start) for text, start in zip(texts, starts, strict=True)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{uri}: question {identifier!r}: its answers cannot be read: {error!r}") from error
+        for text, start, span in zip(texts, starts, spans):
+            if span is None:
+                raise InputError(f"{uri}: question {identifier!r}: {text!r} is not at {start} of its context")
+        answers = [context[start:end] for start, end in filter(None, spans)]
+        mended += sum(answer != text for answer, text in zip(answers, texts))
+        values = (identifier, question, context, answers, [start for start, _ in filter(None, spans)])
+        rows.append(dict(zip(("id", "question", "context", "answers", "starts"), values, strict=True)))
+    if not rows:
+        raise InputError(f"{uri}: it has no questions")
+    if mended:
+        logger.warning(
+            "%s: %d answers differ from their contexts in white space; the contexts' text is used", uri, mended
+        )
+    return rows
 
 
-def _read_squad(uri: str) -> list[dict[str, Any]]:
-    rows = []
+# A row as it is read: id, question, context and answers in any form.
+_Row = tuple[str, str, str, Any]
+
+
+def _parquet_rows(uri: str, question_column: str, context_column: str) -> Iterator[_Row]:
+    names = ("answers", "answer_start", "is_impossible", "id")
+    table = read_table(uri, [question_column, context_column], names)
+    if "answers" not in table.column_names:
+        raise InputError(f"{uri}: no column 'answers'")
+    texts = [read_texts(table, name, uri) for name in (question_column, context_column)]
+    nothing = [None] * table.num_rows
+    answers, starts, impossible, ids = (
+        table[name].to_pylist() if name in table.column_names else nothing for name in names
+    )
+    if isinstance(next((answer for answer in answers if answer), None), list) and "answer_start" in table.column_names:
+        answers = [
+            None if texts is None else {"text": texts, "answer_start": places}
+            for texts, places in zip(answers, starts, strict=True)
+        ]
+    for row, (question, context) in enumerate(zip(*texts, strict=True)):
+        identifier = str(row if ids is nothing else ids[row])
+        if answers[row] is None and not impossible[row]:
+            raise InputError(f"{uri}: question {identifier!r} has no 'answers'; remove it, or set is_impossible")
+        yield identifier, question, context, answers[row] or []
+
+
+def _json_rows(uri: str, question_column: str, context_column: str) -> Iterator[_Row]:
     try:
         with open_corpus(uri) as file:
             articles = json.load(file)["data"]
         for article in articles:
-            for paragraph in article["paragraphs"]:
+            if "paragraphs" not in article:  # a row, as the `datasets` library has it
+                yield _json_row(article, article[question_column], article[context_column])
+            for paragraph in article.get("paragraphs", ()):
                 for asked in paragraph["qas"]:
-                    rows.append(
-                        {
-                            "id": str(asked["id"]),
-                            "question": asked["question"],
-                            "context": paragraph["context"],
-                            "answers": [answer["text"] for answer in asked["answers"]],
-                            "starts": [answer["answer_start"] for answer in asked["answers"]],
-                        }
-                    )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                    yield _json_row(asked, asked["question"], paragraph["context"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{uri}: cannot be read as SQuAD's JSON: {error!r}") from error
-    if not rows:
-        raise InputError(f"{uri}: it has no questions")
-    return rows
+
+
+def _json_row(asked: dict[str, Any], question: str, context: str) -> _Row:
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise TypeError(f"question {asked['id']!r} and its context must be strings")
+    answers = asked.get("answers") if asked.get("is_impossible") else asked["answers"]
+    return str(asked["id"]), question, context, answers or []
+
+
+def _answers(answered: Any) -> tuple[list[str], list[int]]:
+    """Texts and positions of answers: a list of dictionaries, as in SQuAD, or `datasets`' dictionary of lists."""
+    if isinstance(answered, dict):
+        texts, starts = answered["text"], answered["answer_start"]
+        if not isinstance(texts, list):
+            texts, starts = [texts], [starts]
+    else:
+        texts, starts = ([answer[name] for answer in answered] for name in ("text", "answer_start"))
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"the answers {texts} must be strings")
+    return texts, [_position(start) for start in starts]
+
+
+def _position(start: Any) -> int:
+    """A position as an integer; some files have it as text, or as a float."""
+    if isinstance(start, float) and not start.is_integer():
+        raise ValueError(f"the position {start} is not a whole number")
+    return int(start)
+
+
+def _span(context: str, answer: str, start: int) -> tuple[int, int] | None:
+    """First and end character of an answer in its context; None if it is not there. White space may differ."""
+    if start < 0:
+        return None
+    if context.startswith(answer, start):
+        return start, start + len(answer)
+    words = r"\s+".join(map(re.escape, answer.split()))
+    before = r"\s*" if answer[:1].isspace() else ""
+    found = re.compile(f"{before}({words})").match(context, start) if words else None
+    return found.span(1) if found else None
 
 
 class QuestionWindows(WindowDataset):
