@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from pipeline.errors import AbandonedError, PipelineError
 from trbert_model.errors import TRBertError
+from trbert_model.terminal import print_in_any_encoding
 
 
 def run_command(main: Callable[[], int]) -> int:
     """Run a command's main function, and return its exit code. The project's own errors become one line on stderr."""
+    print_in_any_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     try:
         return main()

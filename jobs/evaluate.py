@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.command import run_command
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.model import fetch_model
 from pipeline.storage import Storage
 from trbert_model.calibration.table import FILE, SPEEDUPS, Calibration, OperatingPoint, calibration_key, with_table
@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(f"\nwritten to {config.model}/{FILE}"))
     plot = config.plot or (f"{storage.root}/calibration.png" if config.write and storage.is_local else None)
     if plot is not None:
-        draw_calibration(table, plot)
+        try:
+            draw_calibration(table, plot)
+        except (OSError, ValueError) as error:  # the latter if its name has the ending of no picture
+            raise StorageError(f"{plot}: cannot be drawn: {error}") from error
         print(printable(f"drawn in {plot}"))
     if config.write and storage.is_local and Path(storage.root, CARD).is_file():
         write_card(Path(storage.root))

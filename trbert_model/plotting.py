@@ -37,7 +37,7 @@ def draw_calibration(table: Calibration, path: str | Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"{table.metric}, % of {table.documents:,} documents")
     panels[0].legend(loc="lower left")
-    figure.suptitle(table.corpus)
+    figure.suptitle(table.corpus, parse_math=False)  # a name may hold $
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

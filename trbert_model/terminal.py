@@ -1,6 +1,8 @@
 """Safe terminal output: names, texts and errors from outside may contain terminal control characters."""
 
+import io
 import logging
+import sys
 
 
 def printable(text: str) -> str:
@@ -12,6 +14,13 @@ def clock(seconds: float) -> str:
     """A duration as hours:minutes:seconds."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def print_in_any_encoding() -> None:
+    """Write characters that the terminal's encoding lacks as escapes from now on, instead of failing on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Printable(logging.Filter):

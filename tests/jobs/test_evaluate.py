@@ -11,6 +11,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from jobs import convert
+from jobs.command import run_command
 from jobs.evaluate import main
 from jobs.train import main as train
 from pipeline.errors import UsageError
@@ -65,6 +66,16 @@ def test_no_write_leaves_the_model_alone(labelled, tmp_path):
     assert main([*arguments, "--plot", str(plot)]) == 0
     assert sorted(path.name for path in model.iterdir()) == before
     assert "<svg" in plot.read_text()
+
+
+def test_a_plot_that_cannot_be_drawn_is_an_error_after_the_table_is_written(labelled, capsys):
+    model, corpus = labelled
+    arguments = ["--model", str(model), "--corpus", str(corpus), "--speedups", "1.5", "--plot"]
+    for plot in (f"{corpus}/plot.png", f"{model}/plot.odd"):
+        assert run_command(lambda plot=plot: main([*arguments, plot])) == 1
+        printed = capsys.readouterr()
+        assert "written to" in printed.out
+        assert printed.err.splitlines()[-1].startswith(f"error: {plot}: cannot be drawn: ")
 
 
 def test_what_cannot_be_measured_is_refused(labelled, tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -376,6 +377,41 @@ def test_a_copy_that_has_lost_something_is_fetched_again(model_directory, tmp_pa
         assert fetch_model(uri) == copy
         assert model_digest(copy) == model_digest(model_directory)
     assert os.listdir(tmp_path / "cache/trbert-pipeline") == [copy.name]
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(model_directory, tmp_path, monkeypatch, caplog):
+    uri = zipped(Path(shutil.copytree(model_directory, tmp_path / "model")))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    copy = fetch_model(uri)
+    assert model_digest(copy) == model_digest(model_directory)
+    assert fetch_model(uri) == copy, "all processes share it"
+    cache = copy.parent
+    assert (cache.parent, cache.stat().st_mode & 0o777) == (tmp_path / "tmp", 0o700)
+    assert f"the model is copied to {cache}" in caplog.text
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    assert fetch_model(uri) == copy
+
+
+@pytest.mark.parametrize("planted", ["writable for others", "a link", "a file"])
+def test_a_temporary_cache_that_others_could_write_is_refused(planted, model_directory, tmp_path, monkeypatch):
+    uri = zipped(Path(shutil.copytree(model_directory, tmp_path / "model")))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache = tmp_path / f"trbert-pipeline-{os.getuid()}"
+    if planted == "a file":
+        cache.write_text("")
+    elif planted == "a link":
+        cache.symlink_to(tmp_path / "model")
+    else:
+        cache.mkdir()
+        cache.chmod(0o777)
+    with pytest.raises(StorageError, match=f"^{cache}: "):
+        fetch_model(uri)
 
 
 def zipped(directory: Path) -> str:

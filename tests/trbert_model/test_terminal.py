@@ -1,7 +1,12 @@
 """No control character of other people's names reaches a terminal."""
 
+import io
 import logging
+import sys
 
+import pytest
+
+from jobs.command import run_command
 from pipeline.errors import StorageError
 from trbert_model.errors import ConfigurationError
 from trbert_model.terminal import get_logger, printable
@@ -29,3 +34,19 @@ def test_logs_are_printable_tracebacks_too(caplog):
     text = logging.Formatter().format(record)
     assert text.startswith(f"shard {printable(EVIL)}\nTraceback")
     assert printable(text) == text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_command_prints_names_in_any_script_on_any_terminal(encoding, monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def main():
+        print("Größe 日本語")
+        raise ConfigurationError("здраво")
+
+    assert run_command(main) == 2
+    for stream, text in zip(streams.values(), ("Größe 日本語\n", "error: здраво\n")):
+        stream.flush()
+        assert stream.buffer.getvalue() == text.encode(encoding, "backslashreplace")

@@ -52,6 +52,12 @@ def test_options_out_of_range_are_refused():
             TrainingConfig(**places | wrong)
 
 
+def test_an_output_that_cannot_be_written_is_named_before_the_training(corpus):
+    (corpus / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"output .*file/model: it cannot be written: .*Not a directory"):
+        train(options(corpus, output=str(corpus / "file/model")))
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Documents whose label is which of two words they hold, and a tiny backbone."""

@@ -331,8 +331,11 @@ def _bind_stages(stages: Path, config: TrainingConfig) -> None:
         raise ConfigurationError(
             f"{stages}: trained with other options; remove it, or choose another output, to train anew"
         )
-    stages.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(options, indent=1))
+    try:
+        stages.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(options, indent=1))
+    except OSError as error:
+        raise ConfigurationError(f"output {config.output}: it cannot be written: {error}") from error
 
 
 def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | None = None) -> dict[str, float]:
