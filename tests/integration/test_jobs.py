@@ -94,12 +94,17 @@ def test_convert(tmp_path, capsys):
 
 def snippets_of_the_documents() -> list[str]:
     texts_of_documents = [(ROOT / "README.md").read_text(), (ROOT / "docs/scoring.md").read_text()]
-    return [code for text in texts_of_documents for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
+    snippets = [
+        code for text in texts_of_documents for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    ]
+    notebook = json.loads((ROOT / "examples/notebook.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [*snippets, "\n".join(cells)]
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_snippets_of_the_documents_run(tmp_path, monkeypatch, capfd):
-    """In a directory laid out as `make demo` leaves it, with the tiny model in the place of the demo's."""
+    """And the notebook's cells, where all is as `make demo` leaves it, with a tiny model for the demo's."""
     topics = ["a", "b", "c"]
     columns = {"id": [str(i) for i in range(40)], "text": pa.array([t.encode() for t in texts(40)], pa.binary())}
     write_shard(

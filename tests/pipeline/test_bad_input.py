@@ -947,7 +947,7 @@ BAD_FILES = {
     "two documents": (OPTIONS + "---\n" + OPTIONS, "cannot be read as YAML: expected a single document"),
     "tabs": ("input:\n\t- a", "cannot be read as YAML: "),
     "NUL": ("input: a\0", "cannot be read as YAML: unacceptable character"),
-    "not UTF-8": (b"input: \xff", "cannot be read as YAML: 'utf-8' codec"),
+    "not UTF-8": (b"input: \xff", "cannot be read as YAML: unacceptable character"),
     "nested without end": ("[" * 5000, "cannot be read as YAML"),
     "an unknown option": (OPTIONS + "colour: red", r"unknown options \['colour'\]; known are"),
     "options that are no words": (OPTIONS + "1: x\nnull: y", r"unknown options \['1', 'None'\]"),

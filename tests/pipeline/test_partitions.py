@@ -97,7 +97,7 @@ def test_a_job_keeps_partition_columns_and_names_documents_by_them(tmp_path, mod
     job = make_job(ScoreConfig(**places, id_column="date", keep_columns=("id",), split_bytes=1 << 20))
     predictor = SplitPredictor(job.config.passed_columns, "date", model=str(model_directory), device="cpu")
     for shard in job.shards:
-        (row,) = run_stages(shard, job.encode_options(), predictor, job.output)
+        (row,) = run_stages(shard, job.encode_options(1), predictor, job.output)
         assert row["error"] is None
     table = pq.read_table(tmp_path / "out", partitioning=None)
     assert table.column_names[0] == "date"
