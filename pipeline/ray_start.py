@@ -3,14 +3,16 @@
 import contextlib
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import ray
 import ray.data
 
-from .errors import UsageError
+from .errors import PipelineError, UsageError
 from .ray_internals import ending_when, environment, listening_on_loopback, quiet_core_worker
 
 _DATA_SETTINGS = {
@@ -104,8 +106,25 @@ def _start_ray() -> None:
         else:
             # With a single CPU, a reader and an actor would not fit at the same time.
             cpus = max(os.cpu_count() or 1, 2)
-            with environment(_LOCAL_ENVIRONMENT), listening_on_loopback():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+            with environment(_LOCAL_ENVIRONMENT | local_token()), listening_on_loopback():
+                try:
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+                except OSError as error:
+                    raise PipelineError(f"Ray cannot start on this machine: {error}") from error
+
+
+def local_token() -> dict[str, str]:
+    """Environment variables for a local Ray: its authentication token, if it cannot keep one in ~/.ray."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return {}
+    try:
+        token = Path.home() / ".ray/auth_token"
+        token.parent.mkdir(parents=True, exist_ok=True)
+        if os.access(token, os.R_OK) or os.access(token.parent, os.W_OK | os.X_OK):
+            return {}
+    except (OSError, RuntimeError):  # the latter without a home directory
+        pass
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @contextlib.contextmanager

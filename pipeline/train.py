@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from trbert_model.training import TrainingConfig, train
 
 from .errors import PipelineError, UsageError
 from .labelled import corpora_read_as_input
-from .ray_internals import worker_errors
+from .ray_internals import environment, worker_errors
+from .ray_start import local_token
 
 
 def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def train_distributed(config: TrainingConfig, num_workers: int) -> dict[str, Any
         raise UsageError(f"batch_size {config.batch_size} must be a multiple of num_workers {num_workers}")
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False)
+        with environment({} if os.environ.get("RAY_ADDRESS") else local_token()):
+            ray.init(include_dashboard=False)
     try:
         available = ray.cluster_resources()
         use_gpu = available.get("GPU", 0) >= num_workers
