@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from trbert_model.labelled import corpora_opened_by
 
-from .corpus import input_root, list_shards
+from .corpus import find_input, read_corpus
 from .storage import Storage, open_file
 
 
@@ -20,12 +20,10 @@ def corpus_files(uri: str) -> list[str]:
     """The URIs of a corpus's Parquet files: a single file, all below a folder, or the matches of a glob.
 
     Raises:
-        UsageError: there are no Parquet files.
+        UsageError: there are no Parquet files, or the glob is invalid.
         StorageError: the corpus cannot be listed.
     """
-    storage = Storage(uri)
-    several = storage.fs.isdir(storage.root) or any(character in uri for character in "*?[{")
-    if storage.fs.isfile(storage.root) or not several:
+    location = find_input(Storage(uri))
+    if location.file is not None:
         return [uri]
-    root = input_root(uri)
-    return [f"{root}/{shard.path}" for shard in list_shards(storage)]
+    return [f"{location.root.uri}/{shard.path}" for shard in read_corpus(location).shards]

@@ -25,13 +25,19 @@ def corpus(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("form", ["t", "t/", "file://{}/t", "t/**/[ab].parquet"])
+@pytest.mark.parametrize("form", ["t", "t/", "file://HERE/t", "t/**/[ab].parquet", "t/{a,below/?}.parquet"])
 def test_folders_and_globs_are_all_their_files(corpus, monkeypatch, form):
     monkeypatch.chdir(corpus)
-    raw = read(form.format(corpus))
+    raw = read(form.replace("HERE", str(corpus)))
     assert raw.texts == ["a 1", "a 2", "b 1"]
     assert raw.values == ["x", "y", "z"]
     assert read("t/*.parquet").texts == ["a 1", "a 2"]
+
+
+def test_hive_folders_and_files_without_an_ending(tmp_path):
+    write_shard(tmp_path / "t/date=2026-01-01/part-0", {"text": ["a"], "label": ["x"]})
+    write_shard(tmp_path / "t/date=2026-01-02/part-0", {"text": ["b"], "label": ["y"]})
+    assert read(tmp_path / "t").texts == ["a", "b"]
 
 
 def test_a_file_is_read_whatever_its_name(tmp_path):
