@@ -243,6 +243,12 @@ def test_more_documents_without_labels_are_learnt_from_after_the_fine_tune(corpu
     assert {stage: sum(counts) for stage, counts in seen.items()} == dict.fromkeys(seen, len(labelled) + len(others))
 
 
+def test_a_speed_that_is_out_of_reach_is_refused_before_the_fine_tune(corpus):
+    with pytest.raises(ConfigurationError, match=r"a FLOPs speed-up of 50\.0 is out of reach"):
+        train(options(corpus, speedup=50.0))
+    assert not (corpus / "model/stages/fine_tune").exists()
+
+
 def test_one_label_is_none_to_learn(corpus):
     pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "x"]}), corpus / "one.parquet")
     with pytest.raises(InputError, match="column 'label' has fewer than two different labels"):

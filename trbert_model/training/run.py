@@ -149,6 +149,8 @@ class _Run:
     def execute(self, selection_policy: SelectionPolicy | None) -> None:
         config, model = self.config, self.model
         reinforced: dict[str, Any] = {"samples": config.samples}
+        if any(config.epochs(stage) for stage in STAGES[1:]):
+            self.fractions()  # refuses speeds that are out of reach, before the fine-tune
         self.stage("fine_tune", FineTune(model, self.dataset.losses))
         self.evaluate("fine_tune", reduce=False)
         if not any(config.epochs(stage) for stage in STAGES[1:]):
