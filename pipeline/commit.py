@@ -23,14 +23,15 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard
+from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, SCHEMA, Shard
 from .deaths import DEATHS
 from .errors import PipelineError, StorageError, UsageError
 from .ledger import NO_LEDGER, WHOLE, LedgerClient
 from .manifest import SUCCESS, Marker, complete_markers, named_objects
 from .plan import deletion_order
 from .report import SplitStats
-from .rows import ErrorKind, error_table, from_ipc, split_table, to_ipc
+from .rows import REJECTED_SCHEMA, ErrorKind, error_table, from_ipc, split_table, to_ipc
+from .schema import Types
 from .storage import Storage
 
 METADATA = b"trbert.split"
@@ -114,18 +115,18 @@ def publish(
     return _settled(output, name, data, identity_key)
 
 
-def settle_split(output: Storage, name: str, identity_key: str = "") -> Committed | None:
+def settle_split(output: Storage, name: str, identity_key: str = "", types: Types | None = None) -> Committed | None:
     """Read a results object that exists, and write its quarantined rows if their object is missing or different.
 
     Returns:
         None if the object is not a complete split of this output: it is damaged, was made with other options, or was
-        written by an older version and its quarantined rows are missing.
+        written by an older version and its quarantined rows are missing or its columns are not of these types.
 
     Raises:
         StorageError: the output cannot be read or written.
     """
     try:
-        return _settled(output, name, output.read(name), identity_key)
+        return _settled(output, name, output.read(name), identity_key, types)
     except StorageError:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, _NotOursError):
@@ -136,8 +137,10 @@ class _NotOursError(Exception):
     """A results object is not a complete split of this output."""
 
 
-def _settled(output: Storage, name: str, data: bytes, identity_key: str) -> Committed:
+def _settled(output: Storage, name: str, data: bytes, identity_key: str, types: Types | None = None) -> Committed:
     parquet = pq.ParquetFile(pa.BufferReader(data))
+    if any(parquet.schema_arrow.field(column).type != kind for column, kind in (types or {}).items()):
+        raise _NotOursError
     counts = json.loads(parquet.schema_arrow.metadata[METADATA])
     if counts.get("identity", identity_key) != identity_key:
         raise _NotOursError
@@ -172,11 +175,17 @@ def holds(data: bytes | None, rejected: pa.Table) -> bool:
 
 
 def settle_done(
-    output: Storage, pending: Iterable[tuple[Shard, frozenset[int]]], identity_key: str
+    output: Storage,
+    pending: Iterable[tuple[Shard, frozenset[int]]],
+    identity_key: str,
+    types: Types | None = None,
 ) -> dict[tuple[str, int], Committed]:
     """Take over the splits that an earlier run published for incomplete shards.
 
     Objects that are not complete splits of this output are deleted, so that the splits are computed again.
+
+    Args:
+        types: the types of the kept columns in the output.
 
     Returns:
         The published splits, by shard path and split index.
@@ -184,7 +193,7 @@ def settle_done(
 
     def settle(item: tuple[Shard, int]) -> tuple[tuple[str, int], Committed | None]:
         shard, index = item
-        committed = settle_split(output, shard.object(index), identity_key)
+        committed = settle_split(output, shard.object(index), identity_key, types)
         if committed is None:
             output.delete([shard.object(index)])
         return (shard.path, index), committed
@@ -303,12 +312,12 @@ def identity_key(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 
 def clear_output(output: Storage) -> None:
-    """Delete `_SUCCESS`, markers, results, quarantined rows, recorded deaths and, last, the identity.
+    """Delete `_SUCCESS`, markers, results, quarantined rows, recorded deaths and types and, last, the identity.
 
     Run reports stay.
     """
     ours = [file.path for file in output.files() if _is_ours(file.path)]
-    output.delete([SUCCESS, *sorted(ours, key=deletion_order), DEATHS, IDENTITY])
+    output.delete([SUCCESS, *sorted(ours, key=deletion_order), DEATHS, SCHEMA, IDENTITY])
 
 
 def _is_ours(path: str) -> bool:
@@ -334,7 +343,7 @@ def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
     splits = [split for marker in markers for split in marker["splits"]]
     names = [folder + split["object"] for split in splits if split["quarantined"] or not quarantine]
     if not names:
-        return pyarrow.dataset.dataset(pa.table({name: [] for name in ("shard", "row", "id", "reason", "detail")}))
+        return pyarrow.dataset.dataset(REJECTED_SCHEMA.empty_table())
     # Not `output.fs` for remote outputs: its own retries are off, because Storage retries instead.
     fs, root = (output.fs, output.root) if output.is_local else fsspec.core.url_to_fs(output.uri)
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], format="parquet", filesystem=fs)

@@ -18,9 +18,10 @@ from trbert_model.options import option
 
 from .commit import parquet_bytes
 from .corpus import QUARANTINE
-from .errors import PipelineError, UsageError
+from .errors import PipelineError, ShardError, UsageError
 from .lock import OutputLock
 from .manifest import SUCCESS, read_manifest
+from .schema import Column, Types, known_types, target_types
 from .stopping import StopRequest
 from .storage import Storage
 
@@ -53,7 +54,7 @@ def compact(config: CompactConfig, stop: StopRequest | None = None) -> dict[str,
     Raises:
         UsageError: the output is not complete, `into` holds other files, or one prefix is inside the other.
         OutputBusyError: another run is using the output.
-        PipelineError: an object does not match its marker.
+        PipelineError: an object does not match its marker, or has columns of types that other objects do not have.
         StoppedError: stopped by a signal; run it again to finish.
     """
     stop = stop or StopRequest(grace=0.0)
@@ -76,11 +77,15 @@ def _compact(config: CompactConfig, stop: StopRequest) -> dict[str, Any]:
         ours = {SUCCESS} | {path for path in present if path.endswith(f"-{digest}.parquet")}
         if strange := sorted(present - ours):
             raise UsageError(f"{config.into}: holds something else ({strange[0]}); choose an empty prefix")
+        asked = manifest["output"]
+        types = known_types(
+            output, [*filter(None, [asked.get("id_column")]), *asked.get("keep_columns", ())], stop.check
+        )
         parts = []
         for number, group in enumerate(_groups(splits, config.target_bytes)):
             stop.check()
             name = f"part-{number:05d}-{digest}.parquet"
-            parts.append(_copy(output, into, group, name))
+            parts.append(_copy(output, into, group, name, types))
             if quarantined := [split for split in group if split["quarantined"]]:
                 parts.append(_copy_quarantine(output, into, quarantined, f"{QUARANTINE}/{name}"))
         copy = {
@@ -110,10 +115,21 @@ def _groups(splits: list[dict[str, Any]], target: int) -> Iterator[list[dict[str
         yield group
 
 
-def _copy(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Write the group's results as one object and return its manifest entry."""
+def _copy(output: Storage, into: Storage, group: list[dict[str, Any]], name: str, types: Types) -> dict[str, Any]:
+    """Write the group's results as one object, its kept columns of these types, and return its manifest entry."""
     objects = {split["object"]: split["sha256"] for split in group}
-    return _write(into, name, _checked(output, objects), sum(split["results"] for split in group))
+    tables = []
+    for path, table in zip(objects, _checked(output, objects)):
+        kept = {column: Column(table[column].type, table[column].null_count == table.num_rows) for column in types}
+        try:
+            targets = target_types(kept, types)
+            for column, kind in targets.items():
+                values = pa.nulls(table.num_rows, kind) if kept[column].is_empty else table[column].cast(kind)
+                table = table.set_column(table.column_names.index(column), column, values)
+        except (ShardError, pa.ArrowException) as error:  # of an output of an older version
+            raise PipelineError(f"{output.uri}/{path}: {error}; see jobs/verify.py") from error
+        tables.append(table)
+    return _write(into, name, tables, sum(split["results"] for split in group))
 
 
 def _copy_quarantine(output: Storage, into: Storage, group: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -133,7 +149,7 @@ def _checked(output: Storage, objects: dict[str, str]) -> list[pa.Table]:
 
 
 def _write(into: Storage, name: str, tables: list[pa.Table], rows: int) -> dict[str, Any]:
-    table = pa.concat_tables(tables, promote_options="permissive")
+    table = pa.concat_tables(tables)
     if table.num_rows != rows:
         raise PipelineError(
             f"{into.uri}/{name}: {table.num_rows} rows where the markers say {rows}; see jobs/verify.py"

@@ -122,6 +122,10 @@ class ScoreConfig:
         passed = self.passed_columns
         if twice := sorted({name for name in passed if passed.count(name) > 1}):
             raise UsageError(f"columns {twice} are named more than once in id_column and keep_columns")
+        if alike := sorted({name for name in passed if [other.lower() for other in passed].count(name.lower()) > 1}):
+            raise UsageError(
+                f"columns {alike} differ only by case: Spark and DuckDB cannot read both; rename one first"
+            )
         self.check_names(RESULT_COLUMNS)
         if self.stop_after is not None:
             _seconds("stop_after", self.stop_after)
@@ -136,12 +140,15 @@ class ScoreConfig:
         return [*([self.id_column] if self.id_column else []), *self.keep_columns]
 
     def check_names(self, results: Sequence[str]) -> None:
-        """Check that no passed column has the name of one of these result columns.
+        """Check that no passed column has the name of one of these result columns, or one that differs only by case.
+
+        Spark and DuckDB do not tell upper from lower case in names.
 
         Raises:
             UsageError: a passed column has such a name.
         """
-        if taken := sorted(set(self.passed_columns) & set(results)):
+        names = {name.lower() for name in results}
+        if taken := sorted(name for name in self.passed_columns if name.lower() in names):
             raise UsageError(f"columns {taken} of the input are named like columns of the results; rename them first")
 
     @property

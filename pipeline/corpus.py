@@ -18,6 +18,7 @@ QUARANTINE = "_quarantine"
 RUNS = "_runs"
 SAMPLES = "_samples"
 IDENTITY = "_output.json"
+SCHEMA = "_schema.json"
 
 MAGIC = b"PAR1"  # the first bytes of a Parquet file
 

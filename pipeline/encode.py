@@ -26,7 +26,8 @@ from .highlights import choose_samples
 from .ledger import DEATHS_OF_A_DOCUMENT, KILLED, NO_LEDGER, WHOLE, Care, Entry, LedgerClient
 from .partitions import Partitions
 from .report import SplitStats
-from .rows import error_table, split_table, stopped_table, to_ipc
+from .rows import REJECTED_SCHEMA, error_table, split_table, stopped_table, to_ipc
+from .schema import ARROW_SCHEMA, Column, Types, cast_columns, columns_of, open_parquet, target_types
 from .storage import Storage, is_passing
 
 logger = get_logger(__name__)
@@ -44,13 +45,7 @@ _BATCH_ROWS = 4096
 # stored bytes of all columns of all row groups until the end.
 _READ_BYTES = 8 << 20
 
-_ARROW_SCHEMA = b"ARROW:schema"
-
 TOKENIZER_FAILED = "tokenizer_failed"  # a reason for quarantine
-
-REJECTED_SCHEMA = pa.schema(
-    [("shard", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,7 @@ class EncodeOptions:
             `_READ_BYTES` of each column.
         most_passed_bytes: the limit for the passed columns of one split, of which several copies are in memory.
         samples: number of documents of each shard to show in the run's page.
+        types: the types of the passed columns in the output; those that it does not have yet are left out.
     """
 
     input: Storage
@@ -78,6 +74,7 @@ class EncodeOptions:
     whole_bytes: int = 64 << 20
     most_passed_bytes: int = 2 << 30
     samples: float = 0
+    types: Types = field(default_factory=dict)
 
 
 @dataclass
@@ -215,7 +212,7 @@ def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit
 
     Raises:
         ShardError: the shard is not valid Parquet or cannot be opened under the name it is listed under, a column is
-            missing or duplicated, or the passed columns are too large.
+            missing or duplicated, or the passed columns are too large or of types that the output cannot have.
         StorageError: the shard has changed since it was listed, or cannot be opened.
     """
     with _opened(shard, options.input) as file:
@@ -234,13 +231,17 @@ def split_shard(shard: Shard, options: EncodeOptions) -> Iterator[tuple[RawSplit
             )
         if twice := [column for column in dict.fromkeys(columns) if names.count(column) > 1]:
             raise ShardError(f"column {', '.join(map(repr, twice))} is there {names.count(twice[0])} times")
+        stored = columns_of(parquet, options.passed_columns)
+        partition = {name: Column(value.type, not value.is_valid) for name, value in fixed.items()}
+        passed_columns = {name: partition.get(name) or stored[name] for name in options.passed_columns}
+        targets = target_types(passed_columns, options.types)
         rows = parquet.metadata.num_rows
         split, row = RawSplit(0), 0
         for batch in _batches(parquet, columns, options.split_bytes):
             columns_of_text = [
                 (name, batch.column(name), as_binary(batch.column(name))) for name in options.text_columns
             ]
-            passed = _passed(batch, options.passed_columns, fixed)
+            passed = cast_columns(_passed(batch, options.passed_columns, fixed), passed_columns, targets)
             start = 0
             for i in range(batch.num_rows):
                 size, text, reason, detail = _row_text(columns_of_text, i)
@@ -353,8 +354,8 @@ def _parquet_file(file: Any, whole: bool) -> pq.ParquetFile:
     """
     options: dict[str, Any] = {"pre_buffer": whole, "buffer_size": _READ_BYTES}
     options["page_checksum_verification"] = True
-    parquet = pq.ParquetFile(file, **options)
-    stored = (parquet.metadata.metadata or {}).get(_ARROW_SCHEMA)
+    parquet = open_parquet(file, **options)
+    stored = (parquet.metadata.metadata or {}).get(ARROW_SCHEMA)
     kinds = parquet.schema_arrow.types
     if stored is None or not any(pa.types.is_dictionary(kind) for kind in kinds):
         return parquet
@@ -365,7 +366,7 @@ def _parquet_file(file: Any, whole: bool) -> pq.ParquetFile:
     file.seek(-8 - length, os.SEEK_END)
     footer = file.read(length).replace(_thrift(stored), _thrift(base64.b64encode(schema.serialize())))
     alone = pa.BufferReader(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
-    parquet = pq.ParquetFile(file, metadata=pq.read_metadata(alone), **options)
+    parquet = open_parquet(file, metadata=pq.read_metadata(alone), **options)
     if any(pa.types.is_dictionary(kind) for kind in parquet.schema_arrow.types):
         raise ShardError("its footer holds an Arrow schema that cannot be replaced")
     return parquet
@@ -408,6 +409,8 @@ def _together(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 def as_binary(column: pa.Array) -> pa.Array | None:
     """Cast a string or binary column to large_binary without validating it; None for other types."""
+    if isinstance(column, pa.ExtensionArray):  # JSON
+        column = column.storage
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         return column.cast(pa.large_binary())
@@ -497,7 +500,7 @@ def _encode(
     if options.passed_columns:
         passed = pa.Table.from_batches(split.passed)
         for name in dict.fromkeys(options.passed_columns):
-            documents = documents.append_column(name, _plain(passed[name]))
+            documents = documents.append_column(name, passed[name])
     documents = documents.append_column("document", task.to_column(encoded))
     problems = [
         (TOKENIZER_FAILED, failures[position]) if position in failures else task.problem(document)
@@ -542,19 +545,6 @@ def _encode_each(split: RawSplit, task: Task, entry: Entry) -> tuple[list[Any], 
                 failures[position] = failed[0]
     entry.touch(WHOLE)
     return encoded, failures
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast views, large types and columns of type null (as pandas writes all-null ones) to string or binary.
-
-    All results then have one schema, however a shard stores the same values.
-    """
-    kind = column.type
-    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
-        return column.cast(pa.string())
-    if pa.types.is_binary_view(kind) or pa.types.is_large_binary(kind):
-        return column.cast(pa.binary())
-    return column
 
 
 def _base_row(shard: Shard, shard_rows: int, index: int) -> dict[str, Any]:

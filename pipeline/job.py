@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .manifest import SUCCESS
 from .model import ModelSource, fetch_model
 from .partitions import Partitions
 from .placement import Placement
+from .schema import Types
 from .stopping import StopRequest
 from .storage import Storage
 
@@ -46,6 +47,7 @@ class Job:
         recorded: the identity recorded in the output; None if it is new.
         expectation: what the model's calibration table predicts for the thresholds; None if it does not contain them.
         token_flops: FLOPs of the dense model per token in a full window.
+        types: the types of the kept columns in the output, once they are settled.
     """
 
     asked: ScoreConfig
@@ -58,6 +60,7 @@ class Job:
     recorded: dict[str, Any] | None
     expectation: Expectation | None
     token_flops: float
+    types: Types = field(default_factory=dict)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -142,9 +145,10 @@ class Job:
             text_columns=tuple(getattr(config, name) for name in task.text_options),
             id_column=config.id_column,
             passed_columns=config.passed_columns,
-            partitions=self.partitions,
+            partitions=self.partitions.typed(self.types),
             split_bytes=config.split_bytes,
             samples=SAMPLES / max(shards, 1) if config.samples else 0,
+            types=self.types,
         )
 
     def predictor_arguments(self, placement: Placement) -> dict[str, Any]:

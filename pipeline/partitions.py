@@ -3,13 +3,13 @@
 import datetime
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from urllib.parse import unquote
 
 import pyarrow as pa
 
-from .errors import UsageError
+from .errors import ShardError, UsageError
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -31,6 +31,10 @@ class Partitions:
     types: Mapping[str, pa.DataType] = field(default_factory=dict)
     outer: Values = ()
 
+    def typed(self, types: Mapping[str, pa.DataType]) -> "Partitions":
+        """The same columns with these types, as far as they are among them: an output keeps its types."""
+        return replace(self, types={name: types.get(name, kind) for name, kind in self.types.items()})
+
     def scalars(self, values: Values, stored: Iterable[str]) -> dict[str, pa.Scalar]:
         """The partition columns of one shard.
 
@@ -40,10 +44,17 @@ class Partitions:
             stored: the names of the shard's own columns.
 
         Raises:
-            pa.ArrowException: a value is not of its column's type.
+            ShardError: a value is not of its column's type.
         """
         texts = {name: value for name, value in self.outer if name not in stored} | dict(values)
-        return {name: pa.scalar(text, pa.string()).cast(self.types[name]) for name, text in texts.items()}
+        scalars = {}
+        for name, text in texts.items():
+            try:
+                scalars[name] = pa.scalar(text, pa.string()).cast(self.types[name])
+            except pa.ArrowException as error:
+                what = f"partition column {name!r} is {text!r} here"
+                raise ShardError(f"{what}, which is not {self.types[name]}, its type in this output") from error
+        return scalars
 
 
 @lru_cache  # thousands of shards share a folder

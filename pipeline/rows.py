@@ -31,6 +31,11 @@ SPLIT_SCHEMA = pa.schema(
     ]
 )
 
+# Quarantined rows.
+REJECTED_SCHEMA = pa.schema(
+    [("shard", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
 
 class ErrorKind(StrEnum):
     """The cause of a row's error."""

@@ -4,8 +4,9 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray.exceptions import RayError
 from trbert_model.terminal import get_logger
 
 from .choice import kept_drift, label_drift, last_labels
-from .commit import Committed, bind_output, output_identity, settle_done, write_marker
+from .commit import Committed, bind_output, clear_output, output_identity, settle_done, write_marker
 from .config import ScoreConfig, identity_defaults
 from .corpus import MARKERS, RUNS, SAMPLES, Shard
 from .deaths import write_deaths
@@ -29,6 +30,7 @@ from .plan import Plan, make_plan
 from .ray_start import RayStart, first_line
 from .report import RunStatistics, SplitStats
 from .rows import ErrorKind
+from .schema import is_outgrown, known_types, settle_output, settle_types, shown, strings_for_nulls
 from .stopping import StopRequest
 from .storage import Storage
 from .stream import COMMIT_CPUS, READER_CPUS, Patience, Stream, say
@@ -132,17 +134,37 @@ def run_job(job: Job, run: RunContext, ray_start: RayStart) -> dict[str, Any]:
         if job.expectation:
             say(str(job.expectation))
         run.stop.check()
+        if _begins_anew(job, run.stop.check):
+            clear_output(job.output)
+            plan = None
         bind_output(job.output, job.identity, overwrite=job.config.overwrite, defaults=identity_defaults())
         if plan is None or job.differences:  # then bind_output has cleared the output
             plan = make_plan(job.shards, job.output, job.identity_key)
+        pending = [shard for shard, _ in plan.pending]
+        columns = job.config.passed_columns
+        types = settle_output(job.output, job.input, pending, columns, job.partitions, run.stop.check)
+        job = replace(job, types=types)
         return _Run(job, plan, run, lock).execute(placement)
 
 
+def _begins_anew(job: Job, check: Callable[[], None] = lambda: None) -> bool:
+    """Whether `overwrite` replaces an output with the same settings, because its kept columns need wider types."""
+    columns = job.config.passed_columns
+    return job.config.overwrite and is_outgrown(job.output, job.input, job.shards, columns, job.partitions, check)
+
+
 def plan_of(job: Job) -> dict[str, Any]:
-    """What a run would do: shards and bytes to read, what is complete, and whether the output would be refused."""
-    differences = job.differences
+    """What a run would do: shards and bytes to read, what is complete, and whether the output would be refused.
+
+    Also the types that the kept columns would have, and shards that would be unreadable because of theirs.
+    """
+    differences, passed = job.differences, job.config.passed_columns
+    anew = bool(differences) or _begins_anew(job)
     fresh = Plan(pending=[(shard, frozenset()) for shard in job.shards])
-    plan = fresh if differences else make_plan(job.shards, job.output, job.recorded_key)
+    plan = fresh if anew else make_plan(job.shards, job.output, job.recorded_key)
+    pending = [shard for shard, _ in plan.pending]
+    known = {} if anew else known_types(job.output, passed)
+    settled = settle_types(job.input, pending, passed, known, job.partitions)
     return {
         "dry_run": True,
         "exit_code": EXIT_COMPLETE if job.config.overwrite or not differences else EXIT_USAGE,
@@ -153,6 +175,8 @@ def plan_of(job: Job) -> dict[str, Any]:
         "bytes_to_read": sum(shard.size for shard, _ in plan.pending),
         "shards_complete": len(plan.complete),
         "shards_removed": len(plan.removed),
+        "column_types": {name: shown(kind) for name, kind in strings_for_nulls(settled.types).items()},
+        "conflicts": [{"shard": path, "error": error} for path, error in sorted(settled.conflicts.items())],
     }
 
 
@@ -272,7 +296,7 @@ class _Run:
 
     def _settle(self) -> None:
         """Take over the intact splits that earlier runs committed of the pending shards."""
-        settled = settle_done(self.output, self.plan.pending, self.job.identity_key)
+        settled = settle_done(self.output, self.plan.pending, self.job.identity_key, self.job.types)
         for (path, index), committed in settled.items():
             self.progress[path].splits[index] = committed
         self.plan.pending = [(shard, frozenset(self.progress[shard.path].splits)) for shard, _ in self.plan.pending]

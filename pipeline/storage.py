@@ -334,6 +334,10 @@ class Storage:
             for path, data in zip(some.values(), contents):
                 yield path, data if isinstance(data, bytes) else self.read(path, end)
 
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Read the bytes of a file below the prefix from `start` to `end` (exclusive)."""
+        return self._call("read", path, lambda: self.fs.cat_file(self.location(path), start=start, end=end))
+
     def fetch(self, path: str, to: Path) -> None:
         """Copy a file below the prefix to a local path."""
         self._call("read", path, lambda: self.fs.get_file(self.location(path), str(to)))

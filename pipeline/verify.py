@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard, find_inpu
 from .deaths import DEATHS
 from .errors import StorageError, UsageError
 from .manifest import SUCCESS, Marker, named_objects, newest, read_manifest, read_markers
+from .schema import Types, common_type, plain, recorded_types, shown
 from .storage import Storage
 
 _AT_ONCE = 16  # shards checked at a time
@@ -49,6 +50,7 @@ class Verification:
     doubled: int = 0
     extra: int = 0
     problems: list[str] = field(default_factory=list)
+    schemas: dict[str, pa.Schema] = field(default_factory=dict)  # of the objects that could be read, by path
 
     @property
     def holds(self) -> bool:
@@ -93,6 +95,8 @@ def verify(config: VerifyConfig) -> Verification:
         for name in ("rows", "results", "quarantined", "missing", "doubled", "extra"):
             setattr(found, name, getattr(found, name) + getattr(part, name))
         found.problems += part.problems
+        found.schemas |= part.schemas
+    _check_types(found, recorded_types(output))
     _check_files(files, markers, shards, found)
     _check_manifest(output, markers, shards, found)
     return found
@@ -202,10 +206,40 @@ def _read_object(output: Storage, name: str, sha256: str, found: Verification) -
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         found.problems.append(f"damaged: {name}: its checksum is not its marker's; {_AGAIN}")
     try:
-        return data, pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
+        table = pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
+        found.schemas[name] = pq.read_schema(pa.BufferReader(data))
+        return data, table
     except (pa.ArrowException, OSError) as error:
         found.problems.append(f"damaged: {name}: {error}; {_AGAIN}")
         return data, None
+
+
+def _check_types(found: Verification, recorded: Types) -> None:
+    """Check that the results and the quarantined rows have one schema each, so that readers can read them as a whole.
+
+    Args:
+        recorded: the types of the kept columns that the output records.
+    """
+    for in_quarantine in (False, True):
+        objects = {
+            path: {field.name: plain(field.type) for field in schema}
+            for path, schema in sorted(found.schemas.items())
+            if path.startswith(f"{QUARANTINE}/") == in_quarantine
+        }
+        counts: dict[str, Counter[pa.DataType]] = defaultdict(Counter)
+        for types in objects.values():
+            for name, kind in types.items():
+                counts[name][kind] += 1
+        expected = {name: common_type(kinds) for name, kinds in counts.items()}
+        if not in_quarantine:
+            expected.update(recorded)
+        for path, types in objects.items():
+            for name, kind in expected.items():
+                if types.get(name) != kind:
+                    has = shown(types[name]) if name in types else "missing"
+                    found.problems.append(
+                        f"damaged: {path}: column {name!r} is {has} where the output has {shown(kind)}; {_AGAIN}"
+                    )
 
 
 def _count(table: pa.Table, path: str, rows: _Rows) -> int:
@@ -308,6 +342,7 @@ def _verify_copy(
             found.quarantined += table.num_rows
         else:
             found.results += table.num_rows
+    _check_types(found, {})
     versions = {each["shard"]: each["version"] for each in copy.get("shards", ())}
     for shard in shards:
         expected = _input_rows(shard, root)

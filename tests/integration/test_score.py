@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import duckdb
 import numpy as np
@@ -245,6 +246,29 @@ def test_what_changed_is_scored_again_and_replaces_the_old(corpus, model_uri):
     assert report["shards"]["completed"] == 3
     assert report["documents"] == report["windows"] == by_prefix
     assert accounted_rows(f"{corpus}/out") == {n: list(range(44 if n == "a.parquet" else r)) for n, r in ROWS.items()}
+
+
+def test_a_shard_of_a_wider_type_is_named_and_scored_with_the_others_by_overwrite(s3, model_uri):
+    corpus = s3.bucket("wider")
+
+    def put(name: str, kind: pa.DataType) -> None:
+        table = shard_table(name, 3)
+        put_table(f"{corpus}/in", name, table.append_column("number", pa.array([1, None, 3], kind)))
+
+    put("a.parquet", pa.int32())
+    put("b.parquet", pa.int32())
+    numbers = config(corpus, model_uri, keep_columns=("number",))
+    assert score(numbers)["exit_code"] == 0
+    put("b.parquet", pa.int64())
+    plan = score(replace(numbers, dry_run=True))
+    assert plan["column_types"] == {"id": "string", "number": "int32"}
+    (conflict,) = plan["conflicts"]
+    assert conflict["shard"] == "b.parquet"
+    assert "column 'number' is int64, which is wider than int32" in conflict["error"]
+    assert score(replace(numbers, dry_run=True, overwrite=True))["conflicts"] == []
+    assert score(replace(numbers, overwrite=True))["exit_code"] == 0
+    table = open_output(f"{corpus}/out").to_table().sort_by("id")
+    assert (table["number"].type, table["number"].to_pylist()) == (pa.int64(), [1, None, 3] * 2)
 
 
 def test_a_dry_run_tells_and_writes_nothing(corpus, finished, model_uri, s3):
