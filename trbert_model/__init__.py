@@ -1,11 +1,13 @@
 """TR-BERT: BERT with dynamic token reduction (Ye et al., NAACL 2021), on batches without padding.
 
 The names below are imported on first use. Processes that only tokenise import this package too, and start much faster
-and with less memory without torch and transformers.
+and with less memory without torch and transformers. transformers' Auto classes and pipelines know the models after
+`import trbert_model`.
 """
 
 from typing import TYPE_CHECKING
 
+from .auto import register
 from .lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from .explanation import Explanation
     from .modeling import TRBertModel
     from .tasks.classification.head import TRBertForSequenceClassification
+    from .tasks.multiple_choice.head import TRBertForMultipleChoice
     from .tasks.question_answering.head import TRBertForQuestionAnswering
     from .varlen import VarlenBatch
 
@@ -26,6 +29,7 @@ _MODULES = {
     "InputError": "errors",
     "TRBertConfig": "configuration",
     "TRBertError": "errors",
+    "TRBertForMultipleChoice": "tasks.multiple_choice.head",
     "TRBertForQuestionAnswering": "tasks.question_answering.head",
     "TRBertForSequenceClassification": "tasks.classification.head",
     "TRBertModel": "modeling",
@@ -42,6 +46,7 @@ __all__ = [
     "InputError",
     "TRBertConfig",
     "TRBertError",
+    "TRBertForMultipleChoice",
     "TRBertForQuestionAnswering",
     "TRBertForSequenceClassification",
     "TRBertModel",
@@ -52,3 +57,5 @@ __all__ = [
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
+
+register()

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 from transformers.models.bert.modeling_bert import BertPreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .backbones import BACKBONES
 from .backbones.fused import FusedLayer, packs_weights
@@ -20,7 +19,9 @@ from .reduction.policies import ThresholdPolicy
 from .reduction.question import question_match
 from .reduction.selectors import selector_class
 from .reduction.state import Candidates, Selection, SelectionPolicy, TokenState
-from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in
+from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in, truncated
+
+transformers_logger = logging.get_logger("transformers")
 
 
 @dataclass
@@ -147,6 +148,23 @@ class TRBertPreTrainedModel(BertPreTrainedModel):
             )
         return ATTENTION_NAME
 
+    def truncated_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """The attention mask of a padded batch, cut to the model's positions.
+
+        transformers' pipelines do not truncate unless they are asked to.
+        """
+        positions = self.config.usable_positions
+        if input_ids is None or input_ids.shape[-1] <= positions:
+            return attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        cut = truncated(mask, positions)
+        if not torch.equal(cut, mask.bool()):
+            transformers_logger.warning_once(
+                f"Sequences of more than {positions} tokens are truncated. jobs/score.py and trbert_model.engine split "
+                "them into windows instead."
+            )
+        return cut
+
 
 class TRBertModel(TRBertPreTrainedModel):
     """An encoder with dynamic token reduction, without a task head."""
@@ -203,15 +221,16 @@ class TRBertModel(TRBertPreTrainedModel):
             if input_ids is None:
                 raise InputError("a model needs input_ids, or the state to go on from")
             if cu_seqlens is None:
-                batch, padded_indices = VarlenBatch.from_padded(input_ids, attention_mask, token_type_ids)
-                longest = input_ids.shape[1]
+                batch, padded_indices = VarlenBatch.from_padded(
+                    input_ids, attention_mask, token_type_ids, self.config.usable_positions
+                )
             else:
                 batch = _varlen_batch(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
-                longest = batch.max_seqlen
-            if longest > self.config.usable_positions:
+            if batch.max_seqlen > self.config.usable_positions:
                 raise InputError(
-                    f"a sequence of {longest} tokens is longer than the model's {self.config.usable_positions} "
-                    "positions: cut it into windows (trbert_model.engine does) or truncate it"
+                    f"a sequence of {batch.max_seqlen} tokens is longer than the model's "
+                    f"{self.config.usable_positions} positions: cut it into windows (trbert_model.engine does) or "
+                    "truncate it"
                 )
             state = self.begin(batch, reduce=reduce)
         output = self.encoder(
@@ -295,7 +314,3 @@ def fuse_for_inference(model: "TRBertPreTrainedModel", *, packed: bool | None = 
         if not isinstance(layer, FusedLayer):
             encoder.layer[i] = encoder.backbone.fused(layer, packed=packed)
     model.eval().requires_grad_(False)
-
-
-AutoConfig.register("trbert", TRBertConfig)
-AutoModel.register(TRBertConfig, TRBertModel)

@@ -64,9 +64,11 @@ class VarlenBatch:
 
     @classmethod
     def from_padded(
-        cls, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+        cls, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, positions: int
     ) -> tuple["VarlenBatch", Tensor]:
-        """Pack (batch, length) tensors without their masked positions; a token's position is its column.
+        """Pack (batch, length) tensors without their masked positions.
+
+        A token's position is its column; in tensors that are wider than `positions`, its number in the sequence.
 
         Returns:
             The batch, and the indices of its tokens in the flattened padded tensor, int64 (total tokens,).
@@ -87,14 +89,25 @@ class VarlenBatch:
             raise InputError(f"sequence {int(lengths.argmin())} of the batch has no tokens: its mask is all 0")
         indices = mask.flatten().nonzero().squeeze(1)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        fits = input_ids.shape[1] <= positions
         batch = cls(
             input_ids=input_ids.flatten()[indices],
             token_type_ids=types.flatten()[indices],
-            position_ids=indices % input_ids.shape[1],
-            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            position_ids=indices % input_ids.shape[1] if fits else positions_in(cu_seqlens, len(indices)),
+            cu_seqlens=cu_seqlens,
             max_seqlen=int(lengths.max()),
         )
         return batch, indices
+
+
+def truncated(mask: Tensor, positions: int) -> Tensor:
+    """The mask of padded sequences, (batch, length), cut to `positions` tokens each.
+
+    Like a tokenizer's truncation: a sequence's last token, which is [SEP], stays.
+    """
+    count = mask.long().cumsum(1)
+    return mask.bool() & ((count < positions) | (count == count[:, -1:]))
 
 
 def model_inputs(sequences: Sequence, token_type_ids: Sequence | None = None) -> dict[str, Tensor]:

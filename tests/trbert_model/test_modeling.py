@@ -153,6 +153,33 @@ def test_a_window_of_a_question_does_not_see_its_batch(lengths, seed):
                 assert [int(kept[index]) for kept in together.kept_tokens] == [int(kept) for kept in alone.kept_tokens]
 
 
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4), left=st.booleans())
+def test_padded_sequences_that_are_too_long_are_truncated_as_tokenizers_do(lengths, left):
+    """transformers' pipelines pass texts of any length."""
+    positions, (ids, mask) = TINY["max_position_embeddings"], padded_ids(lengths)
+    if left and max(lengths) > positions:
+        rows = [ids[i, :length] for i, length in enumerate(lengths)]
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence([each.flip(0) for each in of], batch_first=True).flip(1)
+            for of in (rows, [torch.ones_like(r) for r in rows])
+        )
+    whole = [row[there.bool()] for row, there in zip(ids, mask)]
+    cut = [row if len(row) <= positions else torch.cat([row[: positions - 1], row[-1:]]) for row in whole]
+    answerer = question_answerer()
+    with torch.inference_mode():
+        logits = CLASSIFIER(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, varlen(CLASSIFIER, cut).logits, atol=1e-5, rtol=0)
+        found = answerer(ids, attention_mask=mask).start_logits
+        expected = varlen(answerer, cut).start_logits.split([len(row) for row in cut])
+    assert found.shape == ids.shape
+    for row, there, answers in zip(found, mask, expected):
+        row = row[there.bool()]
+        used = row > torch.finfo(row.dtype).min
+        assert used.sum() == len(answers)
+        torch.testing.assert_close(row[used], answers, atol=1e-5, rtol=0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(lengths=sequence_lengths, seed=st.integers(0, 3))
 def test_padded_and_varlen_input_agree(lengths, seed):
@@ -314,7 +341,7 @@ def test_batches_that_cannot_work_are_refused():
     with pytest.raises(InputError, match="33 tokens is longer than the model's 32 positions"):
         varlen(CLASSIFIER, [torch.full((33,), 7)])
     with pytest.raises(InputError, match="33 tokens"):
-        CLASSIFIER(torch.full((2, 33), 7))
+        CLASSIFIER.bert(torch.full((2, 33), 7))
     with pytest.raises(InputError, match="shape"):
         CLASSIFIER(torch.full((2, 3), 7), attention_mask=torch.ones(2, 4))
 

@@ -104,7 +104,7 @@ def test_equal_to_transformers_and_saved_and_loaded(tmp_path, family, left):
                 torch.testing.assert_close(output[name][seen], expected[name][seen], atol=1e-4, rtol=0)
                 torch.testing.assert_close(packed[name], expected[name][seen], atol=1e-4, rtol=0)
             with pytest.raises(InputError, match="41 tokens is longer than the model's 40 positions"):
-                model(torch.full((1, 41), 7))
+                model(**model_inputs([[7] * 41]))
 
 
 def test_a_masked_language_model_gives_the_bare_model_or_a_fresh_head(tmp_path):

@@ -21,7 +21,7 @@ def test_sequences_lie_end_to_end():
 
 def test_padded_input_keeps_its_columns_as_positions():
     ids = torch.tensor([[5, 6, 0], [0, 7, 8]])
-    batch, indices = VarlenBatch.from_padded(ids, (ids > 0).long(), None)
+    batch, indices = VarlenBatch.from_padded(ids, (ids > 0).long(), None, positions=3)
     assert batch.input_ids.tolist() == [5, 6, 7, 8]
     assert batch.position_ids.tolist() == [0, 1, 1, 2]
     assert indices.tolist() == [0, 1, 4, 5]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 from transformers.utils import ModelOutput
 
 from ...configuration import TRBertConfig
@@ -34,7 +33,8 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
     """Predicts labels or numbers from a sequence's first token, as `config.problem_type` says (as in transformers).
 
     `forward` takes `TRBertModel.forward`'s arguments, and `labels` as in transformers: int64 (sequences,), one label
-    each, or float (sequences, labels), 1 for each label of the sequence, or numbers.
+    each, or float (sequences, labels), 1 for each label of the sequence, or numbers. Padded sequences that are too long
+    are truncated.
     """
 
     def __init__(self, config: TRBertConfig):
@@ -46,9 +46,18 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, *args, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
     ) -> TRBertSequenceClassifierOutput:
-        output = self.bert(*args, **{**kwargs, "token_states": False})
+        if cu_seqlens is None:
+            attention_mask = self.truncated_mask(input_ids, attention_mask)
+        output = self.bert(input_ids, attention_mask, *args, cu_seqlens=cu_seqlens, **{**kwargs, "token_states": False})
         logits = self.classifier(self.dropout(output.pooler_output))
         return TRBertSequenceClassifierOutput(
             loss=None if labels is None else self.losses.to_labels(logits, labels).mean(),
@@ -58,6 +67,3 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
             hidden_states=output.hidden_states,
             selections=output.selections,
         )
-
-
-AutoModelForSequenceClassification.register(TRBertConfig, TRBertForSequenceClassification)

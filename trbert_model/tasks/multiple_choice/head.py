@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForMultipleChoice
 from transformers.utils import ModelOutput
 
 from ...configuration import TRBertConfig
@@ -93,6 +92,3 @@ class TRBertForMultipleChoice(TRBertPreTrainedModel):
             logits=logits,
             kept_tokens=output.kept_tokens,
         )
-
-
-AutoModelForMultipleChoice.register(TRBertConfig, TRBertForMultipleChoice)

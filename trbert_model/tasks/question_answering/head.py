@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering
 from transformers.utils import ModelOutput
 
 from ...configuration import TRBertConfig
@@ -39,7 +38,7 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
     document. Here all questions are trained and answered this way (`AnswerLosses`, `QuestionAnsweringTask`).
 
     `forward` takes `TRBertModel.forward`'s arguments, and `start_positions` and `end_positions`, int64 (sequences,):
-    token indices in the sequence (for padded input, columns).
+    token indices in the sequence (for padded input, columns). Padded sequences that are too long are truncated.
     """
 
     def __init__(self, config: TRBertConfig):
@@ -61,6 +60,8 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> TRBertQuestionAnsweringOutput:
+        if cu_seqlens is None:
+            attention_mask = self.truncated_mask(input_ids, attention_mask)
         output = self.bert(
             input_ids,
             attention_mask,
@@ -96,6 +97,3 @@ def _position_loss(logits: Tensor, positions: Tensor, cu_seqlens: Tensor | None)
     sequences = logits.split(cu_seqlens.diff().tolist())
     losses = [F.cross_entropy(sequence, position) for sequence, position in zip(sequences, positions)]
     return torch.stack(losses).mean()
-
-
-AutoModelForQuestionAnswering.register(TRBertConfig, TRBertForQuestionAnswering)
