@@ -89,7 +89,7 @@ class BertBackbone:
 
     def config_fields(self, raw: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         words = tensors["bert.embeddings.word_embeddings.weight"]
-        distilbert = "dim" in raw
+        distilbert = raw.get("model_type") == "distilbert" or "dim" in raw
         if distilbert:
             # DistilBERT has no token types; zero embeddings for BERT's two are equivalent.
             tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, words.shape[1])
@@ -99,7 +99,7 @@ class BertBackbone:
             "vocab_size": words.shape[0],
             "hidden_size": words.shape[1],
             "num_hidden_layers": 1 + max(int(m[1]) for m in map(re.compile(r".*\.layer\.(\d+)\.").match, tensors) if m),
-            "num_attention_heads": raw["num_attention_heads"],
+            "num_attention_heads": raw.get("num_attention_heads", 12),
             "intermediate_size": tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
             "max_position_embeddings": tensors["bert.embeddings.position_embeddings.weight"].shape[0],
             "type_vocab_size": tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
@@ -110,4 +110,5 @@ class BertBackbone:
             "pad_token_id": raw.get("pad_token_id", self.pad_token_id),
             "classifier_dropout": raw.get("classifier_dropout"),
             "pooler_activation": raw.get("pooler_activation", "tanh"),
+            "is_decoder": raw.get("is_decoder", False),
         }

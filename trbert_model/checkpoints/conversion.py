@@ -4,25 +4,29 @@ The tensors determine a checkpoint's head, because the original's checkpoints an
 classes inconsistently. Weights are read from safetensors only, nothing is unpickled.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backbones import BACKBONES
+from ..backbones import BACKBONES, Backbone
+from ..backbones.roberta import RobertaBackbone
 from ..configuration import TRBertConfig
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, TRBertError
 from ..modeling import TRBertModel, TRBertPreTrainedModel
 from ..tasks.multiple_choice.head import TRBertForMultipleChoice
 from ..tasks.registry import KINDS, MULTIPLE_CHOICE, NO_TASK, TASKS, task_of
 from .files import saved_files
+from .source import read_config, without_wrappers
 
 # Modules that an adapter holds in full, in addition to low-rank updates of the layers (`Backbone.lora_targets`).
 MODULES_TO_SAVE = [*(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
 MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of question-aware selectors
+
+# Ends of the names of transformers' classes whose heads have a classifier's tensors, but belong to a task of their own.
+_OTHER_HEADS = ("ForTokenClassification",)
 
 
 def convert_checkpoint(
@@ -57,12 +61,32 @@ def convert_checkpoint(
 
     Raises:
         ConfigurationError: `max_positions` is less than the checkpoint has, or an option is invalid.
-        CheckpointError: no safetensors weights, another architecture, missing or unexpected tensors, or a task that the
-            checkpoint has no head for.
+        CheckpointError: no safetensors weights, another architecture, a damaged configuration or one that does not fit
+            the weights, missing or unexpected tensors, or a task that the checkpoint has no head for.
     """
     src = Path(src)
+    try:
+        return _converted(src, task, head, reduction_layers, selector_size, question_aware, max_positions)
+    except TRBertError:
+        raise
+    except Exception as error:  # whatever else transformers and torch find wrong with a configuration or a tensor
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{src}: its config.json and weights make no model ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _converted(
+    src: Path,
+    task: str | None,
+    head: dict[str, Any] | None,
+    reduction_layers: list[int] | None,
+    selector_size: int | None,
+    question_aware: bool,
+    max_positions: int | None,
+) -> TRBertPreTrainedModel:
     raw_config, tensors = _read(src)
-    kind = str(raw_config.get("model_type", "bert"))
+    kind = raw_config["model_type"]
     backbone = _backbone(raw_config, kind)
     if backbone is None:  # other architectures may use the same tensor names differently
         raise CheckpointError(
@@ -74,7 +98,7 @@ def convert_checkpoint(
     selectors_stored = any(".linear_1." in name for name in tensors)
     if selectors_stored and reduction_layers is not None:
         raise CheckpointError(f"{src}: its selectors belong to its own layers; reduction_layers cannot be chosen")
-    state = {new: value for name, value in tensors.items() if not family.ignored.match(new := family.tensor_name(name))}
+    state = _state(tensors, family, src)
     if not any(name.startswith("bert.encoder.layer.") for name in state):
         raise CheckpointError(f"{src}: no {backbone} encoder among its tensors (first: {sorted(tensors)[:3]})")
 
@@ -82,19 +106,27 @@ def convert_checkpoint(
         pad = raw_config.get("pad_token_id")
         offset = family.position_offset(family.pad_token_id if pad is None else pad)
         _extend_positions(state, max_positions, offset, src)
-    own_task = _task_of_head(raw_config, state, asked=task)
+    asked, own_task = task, _task_of_head(raw_config, state, asked=task)
     if head is not None:
         state = {name: value for name, value in state.items() if name.startswith("bert.")}
     task = task or own_task
     if task not in KINDS:
         raise CheckpointError(f"task {task!r} is none of {', '.join(KINDS)}")
+    if head is None and asked != NO_TASK and (foreign := _foreign_head(raw_config, state, tensors, asked=asked)):
+        raise CheckpointError(
+            f"{src}: its head, {foreign}, is for none of the tasks {', '.join(KINDS[:-1])}; --task {NO_TASK} converts "
+            "the encoder without it, and jobs/train.py gives it a new one"
+        )
     if head is None and task not in (own_task, NO_TASK):
         raise CheckpointError(
             f"{src}: it has no head for {task} (its head: {own_task}); fine-tune it for the task, or train with "
             "jobs/train.py, which gives it a fresh one"
         )
 
-    config = _config(raw_config, state, backbone, task, head, reduction_layers)
+    try:
+        config = _config(raw_config, state, backbone, task, head, reduction_layers)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{src}: {error}") from error
     if selector_size is not None and not selectors_stored:
         config.selector_size = selector_size
     config.question_aware = question_aware and not selectors_stored
@@ -109,6 +141,11 @@ def convert_checkpoint(
         state = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
     if model.base_model.pooler is None:
         state = {name: value for name, value in state.items() if not name.startswith("bert.pooler.")}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if bad := [name for name, value in state.items() if tuple(value.shape) != shapes.get(name, tuple(value.shape))]:
+        raise CheckpointError(
+            f"{src}: {bad[0]} has shape {tuple(state[bad[0]].shape)}, in the model of its config.json {shapes[bad[0]]}"
+        )
     missing, unexpected = model.load_state_dict(state, strict=False)
     fresh = ["pooler."] if head is not None or task == NO_TASK else []
     fresh += [f"{module}." for module in TASKS[task].head_modules] if head is not None else []
@@ -152,12 +189,34 @@ def apply_adapter(backbone: str | Path, adapter: str | Path) -> TRBertPreTrained
     return model.eval()
 
 
-def _read(src: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read(src: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config.json and all tensors of a checkpoint directory, floating-point tensors as fp32."""
     with saved_files(src) as files:
-        config = json.loads((src / "config.json").read_text())
+        config = read_config(src)
         tensors = files.weights()
+    if "quantization_config" in config:
+        raise CheckpointError(f"{src}: its weights are quantized (quantization_config); convert the full ones")
+    tensors, encoder = without_wrappers(tensors, src)
+    config.setdefault("model_type", encoder or "bert")  # old checkpoints have none
     return config, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _state(tensors: dict[str, Tensor], family: Backbone, src: Path) -> dict[str, Tensor]:
+    """The tensors by TR-BERT's names, without those that it does not use."""
+    state: dict[str, Tensor] = {}
+    # Poolers first: RoBERTa's classifier has a layer of its own in this place, and does not use the encoder's.
+    for name in sorted(tensors, key=lambda name: "pooler." not in name):
+        new = family.tensor_name(name)
+        if family.ignored.match(new):
+            continue
+        if new in state and not new.startswith("bert.pooler."):
+            raise CheckpointError(f"{src}: two tensors for {new}, one of them {name}")
+        if not tensors[name].is_floating_point():
+            raise CheckpointError(
+                f"{src}: {name} holds integers; quantized weights are not read, convert the full ones"
+            )
+        state[new] = tensors[name]
+    return state
 
 
 def _backbone(raw: dict, kind: str) -> str | None:
@@ -177,6 +236,21 @@ def _task_of_head(raw: dict, state: dict[str, Tensor], asked: str | None) -> str
         return MULTIPLE_CHOICE
     has = (name for name, task in TASKS.items() if all(f"{module}.weight" in state for module in task.head_modules))
     return next(has, NO_TASK)
+
+
+def _foreign_head(
+    raw: dict[str, Any], state: dict[str, Tensor], tensors: dict[str, Tensor], asked: str | None
+) -> str | None:
+    """What shows that a checkpoint's head is of no task here: the name of its class, or of a tensor."""
+    if others := [name for name in raw.get("architectures", []) if name.endswith(_OTHER_HEADS)]:
+        return others[0]
+    # RoBERTa's classifier has two layers; one alone classifies each token.
+    chooses = _task_of_head(raw, state, asked) == MULTIPLE_CHOICE
+    if raw["model_type"] in RobertaBackbone.names and "classifier.weight" in tensors and not chooses:
+        return "classifier.weight"
+    heads = {module for task in TASKS.values() for module in task.head_modules}
+    unknown = (name for name in state if not name.startswith("bert.") and name.rpartition(".")[0] not in heads)
+    return next(unknown, None)
 
 
 def _model_class(task: str) -> type[TRBertPreTrainedModel]:
@@ -212,4 +286,7 @@ def _config(
     if head is None and task in TASKS:
         head = TASKS[task].saved_head(raw, state)
     fields |= head or {}
-    return TRBertConfig(**fields)
+    config = TRBertConfig(**fields)
+    if task in TASKS:
+        TASKS[task].check(config)
+    return config

@@ -196,10 +196,22 @@ class ClassificationTask(Task):
 
     @classmethod
     def saved_head(cls, raw: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
-        named = {int(i): label for i, label in raw.get("id2label", {}).items()}
-        labels = {"id2label": named, "label2id": {label: i for i, label in named.items()}}
-        count = {"num_labels": weights["classifier.weight"].shape[0]}
-        return {**(labels if named else count), "problem_type": raw.get("problem_type")}
+        outputs, problem_type = weights["classifier.weight"].shape[0], raw.get("problem_type")
+        names = raw.get("id2label")
+        if not names:
+            return {"num_labels": outputs, "problem_type": problem_type}
+        try:
+            named = {int(i): name for i, name in (enumerate(names) if isinstance(names, list) else names.items())}
+        except (ValueError, AttributeError) as error:
+            raise ConfigurationError(f"id2label {names!r} does not name the labels by their numbers") from error
+        if len(named) != outputs:
+            raise ConfigurationError(f"id2label {names!r} names {len(named)} labels, but the head has {outputs}")
+        named = {i: str(name) if isinstance(name, int | float) else name for i, name in named.items()}
+        return {
+            "id2label": named,
+            "label2id": {label: i for i, label in named.items()},
+            "problem_type": problem_type,
+        }
 
     @classmethod
     def learnt_head(cls, uri: str, columns: "LabelledColumns", problem_type: str | None) -> dict[str, Any]:
