@@ -6,6 +6,7 @@ shards' rows. The copy has its own `_SUCCESS`, which is written last.
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def compact(config: CompactConfig, stop: StopRequest | None = None) -> dict[str,
 
 def _compact(config: CompactConfig, stop: StopRequest) -> dict[str, Any]:
     output, into = Storage(config.output), Storage(config.into)
-    prefixes = [f"{storage.protocol}:{storage.root}/" for storage in (output, into)]
+    roots = [os.path.realpath(each.root) if each.is_local else each.root for each in (output, into)]
+    prefixes = [f"{storage.protocol}:{root}/" for storage, root in zip((output, into), roots)]
     if prefixes[0].startswith(prefixes[1]) or prefixes[1].startswith(prefixes[0]):
         raise UsageError(f"output {config.output} and into {config.into} lie inside each other; keep them apart")
     with OutputLock(output, f"compaction-{secrets.token_hex(3)}", stop=stop):

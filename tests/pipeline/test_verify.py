@@ -377,6 +377,10 @@ def test_what_cannot_be_compacted_is_refused(output, tmp_path):
     config = CompactConfig(output=output.uri, into=into)
     with pytest.raises(UsageError, match="lie inside each other"):
         compact(CompactConfig(output=output.uri, into=f"{output.uri}/small"))
+    (tmp_path / "link").symlink_to(output.root)
+    for inside in ("link", "link/small"):
+        with pytest.raises(UsageError, match="lie inside each other"):
+            compact(CompactConfig(output=output.uri, into=str(tmp_path / inside)))
     with (
         OutputLock(output, "scoring", renewal_seconds=0.5),
         pytest.raises(OutputBusyError, match="run scoring is at work there"),
