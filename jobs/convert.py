@@ -9,21 +9,20 @@ New selectors keep every token, so the converted model predicts the same as its 
 
 import argparse
 import contextlib
-import shutil
+import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jobs.command import run_command
+from pipeline.errors import UsageError
 from pipeline.model import fetch_model
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_same_place
+from trbert_model.checkpoints.files import INDEX
 from trbert_model.errors import ConfigurationError
 from trbert_model.tasks.registry import KINDS
 from trbert_model.terminal import printable
-
-# Files of a tokenizer of the BERT family.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
             "--max-positions out with --adapter"
         )
+    dst = Storage(options.dst)
+    for source in (options.src, options.adapter):
+        if source and is_same_place(Storage(str(source)), dst):
+            raise UsageError(
+                f"{options.dst}: the model would replace {source}, of which it is made; choose another DST"
+            )
+    _refuse_another_model(dst)
     from trbert_model.checkpoints.conversion import apply_adapter, convert_checkpoint  # torch: after the options
+    from trbert_model.checkpoints.tokenizer import TOKENIZER_FILES, read_tokenizer, save_tokenizer
 
     # The converter checks local directories itself.
     src = Path(options.src) if Storage(options.src).is_local else fetch_model(options.src)
@@ -53,29 +60,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reduction_layers=_layers(options.reduction_layers),
             max_positions=options.max_positions,
         )
-    with _directory(Storage(options.dst)) as dst:
-        model.save_pretrained(dst)
-        for name in TOKENIZER_FILES:
-            if (src / name).is_file():
-                shutil.copyfile(src / name, dst / name)
+    tokenizer = read_tokenizer(src, model.config)
+    with _written_to(dst, replaced=(*TOKENIZER_FILES, INDEX)) as directory:
+        model.save_pretrained(directory)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory, model.config, extended=bool(options.max_positions or options.adapter))
     print(
         printable(
             f"{type(model).__name__} with reduction layers {model.config.reduction_layers} saved to {options.dst}"
+            + ("" if tokenizer else f"\n{options.src} has no tokenizer: put one into {options.dst} to score with it")
         )
     )
     return 0
 
 
+def _refuse_another_model(dst: Storage) -> None:
+    """Raise UsageError if there is a checkpoint that this command did not write."""
+    there = dst.read_if_there("config.json")
+    if there is not None and b'"trbert"' not in there:
+        raise UsageError(f"{dst.uri}: there is another checkpoint; choose an empty directory")
+
+
 @contextlib.contextmanager
-def _directory(storage: Storage) -> Iterator[Path]:
-    """Yield a local directory, and copy its files to `storage` afterwards: config.json last, as it marks a model."""
-    if storage.is_local:
-        yield Path(storage.root)
-        return
-    with tempfile.TemporaryDirectory(prefix="trbert-") as directory:
-        yield Path(directory)
-        for path in sorted(Path(directory).iterdir(), key=lambda path: (path.name == "config.json", path)):
-            storage.write(path.name, path.read_bytes())
+def _written_to(storage: Storage, replaced: Iterable[str]) -> Iterator[Path]:
+    """Yield a local directory, and move its files to `storage` afterwards: config.json last, as it marks a model.
+
+    Existing files are replaced, never written into: they may be links to somebody else's. Of those in `replaced`, the
+    ones that are not written again are deleted.
+    """
+    where = storage.location("") if storage.is_local else None
+    with storage.errors("write"):
+        if where is not None:
+            os.makedirs(where, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".trbert-", dir=where) as directory:
+            yield Path(directory)
+            paths = sorted(Path(directory).iterdir(), key=lambda path: (path.name == "config.json", path))
+            storage.delete(set(replaced) - {path.name for path in paths})
+            for path in paths:
+                if where is not None:
+                    os.replace(path, storage.location(path.name))
+                else:
+                    storage.write(path.name, path.read_bytes())
 
 
 def _layers(text: str | None) -> list[int] | None:

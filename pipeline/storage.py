@@ -404,6 +404,13 @@ class Storage:
         return removed
 
 
+def is_same_place(one: Storage, other: Storage) -> bool:
+    """Whether two prefixes are the same, also by links and different spellings of a local path."""
+    if one.is_local and other.is_local:
+        return os.path.realpath(one.root) == os.path.realpath(other.root)
+    return (one.is_s3 or one.protocol, one.root) == (other.is_s3 or other.protocol, other.root)
+
+
 def open_file(uri: str) -> IO[bytes]:
     """Open a file at any URI for reading, with the retries of a Storage.
 

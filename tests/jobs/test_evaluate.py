@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from jobs import convert
 from jobs.command import run_command
 from jobs.evaluate import main
 from jobs.train import main as train
@@ -110,29 +108,6 @@ def test_a_corpus_is_read_as_a_run_reads_its_input(labelled, monkeypatch):
         with pytest.raises(UsageError, match="credentials do not belong in a URI") as refused:
             run([*command, "s3://key:secret@bucket/questions.json"])
         assert "secret@" not in str(refused.value)
-
-
-def test_a_model_that_is_converted_elsewhere_becomes_one_in_the_end(tmp_path):
-    """The files go to the store one by one; without config.json they are no model."""
-
-    class Store:
-        is_local, written = False, []
-
-        def write(self, name, data):
-            self.written.append((name, data))
-
-    with convert._directory(Store()) as directory:
-        for name in ("config.json", "model.safetensors", "vocab.txt"):
-            (directory / name).write_text(name)
-    assert [name for name, _ in Store.written] == ["model.safetensors", "vocab.txt", "config.json"]
-    with pytest.raises(UsageError, match=r"no config\.json there"):
-        convert.main([f"zip://nothing::{archive(tmp_path)}", str(tmp_path / "out")])
-
-
-def archive(directory):
-    with zipfile.ZipFile(directory / "a.zip", "w") as file:
-        file.writestr("nothing/x", "")
-    return directory / "a.zip"
 
 
 def test_questions_are_measured_by_all_their_metrics(answering_model, tmp_path, capsys):

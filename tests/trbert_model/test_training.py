@@ -14,7 +14,7 @@ import torch
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from tests.conftest import TINY, tiny_tokenizer
-from trbert_model import ConfigurationError, InputError, TrainingError
+from trbert_model import CheckpointError, ConfigurationError, InputError, TrainingError
 from trbert_model.calibration.table import Calibration, OperatingPoint, with_table
 from trbert_model.card import write_card
 from trbert_model.checkpoints.conversion import apply_adapter, convert_checkpoint
@@ -352,3 +352,28 @@ def test_auto_trains_in_bfloat16_where_the_machine_computes_in_it(able, monkeypa
     assert config.autocast is (torch.bfloat16 if able else None)
     assert dataclasses.replace(config, dtype="bfloat16").autocast is torch.bfloat16
     assert dataclasses.replace(config, dtype="float32").autocast is None
+
+
+def test_nothing_that_training_reads_is_replaced(model_directory, tmp_path):
+    (tmp_path / "link").symlink_to(model_directory)
+    before = {path.name: path.read_bytes() for path in model_directory.iterdir()}
+    config = TrainingConfig(train="corpus.parquet", backbone=str(model_directory), output=str(tmp_path / "link"))
+    with pytest.raises(ConfigurationError, match="is the backbone, which would be replaced"):
+        train(config)
+    assert {path.name: path.read_bytes() for path in model_directory.iterdir()} == before
+    corpus = tmp_path / "corpus.parquet"
+    corpus.write_bytes(b"rows")
+    with pytest.raises(ConfigurationError, match="is not a directory"):
+        train(dataclasses.replace(config, output=str(corpus)))
+    assert corpus.read_bytes() == b"rows"
+
+
+def test_a_backbone_without_a_tokenizer_is_refused(model_directory, tmp_path):
+    """transformers would make a tokenizer that knows no word."""
+    backbone = shutil.copytree(model_directory, tmp_path / "backbone")
+    (backbone / "tokenizer.json").unlink()
+    rows = pa.table({"text": ["good", "bad"] * 4, "label": ["good", "bad"] * 4})
+    pq.write_table(rows, tmp_path / "train.parquet")
+    config = TrainingConfig(train=str(tmp_path / "train.parquet"), backbone=str(backbone), output=str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="no tokenizer there"):
+        train(config)

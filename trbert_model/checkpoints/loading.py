@@ -1,5 +1,6 @@
 """Loading a saved model and its tokenizer, from the model files only (see `files`)."""
 
+import codecs
 import contextlib
 import json
 import tempfile
@@ -20,7 +21,7 @@ from .files import WEIGHTS, SavedFiles, saved_files
 # transformers merges the contents of these files into the arguments of the tokenizer's class. Some arguments name files
 # anywhere on the machine. Those in _OPENED are opened, so they are refused. Those that end in _PUT_ASIDE are only
 # overridden, so they are removed: older models have paths there from the machine that saved them.
-_TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
 _OPENED = ("vocab", "merges", "init_inputs", "fast_tokenizer_files")
 _PUT_ASIDE = "_file"
 
@@ -66,10 +67,9 @@ def load_checkpoint(directory: str | Path, digest: str | None = None) -> LoadedM
         except TRBertError as error:
             raise CheckpointError(f"{directory}: {error}") from error
         except BaseException as error:
-            # Panics in Rust code (tokenizers, safetensors) are not subclasses of Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not is_of_a_library(error):
                 raise
-            raise CheckpointError(f"{directory}: cannot be loaded: {_reason(error, copies, directory)}") from error
+            raise CheckpointError(f"{directory}: cannot be loaded: {first_line(error, copies, directory)}") from error
     model.config.name_or_path = tokenizer.name_or_path = str(directory)
     return LoadedModel(model, tokenizer, files.digest)
 
@@ -84,7 +84,8 @@ def _made_of(files: SavedFiles, copies: Path) -> tuple[TRBertPreTrainedModel, Pr
     for name in files.names:
         if not name.endswith(".safetensors"):
             data = (directory / name).read_bytes()
-            (copies / name).write_bytes(_arguments(name, data) if name in _TOKENIZER_ARGUMENTS else data)
+            data = data.removeprefix(codecs.BOM_UTF8) if name.endswith(".json") else data
+            (copies / name).write_bytes(without_paths(name, data) if name in TOKENIZER_ARGUMENTS else data)
     config = TRBertConfig.from_pretrained(copies)
     if weights := getattr(config, "transformers_weights", None):
         raise ConfigurationError(f"config.json names its weights (transformers_weights: {weights!r}), not {WEIGHTS}")
@@ -106,6 +107,12 @@ def _made_of(files: SavedFiles, copies: Path) -> tuple[TRBertPreTrainedModel, Pr
         raise CheckpointError(f"{directory}: weights missing or of another shape: {bad[:5]}")
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise CheckpointError(f"{directory}: weights that are not finite: {bad[:5]}")
+    check_tokenizer(tokenizer, config, directory)
+    return model, tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: TRBertConfig, directory: Path) -> None:
+    """Raise CheckpointError if a model with this configuration cannot use the tokenizer."""
     if not tokenizer.is_fast:  # tasks need a fast one, and a slow one may open further files
         raise CheckpointError(
             f"{directory}: its tokenizer, a {type(tokenizer).__name__}, is none of the tokenizers library"
@@ -117,11 +124,10 @@ def _made_of(files: SavedFiles, copies: Path) -> tuple[TRBertPreTrainedModel, Pr
         )
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise CheckpointError(f"{directory}: its tokenizer names no cls or sep token (tokenizer_config.json)")
-    return model, tokenizer
 
 
-def _arguments(name: str, data: bytes) -> bytes:
-    """The contents of a file in `_TOKENIZER_ARGUMENTS`, without the arguments that name files.
+def without_paths(name: str, data: bytes) -> bytes:
+    """The contents of a file in `TOKENIZER_ARGUMENTS`, without the arguments that name files.
 
     Raises:
         ConfigurationError: not a mapping, or an argument names files that transformers would open.
@@ -135,7 +141,12 @@ def _arguments(name: str, data: bytes) -> bytes:
     return data if len(kept) == len(values) else json.dumps(kept).encode()
 
 
-def _reason(error: BaseException, copies: str, directory: Path) -> str:
+def is_of_a_library(error: BaseException) -> bool:
+    """Whether an error is about what is read. Panics in Rust code (tokenizers, safetensors) are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException, copies: str, directory: Path) -> str:
     """The first line of a library's error message, with `directory` instead of the temporary copy's path."""
     return next(iter(str(error).replace(copies, str(directory)).splitlines()), type(error).__name__)
 

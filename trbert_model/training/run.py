@@ -16,6 +16,7 @@ the previous one. What a stage minimises is in `objectives`.
 import copy
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -33,8 +34,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..calibration.measure import cutoffs_for, keep_logits, kept_fractions_for, schedules, thresholds_of
 from ..card import write_card
 from ..checkpoints.conversion import convert_checkpoint
+from ..checkpoints.tokenizer import read_tokenizer, save_tokenizer
 from ..engine import Engine, EngineOptions
-from ..errors import ConfigurationError, TrainingError
+from ..errors import CheckpointError, ConfigurationError, TrainingError
 from ..labelled import LabelledCorpus
 from ..reduction.state import SelectionPolicy
 from ..tasks.base import TaskOptions
@@ -78,8 +80,14 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     if config.batch_size % world_size():
         raise ConfigurationError(f"batch_size {config.batch_size} must be a multiple of the {world_size()} workers")
     output = Path(config.output)
-    tokenizer = AutoTokenizer.from_pretrained(config.backbone, local_files_only=True)
+    if os.path.realpath(config.output) == os.path.realpath(config.backbone):
+        raise ConfigurationError(f"output {config.output} is the backbone, which would be replaced; choose another")
+    if output.exists() and not output.is_dir():
+        raise ConfigurationError(f"output {config.output} is not a directory")
     model = _model(config)
+    tokenizer = read_tokenizer(Path(config.backbone), model.config)
+    if tokenizer is None:
+        raise CheckpointError(f"{config.backbone}: no tokenizer there (tokenizer.json or vocab.txt)")
     if is_main_process():
         _bind_stages(output / "stages", config)
     task = task_named(config.task).of(tokenizer, model.config, TaskOptions())
@@ -369,7 +377,7 @@ def _save(model: AnyModel, tokenizer: PreTrainedTokenizerBase, config: TrainingC
         model.config.save_pretrained(adapter)
     merged = merged_copy(model)
     merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_tokenizer(tokenizer, output, model.config, extended=config.max_positions is not None)
 
 
 def _push(repository: str, output: Path) -> None:
