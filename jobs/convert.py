@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
             "--max-positions out with --adapter"
         )
+    if not options.src or not options.dst:
+        raise UsageError("SRC and DST must not be empty")
     dst = Storage(options.dst)
     for source in (options.src, options.adapter):
         if source and is_same_place(Storage(str(source)), dst):
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from trbert_model.checkpoints.tokenizer import TOKENIZER_FILES, read_tokenizer, save_tokenizer
 
     # The converter checks local directories itself.
-    src = Path(options.src) if Storage(options.src).is_local else fetch_model(options.src)
+    source = Storage(options.src)
+    src = Path(source.root) if source.is_local else fetch_model(options.src)
     if options.adapter:
         model = apply_adapter(src, options.adapter)
     else:

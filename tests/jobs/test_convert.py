@@ -86,6 +86,20 @@ def test_another_checkpoint_is_not_replaced(bert, model_directory):
     assert contents(bert) == before
 
 
+def test_an_empty_place_is_not_the_working_directory(bert, tmp_path, monkeypatch):
+    """As from a shell's variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    for places in ([str(bert), ""], ["", "model"]):
+        with pytest.raises(UsageError, match="must not be empty"):
+            main(places)
+    assert os.listdir(tmp_path) == ["bert"]
+
+
+def test_the_source_may_be_a_local_uri(bert, tmp_path):
+    assert main([f"file://{bert}", f"file://{tmp_path}/target"]) == 0
+    assert load_checkpoint(tmp_path / "target").model.config.num_labels == 3
+
+
 def test_the_adapter_is_not_replaced(bert, tmp_path):
     with pytest.raises(UsageError, match="the model would replace"):
         main([str(bert), str(tmp_path / "adapter"), "--adapter", str(tmp_path / "adapter")])
