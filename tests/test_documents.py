@@ -29,3 +29,12 @@ def test_the_readme_is_short_and_names_every_document():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert all(f"(docs/{document.name})" in text for document in DOCUMENTS[1:])
+
+
+def test_the_messages_in_the_troubleshooting_guide_are_printed_by_something():
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    sources = [path for folder in ("pipeline", "trbert_model", "jobs") for path in (ROOT / folder).rglob("*.py")]
+    # Adjacent literals are one string.
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sources))
+    assert len(rows) > 15
+    assert [row for row in rows if row not in code] == []
