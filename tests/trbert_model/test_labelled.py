@@ -155,3 +155,43 @@ def test_class_ids_have_the_names_that_their_file_gives_them(tmp_path, several):
     assert raw.targets(["LABEL_0", "LABEL_1", "LABEL_2"]).tolist() == expected
     with pytest.raises(InputError, match=r"a\.parquet: column 'label', row 1: there is no class -1 in"):
         write_labels(tmp_path / "a.parquet", [[0], [-1]] if several else [0, -1], names=["bad", "good"])
+
+
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.int64(), pa.uint8(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("as_list", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 3)])
+def test_lists_of_a_flag_for_each_class_are_several_labels(tmp_path, kind, as_list):
+    """As transformers takes several labels."""
+    flags = [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
+    column = pa.array(flags, pa.list_(pa.int64())).cast(pa.list_(kind)).cast(as_list(kind))
+    raw = write_labels(tmp_path / "a.parquet", column)
+    assert raw.problem_type == "multi_label_classification"
+    assert raw.names("label") == ["0", "1", "2"]  # also the one that no text has
+    assert raw.targets(raw.names("label")).tolist() == raw.targets(["x", "y", "z"]).tolist() == flags
+    with pytest.raises(InputError, match="a 0 or 1 for 3 classes, the model has 4 labels"):
+        raw.targets(["0", "1", "2", "3"])
+
+
+def test_other_lists_are_no_flags(tmp_path):
+    ids = write_labels(tmp_path / "a.parquet", [[0, 1], [1, 0]])  # no list has a class twice
+    assert ids.values == [["0", "1"], ["1", "0"]]
+    assert write_labels(tmp_path / "a.parquet", [[1, 0, 0], [1]]).flags is None
+    numbers = write_labels(tmp_path / "a.parquet", [[1.0, 0.5], [0.0, 1.0]])
+    assert numbers.problem_type == "regression"
+    pq.write_table(pa.table({"text": ["a"], "label": [[1.0, 0.0]]}), tmp_path / "a.parquet")
+    asked = RawTexts.read(str(tmp_path / "a.parquet"), LabelledColumns(), "regression")
+    assert asked.values == [[1.0, 0.0]]
+
+
+def test_labels_that_are_floats_are_named_as_integers(tmp_path):
+    """pandas makes floats of integers where a label is missing."""
+    path = str(tmp_path / "a.parquet")
+
+    def read(labels):
+        pq.write_table(pa.table({"text": ["a"] * len(labels), "label": labels}), path)
+        return RawTexts.read(path, LabelledColumns(), "single_label_classification")
+
+    assert read([0.0, 2.0, 1.0]).names("label") == ["0", "1", "2"]
+    assert read([0.0, 2.0]).targets(["2", "1", "0"]).tolist() == [2, 0]
+    assert read([0.5, 1.0]).names("label") == ["0.5", "1.0"]
+    with pytest.raises(InputError, match=r"column 'label': 2 rows have no label but NaN; remove them first"):
+        read([0.0, float("nan"), 1.0, float("nan")])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class RawTexts:
         problem_type: as in transformers.
         class_ids: per text, its labels as integers, if the label column has integers; otherwise None.
         class_names: names of the class ids, as the `datasets` library writes them into a file; empty if there are none.
+        flags: number of classes, if each text has a 0 or 1 for each of them instead of labels; otherwise None.
     """
 
     uri: str
@@ -36,14 +38,16 @@ class RawTexts:
     problem_type: str
     class_ids: list[list[int]] | None = None
     class_names: tuple[str, ...] = ()
+    flags: int | None = None
 
     @classmethod
     def read(cls, uri: str, columns: LabelledColumns, problem_type: str | None = None) -> "RawTexts":
         """Read the files.
 
         Args:
-            problem_type: default: by the type of the label column. Lists of labels are multi-label, floating-point
-                numbers and lists of them are regression, and everything else is single-label.
+            problem_type: default: by the label column. Lists of labels, or with a 0 or 1 for each class, are
+                multi-label, other floating-point numbers and lists of them are regression, and everything else is
+                single-label.
 
         Raises:
             InputError: a file cannot be read, a column is missing, a text or label is null, or the labels do not fit
@@ -52,7 +56,9 @@ class RawTexts:
         table = read_table(uri, [columns.text_column, columns.label_column])
         column, texts = table[columns.label_column], read_texts(table, columns.text_column, uri)
         where = f"{uri}: column {columns.label_column!r}"
-        kind = _problem_type(column.type)
+        names = _class_names(table.schema, columns.label_column)
+        flags = None if problem_type == REGRESSION else _flags(column)
+        kind = MULTI_LABEL if flags is not None else _problem_type(column.type)
         problem_type = problem_type or kind
         if problem_type != kind and MULTI_LABEL in (problem_type, kind):
             raise InputError(f"{where} of type {column.type} is none for {problem_type}")
@@ -60,13 +66,20 @@ class RawTexts:
             return cls(uri, texts, _numbers(column.to_pylist(), where), problem_type)
         if is_text(column.type):
             return cls(uri, texts, read_texts(table, columns.label_column, uri), problem_type)
+        if flags is not None:
+            names = names if len(names) == flags.shape[1] else tuple(map(str, range(flags.shape[1])))
+            classes = [np.flatnonzero(row).tolist() for row in flags]
+            values = [[names[i] for i in each] for each in classes]
+            return cls(uri, texts, values, problem_type, classes, names, flags.shape[1])
+        integers = pa.types.is_integer(column.type.value_type if kind == MULTI_LABEL else column.type)
+        if pa.types.is_floating(column.type):
+            column = _class_numbers(column, where)
         rows = [value if isinstance(value, list) else [value] for value in column.to_pylist()]
         if kind != MULTI_LABEL and any(len(row) != 1 for row in rows):
             raise InputError(f"{where} of type {column.type} is none for {problem_type}")
         if nulls := sum(None in row for row in rows):
             raise InputError(f"{where}: {nulls} rows have a null label; remove them first")
-        integers = pa.types.is_integer(column.type.value_type if kind == MULTI_LABEL else column.type)
-        ids, names = rows if integers else None, _class_names(table.schema, columns.label_column)
+        ids = rows if integers else None
         if ids is not None and names:
             for row, each in enumerate(ids):
                 if wrong := [i for i in each if not 0 <= i < len(names)]:
@@ -110,6 +123,8 @@ class RawTexts:
             if numbers.size and numbers.shape[1] != len(names):
                 raise InputError(f"{self.uri}: {numbers.shape[1]} numbers a document, the model gives {len(names)}")
             return numbers
+        if self.flags not in (None, len(names)):
+            raise InputError(f"{self.uri}: a 0 or 1 for {self.flags} classes, the model has {len(names)} labels")
         index, lists = {name: i for i, name in enumerate(names)}, self._lists()
         if unknown := sorted({label for labels in lists for label in labels} - set(index)):
             ids = self.class_ids
@@ -127,6 +142,36 @@ class RawTexts:
 
     def _lists(self) -> list[list[str]]:
         return [[value] for value in self.values] if self.problem_type == SINGLE_LABEL else self.values
+
+
+def _flags(column: pa.ChunkedArray) -> np.ndarray | None:
+    """Labels as transformers takes several of them, bool (texts, classes): lists with a 0 or 1 for each class.
+
+    None for other columns. Lists of integers are class ids if no list has an integer twice.
+    """
+    if not _is_list(column.type):
+        return None
+    kind, rows = column.type.value_type, column.to_pylist()
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        return None
+    width = len(rows[0])
+    if width < 2 or any(len(row) != width or any(flag not in (0, 1) for flag in row) for row in rows):
+        return None
+    if pa.types.is_integer(kind) and all(len(set(row)) == width for row in rows):
+        return None
+    return np.array(rows, bool)
+
+
+def _class_numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Labels that are floating-point numbers (pandas makes them of integers with gaps), as integers if they are whole.
+
+    Raises:
+        InputError: some are NaN.
+    """
+    if nans := pc.sum(pc.is_nan(column)).as_py():
+        raise InputError(f"{where}: {nans} rows have no label but NaN; remove them first")
+    whole = pc.all(pc.and_(pc.is_finite(column), pc.equal(column, pc.floor(column)))).as_py()
+    return column.cast(pa.int64()) if whole else column
 
 
 def _numbers(values: list[Any], where: str) -> list[list[float]]:
@@ -155,10 +200,14 @@ def _name(label: Any) -> str:
 
 def _problem_type(kind: pa.DataType) -> str:
     """The problem type for a label column of this type."""
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    is_list = _is_list(kind)
     if pa.types.is_floating(kind.value_type if is_list else kind):
         return REGRESSION
     return MULTI_LABEL if is_list else SINGLE_LABEL
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 @dataclass(frozen=True)
