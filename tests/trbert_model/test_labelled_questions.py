@@ -86,9 +86,37 @@ def test_answers_that_are_elsewhere_are_named(tmp_path, form, answer, start):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("start", [-1, 0, None])
+def test_an_empty_answer_is_none(tmp_path, form, start):
+    """As many files have questions without an answer."""
+    (row,) = rows_of(written(tmp_path, form, [{"text": "", "answer_start": start}]))
+    assert (row["answers"], row["starts"]) == ([], [])
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_rows_are_a_list_or_one_per_line(tmp_path, ending):
+    """As `Dataset.to_json` writes them; U+2028 in a text ends no line."""
+    answers = {"text": ["bank"], "answer_start": [6]}
+    rows = [{"id": i, "question": "what", "context": "the\u2028g bank", "answers": answers} for i in range(2)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / f"q.{ending}"
+    found = []
+    for text in ("\n".join(lines) + "\n", f"[{','.join(lines)}]", lines[0], "\ufeff" + "\r\n".join(lines)):
+        path.write_bytes(text.encode())
+        found.append(rows_of(path))
+    assert [len(each) for each in found] == [2, 2, 1, 2]
+    assert {row["answers"][0] for each in found for row in each} == {"bank"}
+    path.write_text(lines[0] + "\n{")
+    with pytest.raises(InputError, match=r"q\.jsonl?: cannot be read as SQuAD's JSON"):
+        rows_of(path)
+
+
 def test_other_json_is_refused(tmp_path):
+    (tmp_path / "q.json").write_text("[]")
+    with pytest.raises(InputError, match=r"q\.json: it has no questions"):
+        rows_of(tmp_path / "q.json")
     for data in (
-        "[]",
         "{}",
         '{"data": ["x"]}',
         '{"data": [{"question": 1, "context": "c", "id": 1, "answers": []}]}',

@@ -92,8 +92,8 @@ def read_questions(uri: str, question_column: str, context_column: str) -> list[
     """Read id, question, context, answers and starts of each row of Parquet files or a JSON file in SQuAD's format.
 
     Parquet files have `answers` and `answer_start`, both lists, or `answers` as the `datasets` library has it: a struct
-    with the lists `text` and `answer_start`. JSON files have SQuAD's articles, or rows like these as `data`. Questions
-    that `is_impossible` says have no answer need no `answers`.
+    with the lists `text` and `answer_start`. JSON files have SQuAD's articles, or rows like these as `data`, as a list
+    or one per line. Questions that `is_impossible` says have no answer need no `answers`. Empty answers are none.
 
     An answer that differs from the context at its position in white space only becomes the context's text; how many do
     is logged.
@@ -102,7 +102,7 @@ def read_questions(uri: str, question_column: str, context_column: str) -> list[
         InputError: a file cannot be read, a column is missing or has nulls, there are no questions, or an answer is not
             at its position. The message names the file, column or question.
     """
-    read = _json_rows if uri.endswith(".json") else _parquet_rows
+    read = _json_rows if uri.endswith((".json", ".jsonl")) else _parquet_rows
     rows, mended = [], 0
     for identifier, question, context, answered in read(uri, question_column, context_column):
         try:
@@ -155,7 +155,16 @@ def _parquet_rows(uri: str, question_column: str, context_column: str) -> Iterat
 def _json_rows(uri: str, question_column: str, context_column: str) -> Iterator[_Row]:
     try:
         with open_corpus(uri) as file:
-            articles = json.load(file)["data"]
+            content = file.read()
+        text = content.decode(json.detect_encoding(content))
+        try:
+            articles = json.loads(text)
+        except json.JSONDecodeError as error:
+            if not error.msg.startswith("Extra data"):
+                raise
+            articles = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if isinstance(articles, dict):
+            articles = articles.get("data", [articles])
         for article in articles:
             if "paragraphs" not in article:  # a row, as the `datasets` library has it
                 yield _json_row(article, article[question_column], article[context_column])
@@ -183,7 +192,8 @@ def _answers(answered: Any) -> tuple[list[str], list[int]]:
         texts, starts = ([answer[name] for answer in answered] for name in ("text", "answer_start"))
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"the answers {texts} must be strings")
-    return texts, [_position(start) for start in starts]
+    answers = [(text, _position(start)) for text, start in zip(texts, starts, strict=True) if text]
+    return [text for text, _ in answers], [start for _, start in answers]
 
 
 def _position(start: Any) -> int:
