@@ -4,6 +4,7 @@ Their folders also hold files whose rows have been deleted or rewritten; only a 
 through deltalake and pyiceberg, which an extra installs, and through `Storage`, so with its credentials and retries.
 """
 
+import gzip
 import io
 import re
 import tempfile
@@ -22,7 +23,8 @@ from .storage import Storage
 DELTA, ICEBERG, HUDI = "_delta_log", "metadata", ".hoodie"
 _EXTRA = "pip install 'trbert-pipeline[tables]'"
 
-_VERSION = re.compile(r"v?(\d+)(-.*)?(\.gz)?\.metadata\.json(\.gz)?")  # of Iceberg's metadata files
+_VERSION = re.compile(r"v?(\d+)(-.*)?(\.gz(ip)?)?\.metadata\.json(\.gz)?")  # of Iceberg's metadata files
+_GZIP = b"\x1f\x8b"
 _METADATA = re.compile(rf"(.*/)?{ICEBERG}/{_VERSION.pattern}")
 _LOG = re.compile(rf"((?:.*?/)?)({re.escape(DELTA)}|{re.escape(HUDI)})(/.*)?")
 
@@ -142,12 +144,14 @@ def _copy_log(storage: Storage, to: Path) -> None:
 def _read_iceberg(storage: Storage, columns: Collection[str]) -> Snapshot:
     from pyiceberg.catalog.noop import NoopCatalog
     from pyiceberg.manifest import FileFormat
-    from pyiceberg.serializers import FromInputFile
+    from pyiceberg.serializers import FromByteStream
     from pyiceberg.table import Table
 
     location = _newest_metadata(storage)
     # Not StaticTable, which imports whatever class the table's own properties name as its FileIO.
-    metadata = FromInputFile.table_metadata(_iceberg_io(storage, "").new_input(location))
+    data = storage.read(location)
+    data = gzip.decompress(data) if data.startswith(_GZIP) else data  # pyiceberg goes by one of the names it may have
+    metadata = FromByteStream.table_metadata(io.BytesIO(data))
     io_ = _iceberg_io(storage, metadata.location)
     for column in columns:
         named = {f.field_id for schema in metadata.schemas for f in schema.fields if f.name == column}
@@ -195,7 +199,7 @@ def _iceberg_io(storage: Storage, table: str) -> Any:
 
     class StoredInput(InputFile):
         def _path(self) -> str:
-            return _below(storage, table, self.location) if table else self.location
+            return _below(storage, table, self.location)
 
         def __len__(self) -> int:
             return len(storage.read(self._path()))

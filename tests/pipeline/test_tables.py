@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gzip
 import json
 import shutil
 import sys
@@ -121,6 +122,15 @@ def test_icebergs_partition_columns_are_in_its_files(tmp_path):
     corpus = read_corpus(find_input(Storage(str(tmp_path / "t"))), ["p"])
     assert {shard.partition for shard in corpus.shards} == {()}
     assert ids(str(tmp_path / "t")) == list(range(6))
+
+
+@pytest.mark.parametrize("ending", [".gz.metadata.json", ".metadata.json.gz", ".gzip.metadata.json"])
+def test_icebergs_metadata_may_be_compressed(tmp_path, ending):
+    iceberg(tmp_path / "t")
+    for file in (tmp_path / "t/metadata").glob("*.metadata.json"):
+        (file.parent / file.name.replace(".metadata.json", ending)).write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    assert ids(str(tmp_path / "t")) == PRESENT
 
 
 def test_a_job_reads_the_log(tmp_path, model_directory):
