@@ -67,9 +67,9 @@ class TRBertPredictor:
         ray.data.read_parquet(…).map_batches(
             TRBertPredictor, fn_constructor_kwargs={"model": "…"}, batch_size=64, compute=ActorPoolStrategy(size=1))
 
-    Takes and returns numpy dictionaries, pandas frames or pyarrow tables. Every row is returned: if a text cannot be
-    scored (null, empty or not text), the results are null and `error` says why; otherwise `error` is null. None, NaN,
-    NaT and pd.NA are null.
+    Takes and returns numpy dictionaries, pandas frames or pyarrow tables (record batches become tables). Every row is
+    returned: if a text cannot be scored (null, empty or not text), the results are null and `error` says why; otherwise
+    `error` is null. None, NaN, NaT and pd.NA are null.
 
     The types of the result columns do not depend on a batch's rows, so that the blocks of a dataset fit together.
     Pandas frames get columns of `pd.ArrowDtype`. In a numpy dictionary the results are numpy arrays (floats, and
@@ -132,6 +132,8 @@ class TRBertPredictor:
         self.loaded_seconds = time.perf_counter() - started
 
     def __call__(self, batch: Any) -> Any:
+        if isinstance(batch, pa.RecordBatch):
+            batch = pa.Table.from_batches([batch])
         if isinstance(batch, pa.Table):
             self._check_columns(batch.column_names)
             table = batch

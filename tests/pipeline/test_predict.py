@@ -173,6 +173,11 @@ def test_a_batch_of_nothing_but_bad_rows(predictor):
     assert [(row["label"], row["error"]) for row in rows] == [(None, "null"), (None, "empty")]
 
 
+def test_a_record_batch_is_a_table(predictor):
+    rows = {"text": ["the good news", None]}
+    assert predictor(pa.record_batch(rows)).equals(predictor(pa.table(rows)))
+
+
 def test_a_missing_text_column_is_named(predictor):
     with pytest.raises(UsageError, match="2 columns 'text' in the batch"):
         predictor(pa.table([["a"], ["b"]], names=["text", "text"]))
