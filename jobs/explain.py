@@ -34,7 +34,7 @@ class ExplainConfig:
     thresholds: tuple[float, ...] | None = option(
         None, "keep probability from which on a token stays, one a reduction (default: the model's)"
     )
-    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 on GPUs, else float32")
+    dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast")
 
     def __post_init__(self):
         for name in ("text", "model"):

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import ray
 
+from trbert_model.calibration.table import CONFIDENCE
 from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ModelChangedError, TRBertError
 from trbert_model.explanation import Recording
@@ -81,7 +82,8 @@ class TRBertPredictor:
         text_column: the column with the documents, for classification.
         question_column, context_column: the columns with questions and contexts, for question answering.
         threads: torch threads; default: torch's own.
-        speedup, max_drop: take the thresholds from the model's calibration table, as jobs/score.py does.
+        speedup, max_drop, max_drop_confidence: take the thresholds from the model's calibration table, as jobs/score.py
+            does.
         digest: the digest that the model must have; a scoring run passes it to its actors.
         prefix: what the names of the result columns begin with.
         options: the arguments of `trbert_model.engine.EngineOptions`, including the task's (`probabilities`, `spans`,
@@ -102,6 +104,7 @@ class TRBertPredictor:
         threads: int | None = None,
         speedup: float | None = None,
         max_drop: float | None = None,
+        max_drop_confidence: float = CONFIDENCE,
         digest: str | None = None,
         prefix: str = "",
         **options: Any,
@@ -122,7 +125,9 @@ class TRBertPredictor:
         self._policy: SelectionPolicy | None = None
         if speedup is not None or max_drop is not None:
             known = ModelSource(model, directory, loaded.digest, self.engine.config.usable_positions, self.engine.task)
-            self.expectation = pick(known, self.engine.dtype, speedup=speedup, max_drop=max_drop)
+            self.expectation = pick(
+                known, self.engine.dtype, speedup=speedup, max_drop=max_drop, confidence=max_drop_confidence
+            )
             self._policy = ThresholdPolicy(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)
         self.task = self.engine.task

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trbert_model.calibration.table import change_of
 from trbert_model.terminal import clock, printable
 
 from .corpus import Shard
@@ -286,11 +287,10 @@ def summary(report: dict[str, Any]) -> str:
             "  busy        " + ", ".join(f"{stage} {busy:.1f} s" for stage, busy in report["busy_seconds"].items()),
         ]
         if expected := report["expectation"]:
-            low, high = expected["drop_interval"]
             lines.append(
                 f"  expected    {expected['flops_speedup']:.2f}x fewer FLOPs, kept "
                 + ", then ".join(f"{100 * fraction:.1f}%" for fraction in expected["kept_fractions"])
-                + f", {-expected['drop']:+.2f} points ({-high:+.2f} to {-low:+.2f}): {expected['asked']}"
+                + f", {change_of(expected['drop'], expected['drop_interval'])}: {expected['asked']}"
             )
     if page := report.get("page"):
         lines.append(f"  page        {report['output'].rstrip('/')}/{page}")

@@ -214,10 +214,11 @@ def _iceberg_io(storage: Storage, table: str) -> Any:
         def new_input(self, location: str) -> InputFile:
             return StoredInput(location)
 
+        # Nothing that plans a scan writes. Should a version of pyiceberg do so, the table stays as it is.
         def new_output(self, location: str) -> NoReturn:
-            raise NotImplementedError(location)
+            raise io.UnsupportedOperation(f"{location}: tables are only read")
 
-        def delete(self, location: Any) -> None:
-            raise NotImplementedError(location)
+        def delete(self, location: Any) -> NoReturn:
+            raise io.UnsupportedOperation(f"{location}: tables are only read")
 
     return StoredFiles()

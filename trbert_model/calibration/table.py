@@ -48,9 +48,8 @@ class OperatingPoint:
     other_metrics: dict[str, float] = field(default_factory=dict)
 
     def change(self) -> str:
-        """How the metric changes from the dense model's, in words with a sign: losses are negative."""
-        low, high = self.drop_interval
-        return f"{-self.drop:+.2f} points ({-high:+.2f} to {-low:+.2f})"
+        """How the metric changes from the dense model's, as `change_of` says it."""
+        return change_of(self.drop, self.drop_interval)
 
     def largest_drop(self, confidence: float) -> float:
         """The upper end of the drop's interval of this confidence, which is 0 for the measured drop itself.
@@ -127,6 +126,12 @@ class Calibration:
             "documents); measure on more documents, choose a lower max_drop_confidence (0 goes by the measured drop), "
             "or run the dense model with --no-reduce"
         )
+
+
+def change_of(drop: float, drop_interval: Sequence[float]) -> str:
+    """A drop in percentage points, and its interval, as a change with a sign: losses are negative."""
+    low, high = drop_interval
+    return f"{-drop:+.2f} points ({-high:+.2f} to {-low:+.2f})"
 
 
 def calibration_key(digest: str, dtype: str, window: int) -> str:
