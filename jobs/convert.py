@@ -115,5 +115,10 @@ def _layers(text: str | None) -> list[int] | None:
         raise ConfigurationError(f"--reduction-layers {text!r} must be comma-separated integers") from error
 
 
+def command() -> int:
+    """The console script `trbert-convert`."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

@@ -111,5 +111,10 @@ def _line(label: str, point: OperatingPoint) -> str:
     )
 
 
+def command() -> int:
+    """The console script `trbert-evaluate`."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

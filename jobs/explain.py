@@ -80,5 +80,10 @@ def _text(given: str) -> str:
         raise UsageError(f"{given}: not UTF-8 at byte {error.start}") from error
 
 
+def command() -> int:
+    """The console script `trbert-explain`."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from jobs.command import run_command
 from pipeline.stopping import StopRequest
@@ -38,8 +39,13 @@ def _main(arguments: Sequence[str] | None, stop: StopRequest) -> int:
     return report["exit_code"]
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The console script `trbert-score`."""
     code = run_command(main)
     with contextlib.suppress(OSError):  # whoever read it has gone; the exit code still tells how the run ended
         sys.stdout.flush()
     os._exit(code)  # the run has ended all it started; to take the interpreter and torch apart would take a second more
+
+
+if __name__ == "__main__":
+    command()

@@ -22,5 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_HOLDS if found.holds else EXIT_DOES_NOT_HOLD
 
 
+def command() -> int:
+    """The console script `trbert-verify`."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())
