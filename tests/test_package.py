@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trbert_model", "pipeline", "jobs")
+FILES = ("pyproject.toml", "README.md", "LICENSE")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 COMMANDS = {f"trbert-{path.stem}" for path in (ROOT / "jobs").glob("*.py") if "__main__" in path.read_text()}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -39,7 +40,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     source = place / "source"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
     backend = "from setuptools import build_meta; build_meta.build_{}(r'{}')"
     run(sys.executable, "-c", backend.format("sdist", place), cwd=source)
