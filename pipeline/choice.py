@@ -1,6 +1,7 @@
 """Thresholds and expected results from the model's calibration table, and warnings about corpus drift."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from .storage import Storage
 
 # The fraction of documents by which label shares may differ between two runs, beyond what chance explains.
 _LABEL_DRIFT = 0.05
+# By this factor a point must be faster than a slower one, by FLOPs and by time, to be of use to `finish_by`.
+_FASTER = 1.01
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Expectation:
         point: the operating point in the table.
         corpus: the name of the labelled documents that the point was measured on.
         documents: the number of these documents.
+        faster: with `finish_by`, the faster points that `max_drop` allows, by rising speed.
     """
 
     asked: str
     point: OperatingPoint
     corpus: str
     documents: int
+    faster: tuple[OperatingPoint, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         values = {"asked": self.asked, "corpus": self.corpus, "documents": self.documents, **self.point.as_dict()}
@@ -52,6 +57,8 @@ class Expectation:
 def choose(config: ScoreConfig, model: ModelSource) -> tuple[ScoreConfig, Expectation | None]:
     """Replace `speedup` or `max_drop` with the thresholds they select, and look up what to expect of the run.
 
+    With `finish_by`, these are the thresholds that the run begins with.
+
     `config.dtype` must not be "auto". If neither option is set, the expectation is that of the given thresholds or the
     model's own. It is None if the table does not contain them, and for the dense model.
 
@@ -61,6 +68,11 @@ def choose(config: ScoreConfig, model: ModelSource) -> tuple[ScoreConfig, Expect
     """
     if not config.reduce:
         return config, None
+    if config.finish_by is not None:
+        expectation = pick_range(model, config)
+        thresholds = expectation.point.thresholds
+        resolved = dataclasses.replace(config, finish_by=None, speedup=None, max_drop=None, thresholds=thresholds)
+        return resolved, expectation
     if config.speedup is not None or config.max_drop is not None:
         expectation = pick(
             model,
@@ -103,17 +115,62 @@ def pick(
     if speedup is not None and max_drop is not None:
         raise UsageError("speedup and max_drop cannot go together: each of them decides the speed")
     asked = f"max_drop {max_drop:g}" if speedup is None else f"speedup {speedup:g}"
+    table = _needed_table(model, dtype, asked)
+    try:
+        point = table.pick(speedup=speedup, max_drop=max_drop, confidence=confidence)
+        return Expectation(asked, point, table.corpus, table.documents)
+    except TRBertError as error:
+        raise UsageError(str(error)) from error
+
+
+def pick_range(model: ModelSource, config: ScoreConfig) -> Expectation:
+    """Look up the operating points that a run with `finish_by` may use.
+
+    It begins with the most accurate point of at least `speedup`; without one, with the model's own thresholds or, if
+    `max_drop` does not allow these, with the slowest point it allows. Points are left out that the table measured no
+    faster than a slower one.
+
+    Raises:
+        UsageError: as for `pick`, or `max_drop` does not allow the point of `speedup`.
+    """
+    confidence, max_drop = config.max_drop_confidence, config.max_drop or 0.0
+    table = _needed_table(model, config.dtype, f"finish_by {config.finish_by}")
+    try:
+        table.pick(max_drop=max_drop, confidence=confidence)  # raises if there is none
+        first = table.default if config.speedup is None else table.pick(speedup=config.speedup)
+    except TRBertError as error:
+        raise UsageError(str(error)) from error
+    allowed = [point for point in table.points if point.largest_drop(confidence) <= max_drop]
+    asked = "the model's own thresholds" if config.speedup is None else f"speedup {config.speedup:g}"
+    if first.largest_drop(confidence) > max_drop:
+        if config.speedup is not None:
+            raise UsageError(
+                f"{asked} and max_drop {max_drop:g} cannot both hold: at {first.flops_speedup:.2f}x and "
+                f"{100 * confidence:g}% confidence, {first.largest_drop(confidence):.2f} points may be lost"
+            )
+        first, asked = allowed[0], f"the slowest thresholds within max_drop {max_drop:g}"
+    points = [first]
+    for point in allowed:
+        last = points[-1]
+        ratios = (point.flops_speedup / last.flops_speedup, point.measured_speedup / last.measured_speedup)
+        if min(ratios) >= _FASTER:
+            points.append(point)
+    return Expectation(asked, first, table.corpus, table.documents, tuple(points[1:]))
+
+
+def thresholds_version(point: OperatingPoint) -> str:
+    """A short name of a point's thresholds, which is the same in all runs, outputs and tables."""
+    return hashlib.sha256(json.dumps(point.thresholds).encode()).hexdigest()[:8]
+
+
+def _needed_table(model: ModelSource, dtype: str, asked: str) -> Calibration:
     table = _table(model, dtype)
     if table is None:
         raise UsageError(
             f"{asked}: {model.uri} has no calibration table for {dtype} and windows of {model.window} tokens; "
             f"make it with: python jobs/evaluate.py --model {model.uri} --dtype {dtype} --corpus LABELLED.parquet"
         )
-    try:
-        point = table.pick(speedup=speedup, max_drop=max_drop, confidence=confidence)
-        return Expectation(asked, point, table.corpus, table.documents)
-    except TRBertError as error:
-        raise UsageError(str(error)) from error
+    return table
 
 
 def _table(model: ModelSource, dtype: str) -> Calibration | None:

@@ -35,6 +35,7 @@ from .schema import Types
 from .storage import Storage
 
 METADATA = b"trbert.split"
+VERSION = "trbert.thresholds_version"  # metadata of results that may have been scored at several operating points
 _AT_ONCE = 16  # splits settled in parallel
 
 
@@ -48,6 +49,7 @@ class Committed:
         sha256, bytes: SHA-256 and size of the results object.
         quarantine_sha256: SHA-256 of the object with its quarantined rows; None if it has none, "" if an older version
             wrote it.
+        thresholds_version: that of its rows, with `finish_by`; otherwise None.
     """
 
     object: str
@@ -56,6 +58,7 @@ class Committed:
     sha256: str
     bytes: int
     quarantine_sha256: str | None = ""
+    thresholds_version: str | None = None
 
 
 def publish_splits(
@@ -157,7 +160,8 @@ def _settled(output: Storage, name: str, data: bytes, identity_key: str, types: 
             raise _NotOursError
         sha256 = hashlib.sha256(existing).hexdigest()
     digest = hashlib.sha256(data).hexdigest()
-    return Committed(name, parquet.metadata.num_rows, quarantined, digest, len(data), sha256)
+    version = parquet.schema_arrow.metadata.get(VERSION.encode(), b"").decode() or None
+    return Committed(name, parquet.metadata.num_rows, quarantined, digest, len(data), sha256, version)
 
 
 def embedded_rejects(counts: dict[str, Any]) -> pa.Table:

@@ -1,7 +1,7 @@
 """ScoreConfig: all options of a scoring run, set by the command line, a YAML file or a library call."""
 
 import dataclasses
-import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,12 @@ from trbert_model.options import option
 from .errors import UsageError
 from .stopping import StopRequest
 from .storage import RETRY_SECONDS, Storage
+from .times import finish_time, seconds
 
 # Result columns besides those of the model's task. Input columns with these names cannot be passed through.
 RESULT_COLUMNS = ("shard", "row", "num_tokens", "num_windows", "kept_tokens")
+# With finish_by, one more.
+THRESHOLDS_VERSION = "thresholds_version"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class ScoreConfig:
     max_drop: float | None = option(None, "most points of accuracy to lose for speed, from the calibration table")
     max_drop_confidence: float = option(
         CONFIDENCE, "confidence that max_drop is kept, by the table's paired documents; 0 goes by the measured drop"
+    )
+    finish_by: str | None = option(
+        None,
+        "finish by then (06:00, 2026-11-28T06:00Z, 3h): splits are scored faster if it would be late, within max_drop",
     )
     thresholds: tuple[float, ...] | None = option(
         None,
@@ -110,7 +117,9 @@ class ScoreConfig:
             if value is not None and not value >= 0:
                 raise UsageError(f"{name} {value} must not be negative")
         choices = [name for name in ("speedup", "max_drop", "thresholds") if getattr(self, name) is not None]
-        if len(choices) > 1 or (choices and not self.reduce):
+        if self.finish_by is not None:
+            self._check_finish_by()
+        elif len(choices) > 1 or (choices and not self.reduce):
             names = choices if self.reduce else ["no_reduce", *choices]
             raise UsageError(f"{' and '.join(names)} cannot go together: each of them decides the speed")
         if self.speedup is not None and not self.speedup >= 1:
@@ -126,13 +135,21 @@ class ScoreConfig:
             raise UsageError(
                 f"columns {alike} differ only by case: Spark and DuckDB cannot read both; rename one first"
             )
-        self.check_names(RESULT_COLUMNS)
+        self.check_names(RESULT_COLUMNS if self.finish_by is None else (*RESULT_COLUMNS, THRESHOLDS_VERSION))
         if self.stop_after is not None:
-            _seconds("stop_after", self.stop_after)
+            seconds("stop_after", self.stop_after)
         try:
             self.engine_options()
         except ConfigurationError as error:
             raise UsageError(str(error)) from error
+
+    def _check_finish_by(self) -> None:
+        finish_time(self.finish_by or "", time.time())
+        if self.max_drop is None:
+            raise UsageError("finish_by needs max_drop: how many points of accuracy may be lost to finish in time")
+        if self.thresholds is not None or not self.reduce:
+            name = "no_reduce" if self.thresholds is None else "thresholds"
+            raise UsageError(f"{name} and finish_by cannot go together: each of them decides the speed")
 
     @property
     def passed_columns(self) -> list[str]:
@@ -153,7 +170,7 @@ class ScoreConfig:
 
     @property
     def stop_after_seconds(self) -> float | None:
-        return None if self.stop_after is None else _seconds("stop_after", self.stop_after)
+        return None if self.stop_after is None else seconds("stop_after", self.stop_after)
 
     def storage(self, uri: str, stop: StopRequest | None = None) -> Storage:
         """A Storage at `uri` with this run's retry budget."""
@@ -189,11 +206,3 @@ def identity_defaults() -> dict[str, Any]:
     """Defaults of the options that affect the results, for outputs of older versions that do not record all of them."""
     fields = [field for field in dataclasses.fields(ScoreConfig) if field.metadata.get("identity")]
     return {field.name: field.default for field in fields}
-
-
-def _seconds(name: str, text: str) -> float:
-    """Parse a duration such as 6h, 90m or 45s into seconds; a number without a unit is in seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hms]?)", text.strip())
-    if match is None or not float(match[1]):
-        raise UsageError(f"{name} {text!r} must be a duration such as 6h, 90m or 45s")
-    return float(match[1]) * {"h": 3600, "m": 60}.get(match[2], 1)

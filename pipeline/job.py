@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trbert_model.calibration.table import OperatingPoint
 from trbert_model.engine import precision
 from trbert_model.engine.options import check_thresholds
 from trbert_model.errors import TRBertError
@@ -62,10 +63,17 @@ class Job:
     token_flops: float
     types: Types = field(default_factory=dict)
 
+    @property
+    def points(self) -> tuple[OperatingPoint, ...]:
+        """With `finish_by`, the operating points that splits may be scored at, by rising speed; otherwise none."""
+        if self.asked.finish_by is None or self.expectation is None:
+            return ()
+        return (self.expectation.point, *self.expectation.faster)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The identity of the output: its input, model and the options that affect the results."""
-        return make_identity(self.config, self.model.digest)
+        return make_identity(self.config, self.model.digest, self.points)
 
     @cached_property
     def identity_key(self) -> str:
@@ -160,6 +168,7 @@ class Job:
             "model": Storage(config.model).uri,
             "digest": self.model.digest,
             "threads": placement.threads,
+            "points": self.points,
             **asdict(config.engine_options(placement.device)),
         }
 
@@ -203,9 +212,16 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None, start: Callab
     )
 
 
-def make_identity(config: ScoreConfig, digest: str) -> dict[str, Any]:
-    """The identity of an output, from options with `dtype` and `thresholds` resolved and a model's digest."""
-    return {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
+def make_identity(config: ScoreConfig, digest: str, points: Sequence[OperatingPoint] = ()) -> dict[str, Any]:
+    """The identity of an output, from options with `dtype` and `thresholds` resolved and a model's digest.
+
+    Args:
+        points: with `finish_by`, the operating points that its splits may be scored at.
+    """
+    identity = {"format": 1, "input": Storage(config.input).uri, "model_digest": digest, **config.identity()}
+    if points:
+        identity["finish_by_thresholds"] = [list(point.thresholds) for point in points]
+    return identity
 
 
 def _overlap(location: Location, output: Storage) -> bool:

@@ -91,6 +91,7 @@ class _Work:
     deaths: int = 0
     deaths_at: Counter = field(default_factory=Counter)
     sign: float | None = None  # time.monotonic() of the last sign of progress; None while waiting for other stages
+    point: int | None = None  # the operating point to score at, once a process has asked for it
     under_way: UnderWay | None = None
 
 
@@ -123,6 +124,7 @@ class Ledger:
         for name, work in (known or {}).items():
             self._work[name] = _Work(deaths=work["deaths"], deaths_at=Counter(work["at"]))
         self._stop = Stop.NO
+        self._point = 0
         self._deaths, self._hung = 0, 0
         self._loading: dict[str, float] = {}
         self._alive: dict[str, tuple[str, float]] = {}  # by actor: its process and when it last called `alive`
@@ -166,6 +168,17 @@ class Ledger:
 
     def stop(self, how: Stop) -> None:
         self._stop = max(self._stop, how)
+
+    def set_point(self, point: int) -> None:
+        """Set the operating point of the splits that are begun from now on."""
+        self._point = point
+
+    def point(self, work: str) -> int:
+        """The operating point to score a split at. It stays the same if its process dies and another begins it."""
+        entry = self._work.get(work, _Work())  # a ledger that was started again does not know it
+        if entry.point is None:
+            entry.point = self._point
+        return entry.point
 
     def overdue(self, seconds: float, storage_seconds: float) -> list[tuple[str, str]]:
         """Find work, model loads and actors without a sign of progress for `seconds`; blame the current documents.
@@ -297,6 +310,9 @@ class LedgerClient:
     def stop(self, how: Stop) -> None:
         self._ask("stop", how)
 
+    def set_point(self, point: int) -> None:
+        self.tell("set_point", point)
+
     def deaths(self) -> tuple[int, int, dict[str, Any]] | None:
         return self._ask("deaths")
 
@@ -361,6 +377,10 @@ class Entry:
         """
         if self.care.one_at_a_time:
             self.client._ask("touch", self.name, process_name(), document)
+
+    def point(self) -> int:
+        """The operating point to score the split at; the run's first one if the ledger does not answer."""
+        return self.client._ask("point", self.name) or 0
 
     def stopping(self, under_way: UnderWay | None = None) -> Stop:
         """Give a sign of progress; returns when to stop."""

@@ -27,7 +27,7 @@ _SHOWN = 50  # shards and splits in a list
 _MAPPINGS = (
     *("actors", "bad_rows", "busy_seconds", "expectation", "faults", "flops", "kept_by_length", "labels", "model"),
     *("options", "per_second_steady_state", "placement", "rejected_rows", "seconds", "shards", "splits", "timeline"),
-    "versions",
+    *("versions", "finish_by"),
 )
 
 Report = Mapping[str, Any]
@@ -153,6 +153,7 @@ def page(report: Report, earlier: Sequence[Report], samples: list[dict[str, Any]
     """
     sections = [
         _outcome(report),
+        *([_finish_by(report)] if report.get("finish_by") else []),
         _time(report, root),
         _tokens(report),
         _labels(report, earlier),
@@ -242,6 +243,30 @@ def _outcome(report: Report) -> Section:
         section.notes.append("The model's calibration table says nothing about these thresholds.")
     section.notes += [f"Warning: {warning}" for warning in report.get("warnings", [])]
     section.tables.append(Table("This run beside what was expected", ("", "this run", "expected"), rows))
+    return section
+
+
+def _finish_by(report: Report) -> Section:
+    finish = report["finish_by"]
+    section = Section("finish-by", f"Finish by {finish.get('asked')}")
+    section.notes.append(f"To be finished by {finish.get('deadline')}: {finish.get('outcome')}.")
+    choices = [
+        (each["time"], f"{each['splits']:,}", each["point"], each.get("estimate") or "not known yet", each["why"])
+        for each in finish.get("choices", [])
+    ]
+    columns = ("time", "splits done", "speed of the next splits", "estimated end", "why")
+    section.tables.append(Table("What was chosen when", columns, choices))
+    points = [
+        (
+            *(point["name"], point["thresholds_version"], f"{point['splits']:,}", f"{point['documents']:,}"),
+            *(_times(point["flops_speedup"]), _points_gained(point["expected"])),
+            ", then ".join(map(_percent, point["kept_fractions"])) or "–",
+            ", then ".join(map(_percent, point["expected"].get("kept_fractions", []))) or "–",
+        )
+        for point in finish.get("points", [])
+    ]
+    measured = ("splits", "documents", "FLOPs speed-up", "expected points", "kept", "expected to be kept")
+    section.tables.append(Table("Speeds that max_drop allows", ("speed", "thresholds_version", *measured), points))
     return section
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,16 @@ import pandas as pd
 import pyarrow as pa
 import ray
 
-from trbert_model.calibration.table import CONFIDENCE
+from trbert_model.calibration.table import CONFIDENCE, OperatingPoint
 from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ModelChangedError, TRBertError
 from trbert_model.explanation import Recording
 from trbert_model.tasks.base import DocumentResults, Task
 from trbert_model.terminal import get_logger
 
-from .choice import pick
+from .choice import pick, thresholds_version
+from .commit import VERSION
+from .config import THRESHOLDS_VERSION
 from .encode import TOKENIZER_FAILED, as_binary, check_text, killed_row, printed, rejected_table
 from .errors import PipelineError, UsageError
 from .highlights import explain_samples, first_rejects
@@ -40,12 +42,16 @@ _MOST_SECONDS_BETWEEN_LOADS = 30.0
 
 @dataclass(frozen=True)
 class ActorSplit:
-    """The actor that scored a split, when (seconds since the epoch), and how many seconds its model took to load."""
+    """The actor that scored a split, when (seconds since the epoch), and how many seconds its model took to load.
+
+    `point` is the operating point, numbered as in `Job.points`; None without `finish_by`.
+    """
 
     actor: str
     loaded_seconds: float
     start: float
     end: float
+    point: int | None = None
 
 
 def result_columns(task: Task, results: DocumentResults, documents: Iterable[Any]) -> dict[str, pa.Array]:
@@ -237,6 +243,7 @@ class SplitPredictor(TRBertPredictor):
         ledger: LedgerClient = NO_LEDGER,
         stop_interval: float = 1.0,
         alive_interval: float = 30.0,
+        points: Sequence[OperatingPoint] = (),
         **options: Any,
     ):
         """Load the model.
@@ -247,10 +254,12 @@ class SplitPredictor(TRBertPredictor):
             ledger: where work, deaths and failed loads are recorded.
             stop_interval: seconds between checks whether to stop.
             alive_interval: seconds between the actor's reports that it is alive.
+            points: operating points; for each split the ledger says which. Default: always that of the options.
             options: the arguments of TRBertPredictor.
         """
         self.passed_columns, self.id_column, self.ledger = passed_columns, id_column, ledger
         self.stop_interval = stop_interval
+        self.points = points
         self._load(**options)
         actor = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
         self.actor = actor or "driver"
@@ -299,7 +308,8 @@ class SplitPredictor(TRBertPredictor):
                 if WHOLE in entry.care.killers:
                     raise PipelineError(f"scoring it killed its process {entry.care.deaths} times")
                 entry.touch(WHOLE)
-                results, rejected, stats, highlights = self._results(row, split, entry)
+                point = self._take_point(entry)
+                results, rejected, stats, highlights = self._results(row, split, entry, point)
         except _StoppedError:
             return stopped_table(row)
         except Exception as error:
@@ -307,13 +317,23 @@ class SplitPredictor(TRBertPredictor):
             logger.exception("split %d of shard %s cannot be scored", row["index"], row["shard"])
             return error_table(row, error)
         stats.predict_seconds = time.perf_counter() - clock
-        span = ActorSplit(self.actor, self.loaded_seconds, start, start + stats.predict_seconds)
+        span = ActorSplit(self.actor, self.loaded_seconds, start, start + stats.predict_seconds, point)
         total = SplitStats.from_json(row["stats"]) + stats
         scored = {"payload": to_ipc(results), "rejected": to_ipc(rejected), "highlights": json.dumps(highlights)}
         return split_table(row | scored | {"stats": total.to_json(), "actor": json.dumps(dataclasses.asdict(span))})
 
+    def _take_point(self, entry: Entry) -> int | None:
+        """Set the operating point of a split; the whole split is scored at it."""
+        if not self.points:
+            return None
+        from trbert_model.reduction.policies import ThresholdPolicy
+
+        point = entry.point()
+        self._policy = ThresholdPolicy(self.points[point].thresholds)
+        return point
+
     def _results(
-        self, row: dict[str, Any], split: pa.Table, entry: Entry
+        self, row: dict[str, Any], split: pa.Table, entry: Entry, point: int | None
     ) -> tuple[pa.Table, pa.Table, SplitStats, dict[str, Any]]:
         """Score a split; returns its results, its quarantined rows, its statistics and its highlights."""
         shard = row["shard"]
@@ -336,7 +356,7 @@ class SplitPredictor(TRBertPredictor):
             scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
-            scored = self.engine.score(encoded, recording=recording)
+            scored = self.engine.score(encoded, self._policy, recording=recording)
         # Read the column again, which copies no token ids, so that a long document is not held twice.
         kept = self.task.from_column(documents.column(documents.num_columns - 1))
         documents = documents.remove_column(documents.num_columns - 1)
@@ -347,6 +367,9 @@ class SplitPredictor(TRBertPredictor):
         columns["row"] = documents["row"]
         results = result_columns(self.task, scored, kept)
         columns |= results
+        version = None if point is None else thresholds_version(self.points[point])
+        if version is not None:
+            columns[THRESHOLDS_VERSION] = pa.array([version] * documents.num_rows, pa.string())
         columns |= {name: documents[name] for name in self.passed_columns if name != self.id_column}
         after = self.engine.statistics
         stats = SplitStats(
@@ -370,18 +393,19 @@ class SplitPredictor(TRBertPredictor):
             if self.id_column:
                 sample["id"] = printed(documents[self.id_column][sample["position"]])
         highlights = {"samples": samples, "rejected": first_rejects(rejected, TOKENIZER_FAILED)}
-        return pa.table(columns), rejected, stats, highlights
+        table = pa.table(columns, metadata={VERSION: version} if version else None)
+        return table, rejected, stats, highlights
 
     def _score_each(self, encoded: Iterator[Any], entry: Entry) -> DocumentResults:
         """Score the documents one at a time, to find one that kills the process; known ones are left out.
 
         Results do not depend on a document's batch, so they equal those of a split scored at once.
         """
-        scored = [self.engine.score([])]
+        scored = [self.engine.score([], self._policy)]
         for position, document in enumerate(encoded):
             if position not in entry.care.killers:
                 entry.touch(position)
-                scored.append(self.engine.score([document]))
+                scored.append(self.engine.score([document], self._policy))
         entry.touch(WHOLE)
         return DocumentResults.concatenate(scored)
 

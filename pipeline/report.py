@@ -112,6 +112,7 @@ class RunStatistics:
         self.quarantined = 0  # rows of the shards this run completed, including those quarantined by earlier runs
         self._lock = threading.Lock()
         self._sizes = {shard.path: shard.size for shard, _ in plan.pending}
+        self._unread: dict[str, float] = dict(self._sizes)  # what is left of each shard
         self._bytes_total = float(sum(self._sizes.values()))
         self._bytes_done = 0.0
         self._shown = (0.0, 0)  # the largest share and number of documents that a progress line showed
@@ -123,8 +124,14 @@ class RunStatistics:
             self.quarantined += quarantined
 
     def skip(self, shard: Shard, rows: int, shard_rows: int) -> None:
-        """Exclude rows that an earlier run committed from the work of this run."""
-        self._bytes_total -= shard.size * rows / max(shard_rows, 1)
+        """Exclude rows that an earlier run committed, or that could not be scored, from the work of this run."""
+        size = shard.size * rows / max(shard_rows, 1)
+        self._bytes_total -= size
+        self._unread[shard.path] = self._unread.get(shard.path, 0.0) - size
+
+    def skip_rest(self, shard: Shard) -> None:
+        """Exclude what is left of an unreadable shard from the work of this run."""
+        self._bytes_total -= max(self._unread.pop(shard.path, 0.0), 0.0)
 
     def add_split(
         self, stats: SplitStats, shard: Shard, rows: int, shard_rows: int, actor_split: dict[str, Any]
@@ -132,7 +139,9 @@ class RunStatistics:
         """Add a committed split to the totals, to the progress and to its actor's activity."""
         self.total = self.total + stats
         self.splits += 1
-        self._bytes_done += shard.size * rows / max(shard_rows, 1)
+        size = shard.size * rows / max(shard_rows, 1)
+        self._bytes_done += size
+        self._unread[shard.path] = self._unread.get(shard.path, 0.0) - size
         start, end = actor_split["start"], actor_split["end"]
         fresh = ActorSpan(actor_split["loaded_seconds"], start, end, 0.0)
         span = self.actors.setdefault(actor_split["actor"], fresh)
@@ -146,6 +155,13 @@ class RunStatistics:
             return 0.0
         return max(span.last_end for span in spans) - min(span.first_start for span in spans)
 
+    def _bytes_under_way(self, under_way: Sequence[UnderWay]) -> float:
+        return sum(self._sizes.get(split.shard, 0) * split.share for split in under_way)
+
+    def bytes_left(self, under_way: Sequence[UnderWay] = ()) -> float:
+        """Bytes of shards that are neither done nor given up; under_way: splits in progress."""
+        return max(self._bytes_total - self._bytes_done - self._bytes_under_way(under_way), 0.0)
+
     def progress_line(self, under_way: Sequence[UnderWay] = ()) -> str:
         """One line: documents, speed, kept tokens, and the remaining time at the current speed.
 
@@ -155,7 +171,7 @@ class RunStatistics:
         now, total = time.time(), self.total
         spans = list(self.actors.values())  # a copy, since this is called in another thread
         first = min([*(span.first_start for span in spans), *(split.started for split in under_way)], default=now)
-        size = self._bytes_done + sum(self._sizes.get(split.shard, 0) * split.share for split in under_way)
+        size = self._bytes_done + self._bytes_under_way(under_way)
         # A split that has ended and is not committed yet is in neither.
         done, documents = self._shown = (
             max(self._shown[0], min(size / max(self._bytes_total, 1.0), 1.0)),
@@ -191,8 +207,8 @@ class RunStatistics:
             "status": status,
             "exit_code": exit_code,
             "stopped": self.stopped,
-            "started": _timestamp(self.started),
-            "finished": _timestamp(self.finished),
+            "started": timestamp(self.started),
+            "finished": timestamp(self.finished),
             "shards": {
                 "in_corpus": len(self.plan.pending) + len(self.plan.complete),
                 "complete_before": len(self.plan.complete),
@@ -212,6 +228,7 @@ class RunStatistics:
             },
             "warnings": [],
             "expectation": None,
+            "finish_by": None,
             "documents": total.documents,
             "bad_rows": total.bad_rows,
             "labels": total.labels,
@@ -292,6 +309,12 @@ def summary(report: dict[str, Any]) -> str:
                 + ", then ".join(f"{100 * fraction:.1f}%" for fraction in expected["kept_fractions"])
                 + f", {change_of(expected['drop'], expected['drop_interval'])}: {expected['asked']}"
             )
+    if finish := report.get("finish_by"):
+        versions = [point for point in finish["points"] if point["splits"]]
+        lines.append(
+            f"  finish by   {finish['asked']} ({finish['deadline']}): {finish['outcome']}; "
+            + (", ".join(f"{point['splits']:,} splits at {point['name']}" for point in versions) or "no split scored")
+        )
     if page := report.get("page"):
         lines.append(f"  page        {report['output'].rstrip('/')}/{page}")
     lines += [f"  warning     {warning}" for warning in report["warnings"]]
@@ -317,5 +340,5 @@ def _listed(what: str, reasons: dict[str, str], most: int = 50) -> list[str]:
     return lines if more <= 0 else [*lines[:most], f"  {what:11} … and {more:,} more, in the run report"]
 
 
-def _timestamp(seconds: float) -> str:
+def timestamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -21,6 +21,7 @@ from .config import ScoreConfig, identity_defaults
 from .corpus import MARKERS, RUNS, SAMPLES, Shard
 from .deaths import write_deaths
 from .errors import LeaseLostError, PipelineError, StoppedError, StorageError, UsageError
+from .finish_by import FinishBy, ScoredSplit
 from .job import Job, make_job
 from .lock import OutputLock
 from .manifest import SUCCESS, Marker, read_markers, write_manifest
@@ -34,6 +35,7 @@ from .schema import is_outgrown, known_types, settle_output, settle_types, shown
 from .stopping import StopRequest
 from .storage import Storage
 from .stream import COMMIT_CPUS, READER_CPUS, Patience, Stream, say
+from .times import finish_time
 
 logger = get_logger(__name__)
 
@@ -206,6 +208,9 @@ class _Run:
         self.written: list[Future] = []
         self.failed_shards: set[str] = set()
         self.failure: str | None = None
+        self.finish_by: FinishBy | None = None
+        if (asked := job.asked.finish_by) and job.expectation:
+            self.finish_by = FinishBy(asked, job.expectation, finish_time(asked, context.started), context.started)
 
     def execute(self, placement: Placement | None = None) -> dict[str, Any]:
         """Run the pipeline, create `_SUCCESS` if the output is complete, and write the report even after an error.
@@ -239,7 +244,12 @@ class _Run:
             self.marker_writers.shutdown(wait=True)
             self.statistics.stopped = self.stop.reason
             report = self.statistics.report(status=status, exit_code=code, settings=self._settings(placement))
-            report["warnings"] = kept_drift(report["kept_fractions"], self.job.expectation)
+            if self.finish_by is None:
+                report["warnings"] = kept_drift(report["kept_fractions"], self.job.expectation)
+            elif self.plan.pending:
+                ended = self.statistics.finished or time.time()
+                report["finish_by"] = self.finish_by.report(ended, complete=code in (EXIT_COMPLETE, EXIT_BAD_INPUT))
+                report["warnings"] = self.finish_by.warnings(ended)
             report["warnings"] += label_drift(report["labels"], labels_before)
             report["page"] = f"{RUNS}/{self.run_id}.html"
             output = self.output.fenced(lambda: None)
@@ -305,7 +315,7 @@ class _Run:
         return all(progress.is_complete for progress in self.progress.values()) and not self.statistics.unreadable
 
     def _stream(self, placement: Placement) -> None:
-        stream = Stream(self.job, placement, self.statistics, self.patience)
+        stream = Stream(self.job, placement, self.statistics, self.patience, self.finish_by)
         try:
             stream.run(self.plan.pending, self._take, self.stop)
         finally:
@@ -325,7 +335,9 @@ class _Run:
                 self.stop.request("the output cannot be written", failed=True)
             if row["index"] < 0:
                 self.statistics.unreadable[row["shard"]] = row["error"]
+                self.statistics.skip_rest(progress.shard)
             else:
+                self.statistics.skip(progress.shard, row["rows"] or 0, row["shard_rows"] or 0)
                 self.statistics.failed_splits[f"{row['shard']} split {row['index']}"] = row["error"]
                 self.failed_shards.add(row["shard"])
             return
@@ -338,14 +350,19 @@ class _Run:
             committed = Committed(**json.loads(row["committed"]))
             progress.splits[row["index"]] = committed
             stats = SplitStats.from_json(row["stats"])
+            actor = json.loads(row["actor"])
             self.statistics.highlights.add(row, committed.object, stats.documents, stats.tokens)
             self.statistics.add_split(
                 stats,
                 progress.shard,
                 row["rows"],
                 row["shard_rows"],
-                json.loads(row["actor"]),
+                actor,
             )
+            if self.finish_by is not None:
+                size = progress.shard.size * row["rows"] / max(row["shard_rows"], 1)
+                split = ScoredSplit(actor["point"], actor["actor"], actor["start"], actor["end"], size)
+                self.finish_by.add(split, stats, committed.thresholds_version, committed.results)
         if progress.is_complete:
             self.written.append(self.marker_writers.submit(self._mark, progress))
 

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from .corpus import Shard
 from .deaths import read_deaths, write_deaths
 from .encode import read_shards, shard_groups
 from .errors import PipelineError
+from .finish_by import FinishBy
 from .job import Job
 from .ledger import kill_process, start_ledger
 from .placement import Placement
@@ -57,14 +59,25 @@ class Stream:
         failure: why the run cannot go on; None if it can.
     """
 
-    def __init__(self, job: Job, placement: Placement, statistics: RunStatistics, patience: Patience = Patience()):
+    def __init__(
+        self,
+        job: Job,
+        placement: Placement,
+        statistics: RunStatistics,
+        patience: Patience = Patience(),
+        finish_by: FinishBy | None = None,
+    ):
         self.job, self.placement, self.statistics, self.patience = job, placement, statistics, patience
+        self.finish_by = finish_by
         self.failure: str | None = None
         self._deaths = read_deaths(job.output)
         self._ledger = start_ledger(self._deaths)
 
     def run(self, pending: list[tuple[Shard, frozenset[int]]], take: Callable[[dict], None], stop: StopRequest) -> None:
         """Run the pipeline and pass each row to `take`, until all are done or a stopped run's time is over."""
+        if self.finish_by is not None:
+            say(self.finish_by.line(self.finish_by.control.choices[0]))
+            self._steer(self.finish_by)
         done = threading.Event()
         reporter = threading.Thread(target=self._report_progress, args=(done,), daemon=True)
         reporter.start()
@@ -122,8 +135,13 @@ class Stream:
         )
 
     def _look(self) -> str | None:
-        """Store known deaths, kill hung processes, and return why the run cannot go on, if so. Called periodically."""
+        """Store known deaths, steer the speed, kill hung processes, and return why the run cannot go on, if so.
+
+        Called periodically.
+        """
         self._keep_deaths()
+        if self.finish_by is not None:
+            self._steer(self.finish_by)
         config, patience = self.job.config, self.patience
         if timeout := config.document_timeout:
             for work, process in self._ledger.overdue(timeout, config.storage_retry_seconds):
@@ -137,6 +155,14 @@ class Stream:
         ):
             self.failure = f"no actor can load the model ({loads.reason or 'they die while they do'})"
         return self.failure
+
+    def _steer(self, finish_by: FinishBy) -> None:
+        """Choose the operating point of the splits that are begun next."""
+        under_way, control = self._ledger.under_way(), finish_by.control
+        left, actors = self.statistics.bytes_left(under_way), self.placement.num_actors
+        if choice := control.steer(time.time(), left, len(under_way), actors):
+            say(finish_by.line(choice))
+        self._ledger.set_point(control.point)  # each time, since the ledger may have been started again
 
     def _keep_deaths(self) -> None:
         recorded = self._ledger.deaths()
@@ -152,7 +178,8 @@ class Stream:
 
     def _report_progress(self, done: threading.Event) -> None:
         while not done.wait(self.job.config.progress_interval or None):
-            say(self.statistics.progress_line(self._ledger.under_way()))
+            line = self.statistics.progress_line(self._ledger.under_way())
+            say(line if self.finish_by is None else f"{line} · {self.finish_by.shown()}")
 
 
 def say(line: str) -> None:

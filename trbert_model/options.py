@@ -94,8 +94,10 @@ def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        # YAML reads 22:00 as a number, and dates as dates.
+        hint = "; put it in quotes" if kind is str else ""
         raise ConfigurationError(
-            f"{path}: {name} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}"
+            f"{path}: {name} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}{hint}"
         )
     return value
 

@@ -1,16 +1,20 @@
 """The speed a run is asked for: what is picked from a table, what is refused, and when a corpus has drifted."""
 
+import dataclasses
 import json
+from itertools import pairwise
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from pipeline.choice import Expectation, choose, kept_drift, label_drift, last_labels, pick
+from pipeline.choice import Expectation, choose, kept_drift, label_drift, last_labels, pick, thresholds_version
 from pipeline.config import ScoreConfig
 from pipeline.errors import UsageError
 from pipeline.model import ModelSource
 from pipeline.storage import Storage
 from tests.conftest import classification_task
-from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, with_table
+from trbert_model.calibration.table import Calibration, OperatingPoint, calibration_key, pareto_front, with_table
 
 DIGEST = "0123456789abcdef0123"
 
@@ -87,6 +91,84 @@ def test_what_no_table_can_promise_is_refused_with_the_command_that_makes_one(mo
     (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(UsageError, match=r"calibration.json: damaged"):
         choose(config(speedup=3.0), model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "speeds"),
+    [
+        ({"max_drop": 3.0}, [2.9, 3.1, 5.0]),
+        ({"max_drop": 1.0, "max_drop_confidence": 0.0}, [2.9, 3.1]),
+        ({"max_drop": 0.5, "max_drop_confidence": 0.0}, [2.0]),
+        ({"max_drop": 3.0, "speedup": 1.0}, [2.0, 3.1, 5.0]),
+        ({"max_drop": 3.0, "speedup": 3.0}, [3.1, 5.0]),
+        ({"max_drop": 3.0, "speedup": 5.0}, [5.0]),
+    ],
+)
+def test_a_run_that_should_finish_by_a_time_may_use_the_faster_points_within_max_drop(model, asked, speeds):
+    options = config(finish_by="06:00", **asked)
+    chosen, expectation = choose(options, model)
+    assert expectation is not None
+    points = [expectation.point, *expectation.faster]
+    assert [point.flops_speedup for point in points] == speeds
+    assert all(point.largest_drop(options.max_drop_confidence) <= options.max_drop for point in points)
+    assert chosen.thresholds == expectation.point.thresholds
+    assert (chosen.finish_by, chosen.max_drop, chosen.speedup) == (None, None, None)
+    assert len({thresholds_version(point) for point in points}) == len(points)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 9), st.floats(1, 9), st.floats(-1, 9)), min_size=2, max_size=9),
+    st.floats(0, 5),
+    st.sampled_from([0.0, 0.5, 0.95]),
+    st.none() | st.floats(1, 9),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_point_beyond_max_drop_is_ever_used(model, measured, max_drop, confidence, speedup):
+    """Whatever a table holds: the first point is as asked, and each next one is faster."""
+    made = [
+        dataclasses.replace(
+            point(flops, drop, (i / 10, 0.5)), measured_speedup=time, drop_interval=(drop - 1, drop + 1)
+        )
+        for i, (flops, time, drop) in enumerate(measured)
+    ]
+    key = calibration_key(DIGEST, "float32", 512)
+    table = Calibration(key, "dev", 100, "accuracy", 90.0, made[0], tuple(pareto_front(made[1:])))
+    (model.directory / "calibration.json").write_bytes(with_table(model.directory, table))
+    options = config(finish_by="06:00", max_drop=max_drop, max_drop_confidence=confidence, speedup=speedup)
+    allowed = {each.thresholds for each in made if each.largest_drop(confidence) <= max_drop}
+    try:
+        _, expectation = choose(options, model)
+    except UsageError:
+        reachable = speedup is None or any(each.flops_speedup >= speedup for each in table.points)
+        assert not reachable or not all(each.thresholds in allowed for each in table.points)
+        return
+    assert expectation is not None
+    points = [expectation.point, *expectation.faster]
+    assert {each.thresholds for each in points} <= allowed
+    for one, other in pairwise(points):
+        assert other.flops_speedup > one.flops_speedup
+        assert other.measured_speedup > one.measured_speedup
+    if speedup is not None:
+        assert points[0].flops_speedup >= 0.99 * speedup
+
+
+def test_points_that_are_no_faster_by_the_clock_are_no_use_to_a_run_that_is_late(model, tmp_path):
+    table = json.loads((tmp_path / "calibration.json").read_text())
+    (values,) = table.values()
+    values["points"][1]["measured_speedup"] = 2.0
+    (tmp_path / "calibration.json").write_text(json.dumps(table))
+    _, expectation = choose(config(finish_by="06:00", max_drop=3.0, speedup=2.0), model)
+    assert expectation is not None
+    assert [point.flops_speedup for point in expectation.faster] == [5.0]
+
+
+def test_a_time_that_no_table_can_serve_is_refused(model):
+    with pytest.raises(UsageError, match=r"max_drop 0.5: at 95% confidence, 3.00 points may be lost even at 2.00x"):
+        choose(config(finish_by="06:00", max_drop=0.5), model)
+    with pytest.raises(UsageError, match=r"speedup 5 and max_drop 1 cannot both hold: at 5.00x and 0% confidence"):
+        choose(config(finish_by="06:00", max_drop=1.0, max_drop_confidence=0.0, speedup=5.0), model)
+    with pytest.raises(UsageError, match=r"finish_by 3h: .* no calibration table for bfloat16 .* jobs/evaluate.py"):
+        choose(config(finish_by="3h", max_drop=1.0, dtype="bfloat16"), model)
 
 
 def test_a_corpus_that_keeps_other_fractions_is_said(model):

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.config import ScoreConfig, identity_defaults
 from pipeline.errors import UsageError
+from trbert_model.errors import ConfigurationError
 from trbert_model.options import parse_options
 
 PLACES = {"input": "in", "output": "out", "model": "m"}
@@ -23,6 +24,13 @@ PLACES = {"input": "in", "output": "out", "model": "m"}
         ({"id_column": "a", "keep_columns": ("a",)}, "named more than once"),
         ({"overflow": "cut"}, "overflow 'cut'"),
         ({"stride": -1}, "stride -1"),
+        ({"finish_by": "06:00"}, "finish_by needs max_drop: how many points of accuracy"),
+        ({"finish_by": "six", "max_drop": 1.0}, "finish_by 'six' must be a time such as 06:00"),
+        ({"finish_by": "", "max_drop": 1.0}, "finish_by '' must be a time"),
+        ({"finish_by": "3h", "max_drop": 1.0, "thresholds": (0.5,)}, "thresholds and finish_by cannot go together"),
+        ({"finish_by": "3h", "max_drop": 1.0, "reduce": False}, "no_reduce and finish_by cannot go together"),
+        ({"finish_by": "3h", "max_drop": 1.0, "id_column": "Thresholds_Version"}, "named like columns of the results"),
+        ({"max_drop": 1.0, "speedup": 2.0}, "speedup and max_drop cannot go together"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(wrong, message):
@@ -40,6 +48,15 @@ def test_the_identity_holds_what_decides_results_and_nothing_else():
 
 def test_defaults_are_there_for_every_option_of_the_identity():
     assert set(identity_defaults()) == set(ScoreConfig(**PLACES).identity())
+
+
+def test_a_time_in_yaml_without_quotes_is_refused_with_the_remedy(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("input: in\noutput: out\nmodel: m\nmax_drop: 1\nfinish_by: 22:00\n")
+    with pytest.raises(ConfigurationError, match="finish_by must be a str, not 1320; put it in quotes"):
+        parse_options(ScoreConfig, ["--config", str(file)], "")
+    file.write_text(file.read_text().replace("22:00", '"22:00"'))
+    assert parse_options(ScoreConfig, ["--config", str(file)], "").finish_by == "22:00"
 
 
 def test_the_command_line_fills_it():

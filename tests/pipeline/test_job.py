@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline import run
-from pipeline.commit import identity_key
+from pipeline.commit import bind_output, identity_key
 from pipeline.config import ScoreConfig, identity_defaults
 from pipeline.errors import UsageError
 from pipeline.job import make_job
@@ -133,3 +133,17 @@ def test_an_output_of_an_earlier_version_is_this_ones(places):
     older = {name: recorded[name] for name in recorded if name not in ("n_best", "question_column")}
     Storage(places["output"]).write("_output.json", json.dumps(older).encode())
     assert make_job(ScoreConfig(**places, **options)).differences == []
+
+
+def test_an_output_that_should_finish_by_a_time_is_bound_to_the_speeds_it_may_use(places):
+    """Not to the time, which is another one each night."""
+    write_table(places, "float32")
+    job = make_job(ScoreConfig(**places, finish_by="06:00", max_drop=3.0, dtype="float32", split_bytes=1000))
+    assert [point.thresholds for point in job.points] == [(0.4, 0.4)]
+    bind_output(job.output, job.identity, overwrite=False)
+    again = make_job(ScoreConfig(**places, finish_by="2h", max_drop=4.0))
+    assert again.differences == []
+    assert again.recorded_key == again.identity_key == job.identity_key
+    plain = make_job(ScoreConfig(**places, thresholds=(0.4, 0.4)))
+    assert plain.differences == ["finish_by_thresholds [[0.4, 0.4]] where this run has None"]
+    assert plain.identity_key != job.identity_key

@@ -307,3 +307,22 @@ def test_without_a_ledger_nothing_is_asked():
         with entry.waiting():
             pass
     assert NO_LEDGER.deaths() is None
+
+
+def test_a_split_keeps_the_operating_point_it_was_begun_at():
+    """Also if its process dies, since another that has it half done may still publish it; the next splits get the new
+    one."""
+    ledger = Ledger()
+    ledger.begin("one", "a")
+    assert ledger.point("one") == 0
+    ledger.set_point(2)
+    assert ledger.point("one") == 0
+    ledger.begin("one", "b")
+    assert ledger.point("one") == 0
+    ledger.begin("two", "c")
+    assert ledger.point("two") == 2
+    ledger.end("one", "b")
+    ledger.begin("one", "d")
+    assert ledger.point("one") == 2
+    assert Ledger().point("begun before it was started again") == 0
+    assert Entry(NO_LEDGER, "anything").point() == 0

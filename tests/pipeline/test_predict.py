@@ -1,21 +1,29 @@
 """The predictor: result rows for splits, and batches of every format for notebooks."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.data.block import BlockAccessor
 
 from pipeline import TRBertPredictor, UsageError
+from pipeline.choice import thresholds_version
+from pipeline.commit import VERSION, Committed, publish_splits
+from pipeline.config import THRESHOLDS_VERSION
 from pipeline.encode import read_shards, shard_groups
+from pipeline.ledger import LedgerClient
 from pipeline.predict import SplitPredictor
 from pipeline.report import SplitStats
 from pipeline.rows import from_ipc
+from pipeline.storage import Storage
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
+from tests.pipeline.test_choice import point
 from trbert_model.checkpoints.files import model_digest
 from trbert_model.errors import ModelChangedError
 
@@ -233,9 +241,60 @@ def test_probabilities_come_in_the_order_of_the_labels(split, model_directory):
 
 def test_a_split_that_fails_comes_back_with_its_error(split, model_directory):
     predictor = SplitPredictor(["id"], "id", model=str(model_directory), device="cpu")
-    predictor.engine.score = lambda documents, recording: (_ for _ in ()).throw(
+    predictor.engine.score = lambda documents, policy, recording: (_ for _ in ()).throw(
         RuntimeError("CUDA error: device-side assert")
     )
     (row,) = predictor(split).to_pylist()
     assert row["error"] == "RuntimeError: CUDA error: device-side assert"
     assert (row["shard"], row["index"], row["payload"]) == ("a.parquet", 0, None)
+
+
+class Points(LedgerClient):
+    """A ledger that sends each split to the next operating point."""
+
+    def __init__(self, *points):
+        super().__init__()
+        self.points = list(points)
+
+    def _ask(self, method, *arguments):
+        return self.points.pop(0) if method == "point" else None
+
+
+def test_each_split_is_scored_at_one_operating_point_and_says_which(split, model_directory):
+    points = tuple(point(speed, 0.0, (value, value)) for speed, value in ((2.0, 0.1), (3.0, 0.9)))
+    predictor = SplitPredictor(
+        ["id"], "id", model=str(model_directory), device="cpu", points=points, ledger=Points(1, 0, 1)
+    )
+    rows = [predictor(split).to_pylist()[0] for _ in range(3)]
+    results = [from_ipc(row["payload"]) for row in rows]
+    for index, table in zip((1, 0, 1), results):
+        version = thresholds_version(points[index])
+        assert set(table[THRESHOLDS_VERSION].to_pylist()) == {version}
+        assert table.schema.field(THRESHOLDS_VERSION).type == pa.string()
+        assert table.schema.metadata == {VERSION.encode(): version.encode()}
+        alone = SplitPredictor(
+            ["id"], "id", model=str(model_directory), device="cpu", thresholds=points[index].thresholds
+        )
+        (expected,) = alone(split).to_pylist()
+        assert table.drop_columns(THRESHOLDS_VERSION).equals(from_ipc(expected["payload"]))
+    assert [json.loads(row["actor"])["point"] for row in rows] == [1, 0, 1]
+    assert not results[0]["kept_tokens"].equals(results[1]["kept_tokens"])
+
+
+def test_the_first_version_of_a_split_stays_if_it_is_scored_again_at_another_speed(split, model_directory, tmp_path):
+    """As after the death of a machine: what is reported and recorded is what the output holds."""
+    points = tuple(point(speed, 0.0, (value, value)) for speed, value in ((2.0, 0.1), (3.0, 0.9)))
+    predictor = SplitPredictor(
+        ["id"], "id", model=str(model_directory), device="cpu", points=points, ledger=Points(0, 1)
+    )
+    output = Storage(str(tmp_path / "out"))
+    first, second = (
+        Committed(**json.loads(publish_splits(predictor(split), output, identity_key="key")["committed"][0].as_py()))
+        for _ in range(2)
+    )
+    assert first == second
+    assert first.thresholds_version == thresholds_version(points[0])
+    data = output.read(first.object)
+    assert hashlib.sha256(data).hexdigest() == first.sha256
+    rows = pq.read_table(pa.BufferReader(data))
+    assert set(rows[THRESHOLDS_VERSION].to_pylist()) == {first.thresholds_version}
