@@ -1,6 +1,7 @@
 """Labelled corpora for training and evaluation, and their windows as varlen batches."""
 
 import contextlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -22,6 +23,9 @@ from .varlen import model_inputs
 
 if TYPE_CHECKING:
     from .training.teacher import TeacherSignals
+
+# What the names of a task's extra inputs begin with in a batch.
+EXTRA_INPUT = "extra_"
 
 Opener = Callable[[str], contextlib.AbstractContextManager[IO[bytes]]]
 Lister = Callable[[str], list[str]]
@@ -164,6 +168,15 @@ def read_texts(table: pa.Table, column: str, uri: str) -> list[str]:
     return [value.decode(errors="replace") for value in values.cast(pa.large_binary()).to_pylist()]
 
 
+def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """Names of the class ids of a column, or of its lists, from metadata that the `datasets` library writes."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        return tuple(map(str, feature.get("names") or feature["feature"]["names"]))
+    except (KeyError, TypeError, ValueError, AttributeError):  # it has none, or is of another kind
+        return ()
+
+
 class WindowDataset(Dataset, ABC):
     """One training example per document: the indices of some of its windows, drawn again at each access.
 
@@ -214,6 +227,8 @@ class WindowDataset(Dataset, ABC):
         indices = [index for example in examples for index in example]
         windows = [self.shown(self.windows[index]) for index in indices]
         batch = model_inputs([window.input_ids for window in windows], self.task.token_types(windows))
+        extra = self.task.extra_inputs(windows)
+        batch |= {f"{EXTRA_INPUT}{name}": torch.from_numpy(values) for name, values in extra.items()}
         batch["example"] = torch.tensor([i for i, example in enumerate(examples) for _ in example])
         batch |= self.targets(examples)
         if self.teacher is not None and not self.crops:

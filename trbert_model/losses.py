@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import ConfigurationError
+from .varlen import top_tokens
+
 
 class TaskLosses(Protocol):
     """The losses that a training objective needs from a task.
@@ -53,6 +56,28 @@ class TaskLosses(Protocol):
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         """The batch with missing labels replaced by the dense model's; signals: as from `signals`."""
+
+
+class SaliencyGuided:
+    """The part of `TaskLosses` about selectors, for tasks whose guide is the dense model's saliency."""
+
+    guided_by_saliency: ClassVar[bool] = True
+
+    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
+        known = len(batch["guide"])
+        if above := [layer for layer in layers if layer >= known]:
+            raise ConfigurationError(
+                f"reduction layers {above}: the guide judges layers below {known} of this model; do without it "
+                "(guide_rate 0, imitation_epochs 0, joint_imitation 0)"
+            )
+        return batch["guide"][list(layers)]
+
+    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
+        ranked = zip(self.guide(batch, layers), counts.T)
+        return torch.stack([top_tokens(scores, batch["cu_seqlens"], count) for scores, count in ranked]).float()
+
+    def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
+        return mean_entropy(logits, targets)
 
 
 def mean_entropy(logits: Tensor, targets: Tensor) -> Tensor:

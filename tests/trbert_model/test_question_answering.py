@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.conftest import question_task, tiny_tokenizer
 from trbert_model import ConfigurationError
 from trbert_model.tasks.question_answering.metrics import exact_match, f1, normalized
-from trbert_model.tasks.question_answering.task import QuestionAnsweringTask, whole_characters
+from trbert_model.tasks.question_answering.task import QuestionAnsweringTask
+from trbert_model.tasks.text import whole_characters
 
 TOKENIZER = tiny_tokenizer()
 NFC = "the café news. née É."

@@ -278,6 +278,9 @@ class Engine:
         batch = VarlenBatch.from_sequences(
             [window.input_ids for window in windows], self.task.token_types(windows), device=self.device
         )
+        extra = {
+            name: torch.from_numpy(values).to(self.device) for name, values in self.task.extra_inputs(windows).items()
+        }
         output = self.model(
             batch.input_ids,
             token_type_ids=batch.token_type_ids,
@@ -286,6 +289,7 @@ class Engine:
             max_seqlen=batch.max_seqlen,
             reduce=self.options.reduce,
             selection_policy=policy,
+            **extra,
         )
         kept = [counts.cpu().numpy() for counts in output.kept_tokens]
         outputs = self.task.window_outputs(output, [len(window.input_ids) for window in windows])

@@ -170,6 +170,10 @@ class Task(ABC):
     def token_types(self, windows: Sequence[Any]) -> list[np.ndarray] | None:
         """Each window's token type ids, int32 (tokens,); None if all are 0."""
 
+    def extra_inputs(self, windows: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Further arguments of the model's `forward` for a batch of windows, each (total tokens, ...)."""
+        return {}
+
     @abstractmethod
     def to_column(self, documents: Sequence[Any]) -> pa.Array:
         """Encode documents as an Arrow column, to send them from the readers to the actors."""

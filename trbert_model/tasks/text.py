@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Encoded = TypeVar("Encoded")
+
+# Joiners, variation selectors and keycaps, which belong to the character before them but are no combining marks.
+_EXTENDERS = {"\u200d", "\ufe0e", "\ufe0f", "\u20e3"}
 
 # Exceptions that end or interrupt a process and are never caused by a text.
 _NOT_OF_A_TEXT = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, MemoryError)
@@ -109,6 +113,26 @@ def spans_of(text: int, tokens: np.ndarray, ids: np.ndarray, offsets: np.ndarray
     spans[:, 0] = text
     spans[:same, 1:] = offsets[:same]
     return spans
+
+
+def whole_characters(text: str, end: int) -> int:
+    """Move an end past the marks that belong to the character before it.
+
+    Tokenizers strip accents. If the text stores the last letter's accent as a separate character, the token's end
+    leaves it out.
+    """
+    while end < len(text) and (unicodedata.combining(text[end]) or text[end] in _EXTENDERS):
+        end += 1
+    return end
+
+
+def without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
+    """Remove the white space around a span, which some tokenizers include in tokens.
+
+    The end is before the start if the span has only white space.
+    """
+    found = text[start:end]
+    return end - len(found.lstrip()), start + len(found.rstrip())
 
 
 def encode_apart(

@@ -22,7 +22,7 @@ from ..reduction.policies import TopTokensPolicy
 from ..reduction.sampling import SamplingPolicy
 from ..reduction.state import SelectionPolicy
 from ..varlen import sequence_sums
-from .teacher import inputs_of
+from .teacher import extra_inputs_of, inputs_of, tokens_of
 
 
 class Objective(nn.Module):
@@ -199,8 +199,9 @@ class Reinforcement(Objective):
         # An example's windows are rewarded together.
         owner = torch.cat([example + examples * sample for sample in range(count)])
         with torch.no_grad():
-            state = self.trunk.before_reduction(**inputs_of(batch)).repeated(count)
-            output = self.model(state=state, selection_policy=policy, output_selections=True)
+            state = self.trunk.before_reduction(**tokens_of(batch)).repeated(count)
+            extra = extra_inputs_of(batch, count)
+            output = self.model(state=state, selection_policy=policy, output_selections=True, **extra)
             task_loss = self.task_losses(output, batch, count)
             kept = torch.stack(output.kept_tokens, 1)
             fractions = (kept / lengths.repeat(count)[:, None]).mean(1)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configuration import TRBertConfig
+from ..labelled import EXTRA_INPUT
 from ..losses import TaskLosses
 from ..terminal import get_logger
 
@@ -119,7 +120,18 @@ def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Ten
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Select the model's arguments from a batch."""
+    return tokens_of(batch) | extra_inputs_of(batch)
+
+
+def tokens_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select the arguments of every model, also of one without a head."""
     return {name: batch[name] for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")}
+
+
+def extra_inputs_of(batch: dict[str, Tensor], repeats: int = 1) -> dict[str, Tensor]:
+    """Select the arguments from the task's `extra_inputs`, for a batch that was repeated so many times."""
+    extra = {name: value for name, value in batch.items() if name.startswith(EXTRA_INPUT)}
+    return {name.removeprefix(EXTRA_INPUT): torch.cat([value] * repeats) for name, value in extra.items()}
 
 
 def deep_layer(config: TRBertConfig) -> int:

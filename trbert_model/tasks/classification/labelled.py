@@ -1,6 +1,5 @@
 """Labelled documents, for training and evaluation."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...labelled import LabelledCorpus, WindowDataset, is_text, read_table, read_texts
+from ...labelled import LabelledCorpus, WindowDataset, class_names, is_text, read_table, read_texts
 from ...options import LabelledColumns
 from ..base import DocumentResults
 from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, sigmoid
@@ -56,7 +55,7 @@ class RawTexts:
         table = read_table(uri, [columns.text_column, columns.label_column])
         column, texts = table[columns.label_column], read_texts(table, columns.text_column, uri)
         where = f"{uri}: column {columns.label_column!r}"
-        names = _class_names(table.schema, columns.label_column)
+        names = class_names(table.schema, columns.label_column)
         flags = None if problem_type == REGRESSION else _flags(column)
         kind = MULTI_LABEL if flags is not None else _problem_type(column.type)
         problem_type = problem_type or kind
@@ -183,15 +182,6 @@ def _numbers(values: list[Any], where: str) -> list[list[float]]:
         if not np.isfinite(each).all() or len(each) != len(numbers[0]):
             raise InputError(f"{where}, row {row}: {each} are no such numbers")
     return numbers
-
-
-def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """Names of the class ids of a column, or of its lists, from metadata that the `datasets` library writes."""
-    try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        return tuple(map(str, feature.get("names") or feature["feature"]["names"]))
-    except (KeyError, TypeError, ValueError, AttributeError):  # it has none, or is of another kind
-        return ()
 
 
 def _name(label: Any) -> str:

@@ -1,17 +1,14 @@
 """Training losses of classification, one class per problem type."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import ConfigurationError
-from ...losses import mean_entropy
-from ...varlen import top_tokens
+from ...losses import SaliencyGuided
 from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, problem_type_of
 
 if TYPE_CHECKING:
@@ -22,7 +19,7 @@ UNLABELLED = -1
 
 
 @dataclass
-class ClassificationLosses(ABC):
+class ClassificationLosses(SaliencyGuided, ABC):
     """Base class of the losses.
 
     Batches have `labels`, described in the subclasses, and `teacher`, float32 (windows, labels + hidden): the dense
@@ -33,7 +30,6 @@ class ClassificationLosses(ABC):
             squared distance over squared norm. The logits of a few labels carry much less information about a document.
     """
 
-    guided_by_saliency: ClassVar[bool] = True
     num_labels: int
     classifier_input_weight: float = 0.0
 
@@ -67,22 +63,6 @@ class ClassificationLosses(ABC):
 
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)
-
-    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
-        known = len(batch["guide"])
-        if above := [layer for layer in layers if layer >= known]:
-            raise ConfigurationError(
-                f"reduction layers {above}: the guide judges layers below {known} of this model; do without it "
-                "(guide_rate 0, imitation_epochs 0, joint_imitation 0)"
-            )
-        return batch["guide"][list(layers)]
-
-    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
-        ranked = zip(self.guide(batch, layers), counts.T)
-        return torch.stack([top_tokens(scores, batch["cu_seqlens"], count) for scores, count in ranked]).float()
-
-    def imitation(self, logits: Tensor, targets: Tensor, example: Tensor) -> Tensor:
-        return mean_entropy(logits, targets)
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         return {**batch, "labels": self.where_missing(batch["labels"], signals[:, : self.num_labels])}

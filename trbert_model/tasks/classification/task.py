@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ...errors import ConfigurationError
 from ..base import DEFAULTS, Task, TaskOptions, lists
+from ..labels import check_label_names, label_names, saved_label_names
 from ..text import BareTokenizer, encode_apart, pieces, spans_of, token_ids, token_offsets
 from .labellings import Labelling, check_problem_type, labelling_of, problem_type_of
 
@@ -67,9 +68,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def check(cls, config: "TRBertConfig") -> None:
-        names = config.id2label
-        if sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
-            raise ConfigurationError(f"id2label {names} must give each label from 0 to {len(names) - 1} a name")
+        check_label_names(config)
         check_problem_type(config)
 
     def __post_init__(self):
@@ -196,21 +195,9 @@ class ClassificationTask(Task):
 
     @classmethod
     def saved_head(cls, raw: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
-        outputs, problem_type = weights["classifier.weight"].shape[0], raw.get("problem_type")
-        names = raw.get("id2label")
-        if not names:
-            return {"num_labels": outputs, "problem_type": problem_type}
-        try:
-            named = {int(i): name for i, name in (enumerate(names) if isinstance(names, list) else names.items())}
-        except (ValueError, AttributeError) as error:
-            raise ConfigurationError(f"id2label {names!r} does not name the labels by their numbers") from error
-        if len(named) != outputs:
-            raise ConfigurationError(f"id2label {names!r} names {len(named)} labels, but the head has {outputs}")
-        named = {i: str(name) if isinstance(name, int | float) else name for i, name in named.items()}
         return {
-            "id2label": named,
-            "label2id": {label: i for i, label in named.items()},
-            "problem_type": problem_type,
+            **saved_label_names(raw, weights["classifier.weight"].shape[0]),
+            "problem_type": raw.get("problem_type"),
         }
 
     @classmethod
@@ -218,9 +205,7 @@ class ClassificationTask(Task):
         from .labelled import RawTexts
 
         raw = RawTexts.read(uri, columns, problem_type)
-        names = dict(enumerate(raw.names(columns.label_column)))
-        label2id = {name: i for i, name in names.items()}
-        return {"id2label": names, "label2id": label2id, "problem_type": raw.problem_type}
+        return {**label_names(raw.names(columns.label_column)), "problem_type": raw.problem_type}
 
     def read_corpus(self, uri: str, columns: "LabelledColumns") -> "LabelledTexts":
         from .labelled import LabelledTexts

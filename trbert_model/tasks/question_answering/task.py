@@ -4,7 +4,6 @@ All windows of a question share one softmax, in training too, so scores are comp
 of each window stands for "no answer".
 """
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
@@ -14,7 +13,15 @@ import pyarrow as pa
 
 from ...errors import ConfigurationError
 from ..base import DEFAULTS, Task, TaskOptions, lists
-from ..text import BareTokenizer, encode_apart, spans_of, token_ids, token_offsets
+from ..text import (
+    BareTokenizer,
+    encode_apart,
+    spans_of,
+    token_ids,
+    token_offsets,
+    whole_characters,
+    without_spaces,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +38,6 @@ _CONTEXT = ("text", "ids", "starts", "ends")
 _SPAN = pa.struct(
     [("answer", pa.string()), ("score", pa.float32()), ("start_char", pa.int32()), ("end_char", pa.int32())]
 )
-# Joiners, variation selectors and keycaps, which belong to the character before them but are no combining marks.
-_EXTENDERS = {"\u200d", "\ufe0e", "\ufe0f", "\u20e3"}
 
 
 @dataclass(frozen=True)
@@ -365,7 +370,7 @@ class QuestionAnsweringTask(Task):
             passage = slice(window.passage, window.passage + window.count)
             for first, last, log_probability in self._spans(s[passage] - of_start, e[passage] - of_end):
                 start, end = context.starts[window.first + first], context.ends[window.first + last]
-                span = _without_spaces(context.text, int(start), int(end))
+                span = without_spaces(context.text, int(start), int(end))
                 if span[0] > span[1]:
                     continue
                 # Windows overlap: a span found twice is one answer with both probabilities.
@@ -386,26 +391,6 @@ class QuestionAnsweringTask(Task):
             first, length = divmod(int(flat), reach)
             if np.isfinite(scores[first, length]):
                 yield first, first + length, float(scores[first, length])
-
-
-def whole_characters(text: str, end: int) -> int:
-    """Move an end past the marks that belong to the character before it.
-
-    Tokenizers strip accents. If the text stores the last letter's accent as a separate character, the token's end
-    leaves it out.
-    """
-    while end < len(text) and (unicodedata.combining(text[end]) or text[end] in _EXTENDERS):
-        end += 1
-    return end
-
-
-def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
-    """Remove the white space around a span, which some tokenizers include in tokens.
-
-    The end is before the start if the span has only white space.
-    """
-    found = text[start:end]
-    return end - len(found.lstrip()), start + len(found.rstrip())
 
 
 def _scored(logits: np.ndarray, window: QuestionWindow) -> np.ndarray:
