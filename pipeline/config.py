@@ -35,7 +35,7 @@ class ScoreConfig:
     )
     output: str = option("", "prefix that the results go to")
     model: str = option("", "directory of a TR-BERT model (jobs/train.py, jobs/convert.py); local or URI")
-    text_column: str = option("text", "column with the documents, for classification", identity=True)
+    text_column: str = option("text", "column with the documents", identity=True)
     question_column: str = option("question", "column with the questions, for question answering", identity=True)
     context_column: str = option("context", "column with the texts that the questions are about", identity=True)
     id_column: str | None = option(None, "column that names the documents; passed through as it is", identity=True)
@@ -49,6 +49,7 @@ class ScoreConfig:
     no_answer_threshold: float | None = option(
         None, "no answer, if that is more probable than the best answer by more than this", identity=True
     )
+    tags: bool = option(False, "write a tag for every word, not entities (token classification)", identity=True)
     overflow: str = option("windows", "documents longer than the model's positions: windows or truncate", identity=True)
     stride: int | None = option(None, "tokens a window shares with the one before it", identity=True)
     reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model", identity=True)
@@ -190,6 +191,7 @@ class ScoreConfig:
             n_best=self.n_best,
             spans=self.n_best > 1,
             no_answer_threshold=self.no_answer_threshold,
+            tags=self.tags,
             reduce=self.reduce,
             thresholds=self.thresholds,
         )

@@ -85,7 +85,7 @@ class TRBertPredictor:
 
     Args:
         model: directory or URI of a TR-BERT model.
-        text_column: the column with the documents, for classification.
+        text_column: the column with the documents, for classification and token classification.
         question_column, context_column: the columns with questions and contexts, for question answering.
         threads: torch threads; default: torch's own.
         speedup, max_drop, max_drop_confidence: take the thresholds from the model's calibration table, as jobs/score.py
@@ -93,7 +93,7 @@ class TRBertPredictor:
         digest: the digest that the model must have; a scoring run passes it to its actors.
         prefix: what the names of the result columns begin with.
         options: the arguments of `trbert_model.engine.EngineOptions`, including the task's (`probabilities`, `spans`,
-            …).
+            `tags`, …).
 
     Raises:
         UsageError: there is no such model, its calibration table does not fit, a batch lacks a column with texts, or

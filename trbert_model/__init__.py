@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tasks.classification.head import TRBertForSequenceClassification
     from .tasks.multiple_choice.head import TRBertForMultipleChoice
     from .tasks.question_answering.head import TRBertForQuestionAnswering
+    from .tasks.token_classification.head import TRBertForTokenClassification
     from .varlen import VarlenBatch
 
 _MODULES = {
@@ -32,6 +33,7 @@ _MODULES = {
     "TRBertForMultipleChoice": "tasks.multiple_choice.head",
     "TRBertForQuestionAnswering": "tasks.question_answering.head",
     "TRBertForSequenceClassification": "tasks.classification.head",
+    "TRBertForTokenClassification": "tasks.token_classification.head",
     "TRBertModel": "modeling",
     "TrainingError": "errors",
     "VarlenBatch": "varlen",
@@ -49,6 +51,7 @@ __all__ = [
     "TRBertForMultipleChoice",
     "TRBertForQuestionAnswering",
     "TRBertForSequenceClassification",
+    "TRBertForTokenClassification",
     "TRBertModel",
     "TrainingError",
     "VarlenBatch",

@@ -17,6 +17,7 @@ MODELS = {
     "MODEL_FOR_MULTIPLE_CHOICE_MAPPING": "TRBertForMultipleChoice",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "TRBertForQuestionAnswering",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "TRBertForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "TRBertForTokenClassification",
 }
 
 

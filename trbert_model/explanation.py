@@ -5,6 +5,7 @@ Does not import torch, so that the driver of a run can show documents without a 
 
 import functools
 import secrets
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
     from .tasks.base import Task
 
+_MOST_ENTITIES = 50  # in a terminal
 NOT_READ = -1  # the layers of a token that is in no window, because the document was truncated
 _NO_TOKEN = -2
+_LABELS = {"label", "tag"}  # fields with the label of an entity and the tag of a word
 
 
 @dataclass
@@ -39,11 +42,15 @@ class Recording:
 
 
 class Run(NamedTuple):
-    """Consecutive characters whose tokens were computed by equally many layers; None: no token."""
+    """Consecutive characters whose tokens were computed by equally many layers; None: no token.
+
+    If they are the answer's or an entity's, `in_answer` is true. The last ones of an entity have its label.
+    """
 
     text: str
     layers: int | None
     in_answer: bool
+    label: str = ""
 
 
 class Level(NamedTuple):
@@ -65,6 +72,7 @@ class ExplainedText:
         layers: number of layers that computed each token, or NOT_READ. For a token in several windows, the highest.
         answer: start and end of the answer, if this text holds it.
         left_out: number of further characters, which are not in `text`.
+        entities: start, end and label of each entity or tagged word, in order.
     """
 
     name: str
@@ -74,6 +82,7 @@ class ExplainedText:
     layers: list[int]
     answer: tuple[int, int] | None = None
     left_out: int = 0
+    entities: list[tuple[int, int, str]] = field(default_factory=list)
 
     def runs(self) -> list[Run]:
         """The text in pieces. White space between two tokens of one piece belongs to it."""
@@ -84,14 +93,18 @@ class ExplainedText:
         for (_, end, count), (start, _, following) in pairwise(tokens):
             if count == following and self.text[end:start].isspace():
                 layers[end:start] = count
-        in_answer = np.zeros(len(self.text), bool)
-        if self.answer is not None:
-            in_answer[slice(*self.answer)] = True
-        changes = np.flatnonzero((np.diff(layers) != 0) | np.diff(in_answer)) + 1
+        marked = np.zeros(len(self.text), np.int64)  # the number of the answer or entity, from 1
+        for number, (start, end, _) in enumerate([(*self.answer, "")] if self.answer else self.entities, 1):
+            marked[start:end] = number
+        labels = {min(end, len(self.text)): label for _, end, label in self.entities}
+        changes = np.flatnonzero((np.diff(layers) != 0) | (np.diff(marked) != 0)) + 1
         bounds = [0, *changes.tolist(), len(self.text)] if self.text else [0]
         return [
             Run(
-                self.text[start:end], None if layers[start] == _NO_TOKEN else int(layers[start]), bool(in_answer[start])
+                self.text[start:end],
+                None if layers[start] == _NO_TOKEN else int(layers[start]),
+                bool(marked[start]),
+                labels.get(end, "") if marked[start] else "",
             )
             for start, end in pairwise(bounds)
         ]
@@ -144,13 +157,14 @@ class Explanation:
             tokens = task.window_tokens(document, window)
             np.maximum.at(layers, tokens[tokens >= 0], computed[tokens >= 0])
         explained = []
-        answer = task.answer(outcome)
+        answer, marks = task.answer(outcome), task.marks(outcome)
         for i, (name, text) in enumerate(zip(task.text_names(), texts)):
             own = (spans[:, 0] == i) & (spans[:, 1] < spans[:, 2])
             starts, ends = spans[own, 1].tolist(), spans[own, 2].tolist()
             span = answer[1:] if answer is not None and answer[0] == i else None
             left_out = lengths[i] - len(text) if lengths else 0
-            explained.append(ExplainedText(name, text, starts, ends, layers[own].tolist(), span, left_out))
+            entities = [mark[1:] for mark in marks if mark[0] == i and mark[1] < len(text)]
+            explained.append(ExplainedText(name, text, starts, ends, layers[own].tolist(), span, left_out, entities))
         return cls(
             texts=explained,
             outcome=outcome,
@@ -165,7 +179,11 @@ class Explanation:
     def from_dict(cls, values: dict[str, Any]) -> "Explanation":
         """From the result of `dataclasses.asdict`, also after it was JSON."""
         texts = [
-            ExplainedText(**{**text, "answer": text["answer"] and tuple(text["answer"])}) for text in values["texts"]
+            ExplainedText(
+                **{**text, "answer": text["answer"] and tuple(text["answer"])}
+                | {"entities": [tuple(each) for each in text.get("entities", [])]}
+            )
+            for text in values["texts"]
         ]
         return cls(**{**values, "texts": texts})
 
@@ -193,6 +211,12 @@ class Explanation:
             for i, (layers, tokens, _) in enumerate(self.levels)
         ]
         for text in self.texts:
+            lines += [
+                f"{'' if i else 'found':13} {text.text[start:end]} ({label})"
+                for i, (start, end, label) in enumerate(text.entities[:_MOST_ENTITIES])
+            ]
+            if (more := len(text.entities) - _MOST_ENTITIES) > 0:
+                lines.append(f"{'':13} … and {more:,} more")
             lines += ["", f"{text.name} ([computed by all layers]):"]
             lines.append(
                 "".join(_bracketed(run.text) if run.layers == self.num_layers else run.text for run in text.runs())
@@ -236,11 +260,14 @@ def _bracketed(text: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of a result column as text."""
+    """A value of a result column as text. Entities and tags are counted."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {plain(each)}" for name, each in value.items())
+    if isinstance(value, list) and value and all(isinstance(each, dict) and _LABELS & each.keys() for each in value):
+        counted = Counter(next(each[name] for name in each if name in _LABELS) for each in value)
+        return ", ".join(f"{label} {count:,}" for label, count in counted.most_common())
     if isinstance(value, list):
         return ", ".join(plain(each) for each in value) or "none"
     return "none" if value is None else str(value)

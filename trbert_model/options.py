@@ -35,6 +35,11 @@ class LabelledColumns:
         "question", "column with the questions; beside it `answers` and, unless they hold it, `answer_start`"
     )
     context_column: str = option("context", "column with the texts that the questions are about")
+    tokens_column: str = option("tokens", "column with lists of words; if their `starts` are beside it, in the text")
+    tags_column: str = option("tags", "column with the words' tags; if there is none, `ner_tags`")
+    spans_column: str = option(
+        "spans", "column with the texts' entities, if words have no tags; if there is none, `entities`"
+    )
 
 
 def parse_options(cls: type[Options], arguments: Sequence[str] | None, description: str) -> Options:

@@ -15,8 +15,10 @@ from ..backbones.roberta import RobertaBackbone
 from ..configuration import TRBertConfig
 from ..errors import CheckpointError, ConfigurationError, TRBertError
 from ..modeling import TRBertModel, TRBertPreTrainedModel
+from ..tasks.classification.task import ClassificationTask
 from ..tasks.multiple_choice.head import TRBertForMultipleChoice
 from ..tasks.registry import KINDS, MULTIPLE_CHOICE, NO_TASK, TASKS, task_of
+from ..tasks.token_classification.task import TokenClassificationTask
 from .files import saved_files
 from .source import read_config, without_wrappers
 
@@ -24,9 +26,6 @@ from .source import read_config, without_wrappers
 MODULES_TO_SAVE = [*(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
 MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of question-aware selectors
-
-# Ends of the names of transformers' classes whose heads have a classifier's tensors, but belong to a task of their own.
-_OTHER_HEADS = ("ForTokenClassification",)
 
 
 def convert_checkpoint(
@@ -229,11 +228,19 @@ def _backbone(raw: dict, kind: str) -> str | None:
 def _task_of_head(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
     """The task of a checkpoint's head.
 
-    Multiple choice and regression have the same tensors, so the checkpoint's class or `asked` decides between them.
+    Classifiers of documents and of tokens, regression and multiple choice have the same tensors. The checkpoint's class
+    decides between them, or `asked`. Without both, a classifier without a pooler is one of tokens.
     """
-    chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in raw.get("architectures") or [])
+    classes = tuple(raw.get("architectures") or [])
+    chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in classes)
     if chooses and state.get("classifier.weight", torch.empty(0)).shape[:1] == (1,):
         return MULTIPLE_CHOICE
+    if "classifier.weight" in state:
+        if any(name.endswith("ForTokenClassification") for name in classes):
+            return TokenClassificationTask.name
+        named = any(name.endswith("ForSequenceClassification") for name in classes)
+        of_tokens = "bert.pooler.dense.weight" not in state if asked is None else asked == TokenClassificationTask.name
+        return TokenClassificationTask.name if of_tokens and not named else ClassificationTask.name
     has = (name for name, task in TASKS.items() if all(f"{module}.weight" in state for module in task.head_modules))
     return next(has, NO_TASK)
 
@@ -241,12 +248,10 @@ def _task_of_head(raw: dict, state: dict[str, Tensor], asked: str | None) -> str
 def _foreign_head(
     raw: dict[str, Any], state: dict[str, Tensor], tensors: dict[str, Tensor], asked: str | None
 ) -> str | None:
-    """What shows that a checkpoint's head is of no task here: the name of its class, or of a tensor."""
-    if others := [name for name in raw.get("architectures", []) if name.endswith(_OTHER_HEADS)]:
-        return others[0]
-    # RoBERTa's classifier has two layers; one alone classifies each token.
-    chooses = _task_of_head(raw, state, asked) == MULTIPLE_CHOICE
-    if raw["model_type"] in RobertaBackbone.names and "classifier.weight" in tensors and not chooses:
+    """What shows that a checkpoint's head is of no task here: the name of a tensor."""
+    # RoBERTa's classifier of documents has two layers.
+    of_documents = _task_of_head(raw, state, asked) == ClassificationTask.name
+    if raw["model_type"] in RobertaBackbone.names and "classifier.weight" in tensors and of_documents:
         return "classifier.weight"
     heads = {module for task in TASKS.values() for module in task.head_modules}
     unknown = (name for name in state if not name.startswith("bert.") and name.rpartition(".")[0] not in heads)

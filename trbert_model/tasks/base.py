@@ -40,6 +40,7 @@ class TaskOptions:
         spans: question answering: output all spans found.
         no_answer_threshold: question answering: output no answer if the probability of "no answer" exceeds the best
             span's by more than this. Default: always output the best span.
+        tags: token classification: output a tag for every word, not entities.
     """
 
     overflow: str = "windows"
@@ -50,6 +51,7 @@ class TaskOptions:
     n_best: int = 1
     spans: bool = False
     no_answer_threshold: float | None = None
+    tags: bool = False
 
     def __post_init__(self):
         if self.overflow not in ("windows", "truncate"):
@@ -236,6 +238,10 @@ class Task(ABC):
     def answer(self, outcome: dict[str, Any]) -> tuple[int, int, int] | None:
         """Where the texts hold the answer in an `outcome`: the text's index, start and end; None if they do not."""
         return None
+
+    def marks(self, outcome: dict[str, Any]) -> list[tuple[int, int, int, str]]:
+        """Labelled pieces of the texts in an `outcome`: the text's index, start, end and label, in order."""
+        return []
 
     # The parts that need torch.
 

@@ -7,12 +7,15 @@ from ..errors import ConfigurationError
 from .base import Task
 from .classification.task import ClassificationTask
 from .question_answering.task import QuestionAnsweringTask
+from .token_classification.task import TokenClassificationTask
 
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
     from ..modeling import TRBertPreTrainedModel
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, QuestionAnsweringTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (ClassificationTask, QuestionAnsweringTask, TokenClassificationTask)
+}
 
 # What a checkpoint can be converted to: also models that only the library runs, with this head or without one.
 MULTIPLE_CHOICE, NO_TASK = "multiple-choice", "none"
@@ -52,8 +55,8 @@ def _task_among(architectures: Sequence[str]) -> type[Task]:
     for task in TASKS.values():
         if task.architecture in architectures:
             return task
-    known = " nor ".join(task.architecture for task in TASKS.values())
+    known = ", ".join(task.architecture for task in TASKS.values())
     raise ConfigurationError(
-        f"its architecture is {architectures or None}, neither {known}; "
+        f"its architecture is {architectures or None}, none of {known}; "
         "convert it with jobs/convert.py or train it with jobs/train.py"
     )
