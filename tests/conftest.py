@@ -9,13 +9,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline import placement
-from trbert_model import TRBertConfig, TRBertForQuestionAnswering, TRBertForSequenceClassification
+from trbert_model import (
+    TRBertConfig,
+    TRBertForQuestionAnswering,
+    TRBertForSequenceClassification,
+    TRBertForTokenClassification,
+)
 from trbert_model.engine import precision
 from trbert_model.modeling import TRBertPreTrainedModel
 from trbert_model.tasks.base import TaskOptions
 from trbert_model.tasks.classification.labellings import SingleLabel
 from trbert_model.tasks.classification.task import ClassificationTask
 from trbert_model.tasks.question_answering.task import QuestionAnsweringTask
+from trbert_model.tasks.token_classification.tags import TagSet
+from trbert_model.tasks.token_classification.task import TokenClassificationTask
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be looked up on a hub
 # Ray Data's executors ask for their cluster when they are collected, too: tests that are interrupted would start a Ray
@@ -69,6 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 LABELS = ("bad", "fine", "good")
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,6 +100,20 @@ def classification_task(
 
 def question_task(max_positions: int = 32, **options) -> QuestionAnsweringTask:
     return QuestionAnsweringTask(tiny_tokenizer(), max_positions, TaskOptions(**options))
+
+
+def tagging_task(max_positions: int = 32, tokenizer=None, tags: tuple[str, ...] = TAGS, **options):
+    return TokenClassificationTask(tokenizer or tiny_tokenizer(), max_positions, TagSet(tags), TaskOptions(**options))
+
+
+def tiny_tagger(seed: int = 0, tags: tuple[str, ...] = TAGS, **config) -> TRBertForTokenClassification:
+    """A random model of tags whose selectors really choose."""
+    torch.manual_seed(seed)
+    labels = {"id2label": dict(enumerate(tags)), "label2id": {name: i for i, name in enumerate(tags)}}
+    model = TRBertForTokenClassification(TRBertConfig(**TINY | labels | config)).eval()
+    _let_selectors_choose(model)
+    torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    return model
 
 
 def tiny_classifier(seed: int = 0, **config) -> TRBertForSequenceClassification:
@@ -129,5 +151,14 @@ def answering_model(tmp_path_factory) -> Path:
     _let_selectors_choose(model)
     torch.nn.init.normal_(model.qa_outputs.weight, std=1.0)
     model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tagging_model(tmp_path_factory) -> Path:
+    """A saved tiny model of entities, at random."""
+    directory = tmp_path_factory.mktemp("tags")
+    tiny_tagger().save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

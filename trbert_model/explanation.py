@@ -212,7 +212,7 @@ class Explanation:
         ]
         for text in self.texts:
             lines += [
-                f"{'' if i else 'found':13} {text.text[start:end]} ({label})"
+                f"{'' if i else 'found':13} {' '.join(text.text[start:end].split())} ({label})"
                 for i, (start, end, label) in enumerate(text.entities[:_MOST_ENTITIES])
             ]
             if (more := len(text.entities) - _MOST_ENTITIES) > 0:

@@ -202,7 +202,7 @@ def test_directories_that_are_no_model_are_refused_by_name(model_directory, tmp_
         (
             "plain",
             as_architecture("BertForSequenceClassification"),
-            "neither TRBertForSequenceClassification nor",
+            "none of TRBertForSequenceClassification, ",
         ),
         ("tokens", with_more_tokens, "tokenizer has 22 tokens, the model's embeddings only 21"),
         ("config", lambda d: (d / "config.json").unlink(), "no config.json"),

@@ -17,7 +17,13 @@ from transformers import (
     RobertaForTokenClassification,
 )
 
-from trbert_model import TRBertModel, convert_checkpoint
+from trbert_model import (
+    TRBertForSequenceClassification,
+    TRBertForTokenClassification,
+    TRBertModel,
+    VarlenBatch,
+    convert_checkpoint,
+)
 from trbert_model.errors import TRBertError
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -144,7 +150,6 @@ WRONG = {
     "dropout": ({"hidden_dropout_prob": "high"}, "hidden_dropout_prob"),
     "decoder": ({"is_decoder": True}, "TR-BERT is an encoder"),
     "quantized": ({"quantization_config": {"bits": 4}}, "its weights are quantized"),
-    "token classifier": ({"architectures": ["BertForTokenClassification"]}, "its head, BertForTokenClassification, is"),
 }
 
 
@@ -199,20 +204,53 @@ TOKEN_CLASSIFIERS = {
 }
 
 
+UNNAMED = {"architectures": ABSENT}
+
+
 @pytest.mark.parametrize("kind", TOKEN_CLASSIFIERS)
-def test_a_token_classifier_is_no_classifier(saved, kind):
+@pytest.mark.parametrize("entries", [{}, UNNAMED], ids=["named", "unnamed"])
+def test_a_token_classifier_is_no_classifier(saved, kind, entries):
     """Its tensors have a classifier's names and shapes."""
-    _, directory = saved(TOKEN_CLASSIFIERS[kind]())
-    with pytest.raises(TRBertError, match=r"its head, .*ForTokenClassification, is for none of the tasks"):
-        convert_checkpoint(directory)
-    with pytest.raises(TRBertError, match=r"its head, .*ForTokenClassification, is for none of the tasks"):
+    theirs, directory = saved(TOKEN_CLASSIFIERS[kind](), {"id2label": {"0": "O", "1": "B-x", "2": "I-x"}, **entries})
+    assert type(assert_same(theirs, directory)) is TRBertForTokenClassification
+    with pytest.raises(TRBertError, match=r"missing|no head for classification"):
         convert_checkpoint(directory, task="classification")
     assert type(convert_checkpoint(directory, task="none")) is TRBertModel
-    head = {"id2label": {0: "no", 1: "yes"}}
-    assert convert_checkpoint(directory, task="classification", head=head).config.id2label == head["id2label"]
+    for task in ("classification", "token-classification"):
+        head = {"id2label": {0: "no", 1: "yes"}}
+        assert convert_checkpoint(directory, task=task, head=head).config.id2label == head["id2label"]
+
+
+@pytest.mark.parametrize("kind", TOKEN_CLASSIFIERS)
+def test_a_token_classifiers_logits_are_transformers_in_a_ragged_batch_too(saved, kind):
+    theirs, directory = saved(TOKEN_CLASSIFIERS[kind]())
+    sequences = [IDS[0, :n] for n in (3, 20, 1, 11)]
+    batch = VarlenBatch.from_sequences(sequences)
+    ours = convert_checkpoint(directory)
+    with torch.inference_mode():
+        together = ours(batch.input_ids, cu_seqlens=batch.cu_seqlens, words=torch.zeros_like(batch.input_ids)).logits
+        for sequence, logits in zip(sequences, together.split([len(each) for each in sequences])):
+            torch.testing.assert_close(logits, theirs(sequence[None]).logits[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(ours(sequence[None]).logits[0], logits, atol=1e-5, rtol=0)
+
+
+def test_an_old_token_classifier_has_a_pooler_too(saved):
+    """As those of transformers 3, such as dslim/bert-base-NER."""
+    shapes = {"bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}
+    pooler = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    theirs, directory = saved(TOKEN_CLASSIFIERS["bert"](), tensors=lambda tensors: tensors | pooler)
+    assert type(assert_same(theirs, directory)) is TRBertForTokenClassification
+    theirs, directory = saved(TOKEN_CLASSIFIERS["bert"](), UNNAMED, tensors=lambda tensors: tensors | pooler)
+    assert type(convert_checkpoint(directory)) is TRBertForSequenceClassification
+    assert type(convert_checkpoint(directory, task="token-classification")) is TRBertForTokenClassification
 
 
 def test_a_token_classifier_of_robertas_is_one_without_its_name_too(saved):
-    _, directory = saved(TOKEN_CLASSIFIERS["roberta"](), {"architectures": ABSENT}, with_pooler)
-    with pytest.raises(TRBertError, match=r"its head, classifier\.weight, is for none of the tasks"):
-        convert_checkpoint(directory)
+    theirs, directory = saved(TOKEN_CLASSIFIERS["roberta"](), UNNAMED, with_pooler)
+    assert type(assert_same(theirs, directory)) is TRBertForTokenClassification
+
+
+def test_a_classifier_is_no_token_classifier(saved):
+    _, directory = saved(MODELS["bert"]())
+    with pytest.raises(TRBertError, match="no head for token-classification"):
+        convert_checkpoint(directory, task="token-classification")

@@ -105,7 +105,7 @@ def _converted(
         pad = raw_config.get("pad_token_id")
         offset = family.position_offset(family.pad_token_id if pad is None else pad)
         _extend_positions(state, max_positions, offset, src)
-    asked, own_task = task, _task_of_head(raw_config, state, asked=task)
+    asked, own_task = task, _task_of_head(raw_config, state, tensors, asked=task)
     if head is not None:
         state = {name: value for name, value in state.items() if name.startswith("bert.")}
     task = task or own_task
@@ -225,24 +225,33 @@ def _backbone(raw: dict, kind: str) -> str | None:
     return next((name for name, family in BACKBONES.items() if kind in family.names), None)
 
 
-def _task_of_head(raw: dict, state: dict[str, Tensor], asked: str | None) -> str:
+def _task_of_head(raw: dict, state: dict[str, Tensor], tensors: dict[str, Tensor], asked: str | None) -> str:
     """The task of a checkpoint's head.
 
-    Classifiers of documents and of tokens, regression and multiple choice have the same tensors. The checkpoint's class
-    decides between them, or `asked`. Without both, a classifier without a pooler is one of tokens.
+    Multiple choice and regression have the same tensors, so the checkpoint's class or `asked` decides between them.
     """
-    classes = tuple(raw.get("architectures") or [])
-    chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in classes)
+    chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in raw.get("architectures") or [])
     if chooses and state.get("classifier.weight", torch.empty(0)).shape[:1] == (1,):
         return MULTIPLE_CHOICE
     if "classifier.weight" in state:
-        if any(name.endswith("ForTokenClassification") for name in classes):
-            return TokenClassificationTask.name
-        named = any(name.endswith("ForSequenceClassification") for name in classes)
-        of_tokens = "bert.pooler.dense.weight" not in state if asked is None else asked == TokenClassificationTask.name
-        return TokenClassificationTask.name if of_tokens and not named else ClassificationTask.name
+        of_tokens = _classifies_tokens(raw, state, tensors, asked)
+        return TokenClassificationTask.name if of_tokens else ClassificationTask.name
     has = (name for name, task in TASKS.items() if all(f"{module}.weight" in state for module in task.head_modules))
     return next(has, NO_TASK)
+
+
+def _classifies_tokens(raw: dict, state: dict[str, Tensor], tensors: dict[str, Tensor], asked: str | None) -> bool:
+    """Whether a classifier is of tokens, not of documents: by the checkpoint's class, or else by its tensors.
+
+    RoBERTa's classifier of documents has two layers. BERT's and DistilBERT's has a pooler; so have BERT's old classifiers
+    of tokens, for which `asked` decides.
+    """
+    classes = raw.get("architectures") or []
+    if any(name.endswith(("ForTokenClassification", "ForSequenceClassification")) for name in classes):
+        return any(name.endswith("ForTokenClassification") for name in classes)
+    if raw["model_type"] in RobertaBackbone.names:
+        return "classifier.weight" in tensors and len(tensors["classifier.weight"]) > 1
+    return "bert.pooler.dense.weight" not in state if asked is None else asked == TokenClassificationTask.name
 
 
 def _foreign_head(
@@ -250,7 +259,7 @@ def _foreign_head(
 ) -> str | None:
     """What shows that a checkpoint's head is of no task here: the name of a tensor."""
     # RoBERTa's classifier of documents has two layers.
-    of_documents = _task_of_head(raw, state, asked) == ClassificationTask.name
+    of_documents = _task_of_head(raw, state, tensors, asked) == ClassificationTask.name
     if raw["model_type"] in RobertaBackbone.names and "classifier.weight" in tensors and of_documents:
         return "classifier.weight"
     heads = {module for task in TASKS.values() for module in task.head_modules}

@@ -140,8 +140,10 @@ class TokenClassificationTask(Task):
                 return
             following = end - self.shared
             word = document.words[following]
-            head = int(heads[word]) if word != NO_WORD else following
-            start = head if head > start else following  # unless the word is longer than the window
+            if word != NO_WORD:
+                begins = [int(head) for head in heads[word : word + 2] if start < head <= end]
+                following = begins[0] if begins else following  # none if the word is longer than a window
+            start = following
 
     def token_types(self, windows: Sequence[TokenWindow]) -> None:
         """None: all token types are 0."""
