@@ -17,7 +17,7 @@ from .errors import StorageError, UsageError
 from .model import ModelSource
 from .storage import Storage
 
-# The fraction of documents by which label shares may differ between two runs, beyond what chance explains.
+# The fraction by which label shares may differ between two runs, beyond what chance explains.
 _LABEL_DRIFT = 0.05
 # By this factor a point must be faster than a slower one, by FLOPs and by time, to be of use to `finish_by`.
 _FASTER = 1.01
@@ -210,7 +210,7 @@ def label_drift(labels: dict[str, int], before: dict[str, int]) -> list[str]:
     if moved <= _LABEL_DRIFT + 2 * chance:
         return []
     return [
-        f"label shares have moved by {100 * moved:.1f}% of documents since the last run, {largest!r} by "
+        f"label shares have moved by {100 * moved:.1f}% since the last run, {largest!r} by "
         f"{100 * largest_move:+.1f} points"
     ]
 

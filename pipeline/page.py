@@ -365,12 +365,12 @@ def _labels(report: Report, earlier: Sequence[Report]) -> Section:
     every = {name for shares in columns.values() for name in shares}
     labels = sorted(every, key=lambda name: (-counts.get(name, 0), name))
     series = {column: [shares.get(label, 0.0) for label in labels] for column, shares in columns.items()}
-    chart = _chart("Bar", "label-shares", "Share of documents with each label", labels, series, _points)
+    chart = _chart("Bar", "label-shares", "Share of each label", labels, series, _points)
     if len(labels) > _LABELS:
         few = {column: values[:_LABELS] for column, values in series.items()}
         chart.svg = _svg("Bar", "label-shares", labels[:_LABELS], few, _points)
         section.notes.append(f"The chart shows the {_LABELS} most frequent of {len(labels):,} labels.")
-    chart.table.header = [*chart.table.header, "documents"]
+    chart.table.header = [*chart.table.header, "count"]
     chart.table.rows = [[*row, f"{counts.get(label, 0):,}"] for row, label in zip(chart.table.rows, labels)]
     section.charts.append(chart)
     return section

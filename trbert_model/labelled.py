@@ -112,8 +112,8 @@ def read_table(uri: str, columns: Sequence[str], optional: Sequence[str] = ()) -
         optional: may be missing, and may have nulls.
 
     Raises:
-        InputError: a file cannot be read, a column is missing or has nulls, the files' types do not fit together, or
-            there are no rows.
+        InputError: a file cannot be read, a column is missing or has nulls, or all are missing, the files' types do not
+            fit together, or there are no rows.
     """
     tables = []
     for file in _lister.get()(uri):
@@ -125,6 +125,8 @@ def read_table(uri: str, columns: Sequence[str], optional: Sequence[str] = ()) -
                     if column not in names:
                         raise InputError(f"{file}: no column {column!r}; its columns are {names}")
                 wanted = [*columns, *(name for name in optional if name in names)]
+                if not wanted:
+                    raise InputError(f"{file}: none of the columns {list(optional)}; its columns are {names}")
                 tables.append(_without_dictionaries(parquet.read(columns=list(dict.fromkeys(wanted)))))
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file}: cannot be read as Parquet: {error}") from error

@@ -14,6 +14,7 @@ from jobs.evaluate import main
 from jobs.train import main as train
 from pipeline.errors import UsageError
 from pipeline.predict import TRBertPredictor
+from tests.conftest import TAGS
 from tests.pipeline.stages import texts
 from trbert_model.calibration.table import calibration_key, read_calibration
 from trbert_model.checkpoints.files import model_digest
@@ -137,3 +138,22 @@ def test_questions_are_measured_by_all_their_metrics(answering_model, tmp_path, 
     assert table is not None
     assert set(table.points[0].other_metrics) == {"exact_match", "no_answer_f1"}
     assert table.dense_other_metrics["exact_match"] == pytest.approx(dense["exact_match"])
+
+
+def test_tags_are_measured_by_entities_and_words(tagging_model, tmp_path, capsys):
+    tokens = [text.split() for text in texts(12)]
+    tags = [[TAGS[(i * 7) % 5] for i in range(len(each))] for each in tokens]
+    pq.write_table(pa.table({"tokens": tokens, "tags": tags}), tmp_path / "words.parquet")
+    model = tmp_path / "model"
+    shutil.copytree(tagging_model, model)
+    assert main(["--model", str(model), "--corpus", str(tmp_path / "words.parquet"), "--speedups", "1.2"]) == 0
+    engine = Engine.from_pretrained(model, EngineOptions(device="cpu", reduce=False))
+    corpus = engine.task.read_corpus(str(tmp_path / "words.parquet"), LabelledColumns())
+    dense = {name: 100 * value for name, value in corpus.measure(engine.score(corpus.documents)).items()}
+    printed = capsys.readouterr().out
+    (table,) = json.loads((model / "calibration.json").read_text()).values()
+    assert table["metric"] == "f1"
+    assert table["dense_other_metrics"] == pytest.approx(
+        {name: dense[name] for name in ("precision", "recall", "accuracy")}
+    )
+    assert all(name in printed for name in dense)

@@ -6,7 +6,7 @@ from jobs.command import run_command
 from jobs.explain import main
 
 
-def test_a_text_and_a_file_with_it_say_the_same(tmp_path, model_directory, answering_model, capsys):
+def test_a_text_and_a_file_with_it_say_the_same(tmp_path, model_directory, answering_model, tagging_model, capsys):
     (tmp_path / "text.txt").write_text("the good news of a game", encoding="utf-8")
     page = tmp_path / "page.html"
     assert main(["the good news of a game", "--model", str(model_directory)]) == 0
@@ -16,6 +16,8 @@ def test_a_text_and_a_file_with_it_say_the_same(tmp_path, model_directory, answe
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert main(["good news", "--context", str(tmp_path / "text.txt"), "--model", str(answering_model)]) == 0
     assert "context ([computed by all layers]):" in capsys.readouterr().out
+    assert main([str(tmp_path / "text.txt"), "--model", str(tagging_model)]) == 0
+    assert "\nfound " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

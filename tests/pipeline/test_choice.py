@@ -186,7 +186,7 @@ def test_label_shares_that_moved_are_said_beyond_chance():
     assert label_drift({}, before) == []
     assert label_drift(before, {}) == []
     (warning,) = label_drift({"a": 2500, "b": 5000, "c": 2500}, before)
-    assert warning == "label shares have moved by 25.0% of documents since the last run, 'a' by -25.0 points"
+    assert warning == "label shares have moved by 25.0% since the last run, 'a' by -25.0 points"
     assert label_drift({"new": 1000}, before)
 
 

@@ -377,3 +377,35 @@ def test_a_backbone_without_a_tokenizer_is_refused(model_directory, tmp_path):
     config = TrainingConfig(train=str(tmp_path / "train.parquet"), backbone=str(backbone), output=str(tmp_path / "out"))
     with pytest.raises(CheckpointError, match="no tokenizer there"):
         train(config)
+
+
+def test_tags_of_words_are_learnt_in_all_stages(corpus):
+    rng = np.random.default_rng(0)
+    names = {"bank": "B-LOC", "game": "I-LOC", "good": "B-PER"}
+    for file, count in (("train", 48), ("evaluation", 12)):
+        tokens = [
+            rng.choice(["the", "news", "bank", "game", "good", "and"], n).tolist() for n in rng.integers(8, 40, count)
+        ]
+        tags = [[names.get(token, "O") for token in each] for each in tokens]
+        pq.write_table(pa.table({"tokens": tokens, "ner_tags": tags}), corpus / f"{file}.parquet")
+    config = options(
+        corpus,
+        task="token-classification",
+        fine_tune_epochs=12.0,
+        imitation_epochs=2.0,
+        selectors_epochs=1.0,
+        joint_epochs=2.0,
+        joint_imitation=0.5,
+        speedup=1.4,
+        adapter_rank=None,
+    )
+    measured = train(config)["stages"]
+    assert set(measured) == {"fine_tune", "imitation", "selectors", "joint", "joint_without_reduction"}
+    assert set(measured["joint"]) >= {"f1", "precision", "recall", "accuracy"}
+    assert measured["fine_tune"]["f1"] > 0.95
+    assert measured["joint"]["accuracy"] > 0.9
+    assert measured["joint"]["flops_speedup"] == pytest.approx(1.4, rel=0.15)
+    engine = Engine.from_pretrained(corpus / "model", EngineOptions(device="cpu"))
+    assert engine.config.id2label == dict(enumerate(["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]))
+    (tagging,) = engine.score_columns(["the bank game and good news"]).outputs
+    assert engine.task.tag_set.entities(tagging.tags) == [("LOC", 1, 2), ("PER", 4, 4)]

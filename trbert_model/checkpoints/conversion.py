@@ -243,8 +243,8 @@ def _task_of_head(raw: dict, state: dict[str, Tensor], tensors: dict[str, Tensor
 def _classifies_tokens(raw: dict, state: dict[str, Tensor], tensors: dict[str, Tensor], asked: str | None) -> bool:
     """Whether a classifier is of tokens, not of documents: by the checkpoint's class, or else by its tensors.
 
-    RoBERTa's classifier of documents has two layers. BERT's and DistilBERT's has a pooler; so have BERT's old classifiers
-    of tokens, for which `asked` decides.
+    RoBERTa's classifier of documents has two layers. BERT's and DistilBERT's has a pooler. BERT's old classifiers of
+    tokens have one too, so `asked` decides.
     """
     classes = raw.get("architectures") or []
     if any(name.endswith(("ForTokenClassification", "ForSequenceClassification")) for name in classes):
