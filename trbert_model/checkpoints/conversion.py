@@ -23,7 +23,7 @@ from .files import saved_files
 from .source import read_config, without_wrappers
 
 # Modules that an adapter holds in full, in addition to low-rank updates of the layers (`Backbone.lora_targets`).
-MODULES_TO_SAVE = [*(module for task in TASKS.values() for module in task.head_modules), "pooler"]
+MODULES_TO_SAVE = [*dict.fromkeys(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
 MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of question-aware selectors
 
