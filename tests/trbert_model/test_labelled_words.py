@@ -109,6 +109,7 @@ WRONG = {
     ),
     "no label": ({"text": "news", "spans": [{"start": 1, "end": 4}]}, "needs a start, an end and a label"),
     "no span": ({"text": "news", "spans": ["X"]}, "must be a struct with start, end and label"),
+    "no text": ({"text": None, "spans": []}, "it has no 'text', as 1 rows"),
     "no list": ({"text": "news", "spans": None}, "an empty list says that a text has none"),
 }
 

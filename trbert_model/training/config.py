@@ -81,7 +81,7 @@ class TrainingConfig(LabelledColumns):
     )
     report_to: tuple[str, ...] = option((), "where transformers' Trainer reports too, such as tensorboard, wandb")
     push_to_hub: str | None = option(None, "repository on the Hugging Face Hub to upload the trained model to")
-    batch_size: int = option(16, "documents in a step")
+    batch_size: int = option(16, "documents in a step, or windows of documents for token classification")
     fine_tune_epochs: float = option(3.0, "epochs of the dense fine-tune; 0 takes a fine-tuned backbone as it is")
     imitation_epochs: float = option(0.5, "epochs of the selectors' imitation of the guide")
     selectors_epochs: float = option(0.5, "epochs of the selectors' reinforcement")

@@ -93,7 +93,10 @@ class RawWords:
     @classmethod
     def _with_spans(cls, uri: str, table: pa.Table, text: str, spans: str) -> "RawWords":
         if table[text].null_count:
-            raise InputError(f"{uri}: {table[text].null_count} rows have no {text!r}; remove them first")
+            row = table[text].is_null().to_pylist().index(True)
+            raise InputError(
+                f"{uri}, row {row}: it has no {text!r}, as {table[text].null_count} rows; remove them first"
+            )
         texts, found = read_texts(table, text, uri), []
         for row, (of_text, values) in enumerate(zip(texts, table[spans].to_pylist())):
             try:
@@ -185,7 +188,7 @@ def _words(tokens: Any, text: Any, starts: Any) -> tuple[str, list[Span]]:
     spans, free = [], 0
     for number, (token, start) in enumerate(zip(tokens, starts)):
         if not isinstance(start, int) or start < free or not text.startswith(token, start):
-            raise ValueError(f"token {number}, {token!r}, is not at {start} of its text, after the token before it")
+            raise ValueError(f"token {number}, {token!r:.40}, is not at {start} of its text, after the token before it")
         free = start + len(token)
         spans.append((start, free))
     return text, spans
