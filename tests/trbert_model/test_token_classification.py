@@ -37,7 +37,7 @@ def document(sizes: list[int], gaps: bool = False) -> EncodedText:
     return EncodedText(np.arange(5, 5 + len(words), dtype=np.int32), np.array(words, np.int32), starts, starts + 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(words_of_tokens, st.booleans(), st.integers(3, 40), st.data())
 def test_every_word_is_answered_once_by_the_window_with_the_most_context(sizes, gaps, positions, data):
     stride = data.draw(st.none() | st.integers(0, positions - 3))
@@ -64,7 +64,7 @@ def test_every_word_is_answered_once_by_the_window_with_the_most_context(sizes, 
         assert answers.tags[word] in [number for context, number in places if context == most]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=60), st.booleans(), st.integers(8, 40))
 def test_windows_begin_with_words_and_number_them(sizes, gaps, positions):
     task, text = tagging_task(positions), document(sizes, gaps)

@@ -121,9 +121,11 @@ class TokenClassificationTask(Task):
         return None if len(document.ids) else ("no_tokens", "the tokenizer finds no token in the text")
 
     def windows(self, document: EncodedText) -> Iterator[TokenWindow]:
-        """Split a document into windows, each of which begins with a word's first token if that is possible."""
+        """Split a document into windows. None of them begins within a word, if that is possible."""
         cls, sep = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
         heads, start = document.heads, 0
+        # Whether a window may begin with a token: it is a word's first, or of white space.
+        bounds = (np.diff(document.words, prepend=NO_WORD) != 0) | (document.words == NO_WORD)
         while True:
             end = min(start + self.capacity, len(document.ids))
             words = document.words[start:end]
@@ -139,10 +141,10 @@ class TokenClassificationTask(Task):
             if end == len(document.ids) or self.overflow == "truncate":
                 return
             following = end - self.shared
-            word = document.words[following]
-            if word != NO_WORD:
-                begins = [int(head) for head in heads[word : word + 2] if start < head <= end]
-                following = begins[0] if begins else following  # none if the word is longer than a window
+            possible = start + 1 + np.flatnonzero(bounds[start + 1 : end + 1])
+            if len(possible):  # otherwise a word is longer than the window
+                last = int(np.searchsorted(possible, following, side="right")) - 1
+                following = int(possible[max(last, 0)])
             start = following
 
     def token_types(self, windows: Sequence[TokenWindow]) -> None:
