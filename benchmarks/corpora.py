@@ -24,9 +24,10 @@ def prepare(data: Path, corpora: Path) -> None:
     """Create the corpora that do not exist.
 
     Args:
-        data: directory with 20news-train, 20news-test, imdb-train and hyperpartisan-train.parquet (`text`, `label`)
-            and squad-1.1-articles.parquet and squad-2.0-articles.parquet (`id`, `title`, `question`, `context`,
-            `answers`, `answer_start`).
+        data: directory with 20news-train, 20news-test, imdb-train and hyperpartisan-train.parquet (`text`, `label`),
+            squad-1.1-articles.parquet and squad-2.0-articles.parquet (`id`, `title`, `question`, `context`, `answers`,
+            `answer_start`), and gum-train, gum-dev, wnut17-train and wnut17-dev.parquet (`text`, `tokens`, `starts`,
+            `tags`).
     """
     if not (corpora / "20news/test.parquet").exists():
         table = pq.read_table(data / "20news-train.parquet")
@@ -46,6 +47,12 @@ def prepare(data: Path, corpora: Path) -> None:
     for version, name in (("1.1", "squad"), ("2.0", "squad2")):
         if not (corpora / name / "train.parquet").exists():
             _write(corpora / name, _questions(data, version))
+    for name, held_out in (("gum", 12), ("wnut17", 500)):
+        if not (corpora / name / "test.parquet").exists():
+            table = pq.read_table(data / f"{name}-train.parquet")
+            order = np.random.default_rng(0).permutation(table.num_rows)
+            parts = {"train": table.take(order[held_out:]), "dev": table.take(order[:held_out])}
+            _write(corpora / name, {**parts, "test": pq.read_table(data / f"{name}-dev.parquet")})
 
 
 def _five_folds(table: pa.Table, corpora: Path) -> None:

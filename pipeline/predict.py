@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,9 +31,6 @@ from .ledger import NO_LEDGER, SCORING, WHOLE, Entry, LedgerClient, Stop, UnderW
 from .model import ModelSource, fetch_model
 from .report import SplitStats
 from .rows import error_table, from_ipc, split_table, stopped_table, to_ipc
-
-if TYPE_CHECKING:
-    from trbert_model.reduction.state import SelectionPolicy
 
 logger = get_logger(__name__)
 
@@ -120,7 +117,6 @@ class TRBertPredictor:
 
         from trbert_model.checkpoints.loading import load_checkpoint
         from trbert_model.engine import Engine
-        from trbert_model.reduction.policies import ThresholdPolicy
 
         started = time.perf_counter()
         if threads:
@@ -128,13 +124,13 @@ class TRBertPredictor:
         directory = fetch_model(model)
         loaded = load_checkpoint(directory, digest)
         self.engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(**options))
-        self._policy: SelectionPolicy | None = None
+        self._policies: tuple[Any, Any] = (None, None)  # the engine's own
         if speedup is not None or max_drop is not None:
             known = ModelSource(model, directory, loaded.digest, self.engine.config.usable_positions, self.engine.task)
             self.expectation = pick(
                 known, self.engine.dtype, speedup=speedup, max_drop=max_drop, confidence=max_drop_confidence
             )
-            self._policy = ThresholdPolicy(self.expectation.point.thresholds)
+            self._policies = self.engine.policies(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)
         self.task = self.engine.task
         names = {"text_column": text_column, "question_column": question_column, "context_column": context_column}
@@ -192,7 +188,7 @@ class TRBertPredictor:
                 errors[index] = problem[0]
         good = [index for index, error in enumerate(errors) if error is None]
         documents = [documents[index] for index in good]
-        results = result_columns(self.task, self.engine.score(documents, self._policy), documents)
+        results = result_columns(self.task, self.engine.score(documents, *self._policies), documents)
         positions = np.full(len(rows), -1)
         positions[good] = np.arange(len(good))
         indices = pa.array(positions, mask=positions < 0)
@@ -326,10 +322,8 @@ class SplitPredictor(TRBertPredictor):
         """Set the operating point of a split; the whole split is scored at it."""
         if not self.points:
             return None
-        from trbert_model.reduction.policies import ThresholdPolicy
-
         point = entry.point()
-        self._policy = ThresholdPolicy(self.points[point].thresholds)
+        self._policies = self.engine.policies(self.points[point].thresholds)
         return point
 
     def _results(
@@ -356,7 +350,7 @@ class SplitPredictor(TRBertPredictor):
             scored = self._score_each(encoded, entry)
             documents = documents.take([i for i in range(len(documents)) if i not in entry.care.killers])
         else:
-            scored = self.engine.score(encoded, self._policy, recording=recording)
+            scored = self.engine.score(encoded, *self._policies, recording=recording)
         # Read the column again, which copies no token ids, so that a long document is not held twice.
         kept = self.task.from_column(documents.column(documents.num_columns - 1))
         documents = documents.remove_column(documents.num_columns - 1)
@@ -401,11 +395,11 @@ class SplitPredictor(TRBertPredictor):
 
         Results do not depend on a document's batch, so they equal those of a split scored at once.
         """
-        scored = [self.engine.score([], self._policy)]
+        scored = [self.engine.score([], *self._policies)]
         for position, document in enumerate(encoded):
             if position not in entry.care.killers:
                 entry.touch(position)
-                scored.append(self.engine.score([document], self._policy))
+                scored.append(self.engine.score([document], *self._policies))
         entry.touch(WHOLE)
         return DocumentResults.concatenate(scored)
 

@@ -1,12 +1,13 @@
 """TRBertConfig: BERT's configuration plus where and how tokens are dropped."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 from .backbones import BACKBONES
 from .errors import ConfigurationError
+from .exits.options import ExitOptions, GateOptions
 
 
 @strict
@@ -29,6 +30,8 @@ class TRBertConfig(BertConfig):
         question_layers (`int`, *optional*): with `question_aware`, selectors before this layer always keep the
             question's tokens; later ones judge them like others. Default: two thirds of the layers.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
+        exits (`dict`, *optional*): the fields of `ExitOptions`; without them nothing leaves before the last layer.
+        gates (`dict`, *optional*): the fields of `GateOptions`; without them every layer is computed.
 
     Raises:
         ConfigurationError: an unknown backbone or pooler activation, layers out of range or out of order, thresholds
@@ -50,6 +53,8 @@ class TRBertConfig(BertConfig):
         question_layers: int | None = None
     question_aware: bool = False
     pooler_activation: str = "tanh"
+    exits: dict[str, Any] | None = None
+    gates: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -79,10 +84,20 @@ class TRBertConfig(BertConfig):
             )
         if self.pooler_activation not in ("tanh", "relu"):
             raise ConfigurationError(f"pooler_activation {self.pooler_activation!r} is neither 'tanh' nor 'relu'")
+        if self.exit_options is not None:
+            self.exit_options.check(depth)
         if self.is_decoder or self.add_cross_attention:
             raise ConfigurationError("TR-BERT is an encoder: is_decoder and add_cross_attention must be false")
         if self.chunk_size_feed_forward != 0:
             raise ConfigurationError("chunk_size_feed_forward must be 0: batches are not padded to its multiple")
+
+    @property
+    def exit_options(self) -> ExitOptions | None:
+        return None if self.exits is None else ExitOptions(**self.exits)
+
+    @property
+    def gate_options(self) -> GateOptions | None:
+        return None if self.gates is None else GateOptions(**self.gates)
 
     @property
     def usable_positions(self) -> int:

@@ -4,11 +4,15 @@ Only the encoder's matrix products count, two FLOPs per multiply-add. Embeddings
 are left out, for both the dense and the reduced model.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .backbones import BACKBONES
 from .configuration import TRBertConfig
+from .exits.heads import EXIT_HEADS, Gate
 from .reduction.selectors import selector_class
+from .reduction.trace import ATTENDED, COMPUTED, ENTERING, PRESENT
 
 
 def layer_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
@@ -22,7 +26,7 @@ def dense_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
 
 
 def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndarray) -> np.ndarray:
-    """FLOPs of the model with reduction, selectors included.
+    """FLOPs of the model with reduction, selectors included, and without exits.
 
     Args:
         tokens: (sequences,), tokens of each sequence.
@@ -31,13 +35,39 @@ def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndar
     Returns:
         float64 (sequences,).
     """
-    selector = selector_class(config).flops(config)
+    counts = np.zeros((4, len(tokens), config.num_hidden_layers))
     alive = np.asarray(tokens, dtype=np.float64)
-    kept = np.asarray(kept_tokens, dtype=np.float64)
-    total = np.zeros_like(alive)
+    for layer in range(config.num_hidden_layers):
+        counts[ENTERING, :, layer] = alive
+        if layer in config.reduction_layers:
+            alive = np.asarray(kept_tokens)[:, config.reduction_layers.index(layer)]
+        counts[PRESENT:, :, layer] = alive
+    return spent_flops(config, counts)
+
+
+def spent_flops(
+    config: TRBertConfig, counts: np.ndarray, asked: np.ndarray | None = None, gated: Sequence[int] = ()
+) -> np.ndarray:
+    """FLOPs of the model with reduction, exits and gates, and of all that decides about them.
+
+    Args:
+        counts: (4, sequences, layers), as in `Trace`.
+        asked: (sequences, exits), rows that each exit computed, as in `ExitPass`.
+        gated: the layers whose gates were asked.
+
+    Returns:
+        float64 (sequences,).
+    """
+    selector, layer_flops_of = selector_class(config).flops(config), BACKBONES[config.backbone].layer_flops
+    total = np.zeros(counts.shape[1])
     for layer in range(config.num_hidden_layers):
         if layer in config.reduction_layers:
-            total += selector * alive
-            alive = kept[:, config.reduction_layers.index(layer)]
-        total += layer_flops(config, alive)
+            total += selector * counts[ENTERING, :, layer]
+        if layer in gated:
+            total += Gate.flops(config, counts[PRESENT, :, layer])
+        total += layer_flops_of(config, counts[COMPUTED, :, layer], counts[ATTENDED, :, layer])
+    exits = config.exit_options
+    if exits is not None and asked is not None:
+        for rows in asked.T:
+            total += EXIT_HEADS[exits.head].flops(config, rows)
     return total

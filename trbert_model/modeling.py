@@ -15,11 +15,16 @@ from .backbones import BACKBONES
 from .backbones.fused import FusedLayer, packs_weights
 from .configuration import TRBertConfig
 from .errors import ConfigurationError, InputError
+from .exits.heads import EXIT_HEADS, Gate
+from .exits.options import NO_SKIPPING
+from .exits.passing import ExitPass, Words
+from .exits.policies import NO_EXITS, ExitPolicy, ExitThresholds
 from .reduction.policies import ThresholdPolicy
 from .reduction.question import question_match
 from .reduction.selectors import selector_class
 from .reduction.state import Candidates, Selection, SelectionPolicy, TokenState
-from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in, truncated
+from .reduction.trace import Trace
+from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in, sequence_of, truncated
 
 transformers_logger = logging.get_logger("transformers")
 
@@ -33,7 +38,12 @@ class TRBertModelOutput(ModelOutput):
             input; None if `token_states=False`. A dropped token has the state that it had when it was dropped.
         cls_hidden_state: (sequences, hidden).
         pooler_output: (sequences, hidden).
-        kept_tokens: for each reduction layer, the number of tokens kept, int64 (sequences,).
+        kept_tokens: for each reduction layer, the number of tokens kept, int64 (sequences,); 0 for sequences that had
+            left before.
+        trace: how many tokens each layer computed.
+        exits: what left early; None without exits.
+        remaining: int64 (sequences that did not leave,), their indices: those of `cls_hidden_state` and
+            `pooler_output`.
         hidden_states: the input of every layer that ran and the output of the last, each (kept tokens, hidden), on
             request.
         selections: one `Selection` per reduction layer, on request.
@@ -45,6 +55,22 @@ class TRBertModelOutput(ModelOutput):
     kept_tokens: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     selections: tuple[Selection, ...] | None = None
+    trace: Trace | None = None
+    exits: ExitPass | None = None
+    remaining: Tensor | None = None
+
+    def answered(self, logits: Tensor) -> Tensor:
+        """The head's logits with those of the exits: of all sequences, from those of the remaining ones (labels last).
+
+        For heads that classify words, of all tokens, from those of all tokens.
+        """
+        if self.exits is None:
+            return logits
+        answers = self.exits.answers.to(logits.dtype)
+        if self.exits.words is not None:
+            return torch.where((self.exits.layers > 0)[:, None], answers, logits)
+        assert self.remaining is not None
+        return answers.index_copy(0, self.remaining, logits)
 
 
 class TRBertEncoder(nn.Module):
@@ -55,65 +81,151 @@ class TRBertEncoder(nn.Module):
         self.config, self.backbone = config, BACKBONES[config.backbone]
         self.layer = nn.ModuleList([self.backbone.layer(config, i) for i in range(config.num_hidden_layers)])
         self.selectors = nn.ModuleList([selector_class(config)(config) for _ in config.reduction_layers])
+        options = config.exit_options
+        heads = [] if options is None else [EXIT_HEADS[options.head](config) for _ in options.layers]
+        self.exits = nn.ModuleList(heads)
+        self.gates = nn.ModuleList([Gate(config) for _ in self.layer] if config.gates is not None else [])
 
     def forward(
         self,
         state: TokenState,
         policy: SelectionPolicy | None,
+        exit_policy: ExitPolicy | None = None,
         *,
+        words: Tensor | None = None,
         token_states: bool = True,
         output_hidden_states: bool = False,
         output_selections: bool = False,
+        output_exits: bool = False,
+        output_layers: bool = False,
     ) -> TRBertModelOutput:
-        """Run the remaining layers from a state, with all tokens if there is no policy.
+        """Run the remaining layers from a state: all tokens without a policy, all layers without an exit policy.
 
         The options are those of `TRBertModel.forward`.
         """
         reductions = {layer: i for i, layer in enumerate(self.config.reduction_layers)} if policy else {}
-        kept_tokens: list[Tensor] = []
         hidden_states: list[Tensor] = []
         selections: list[Selection] = []
-        while state.layer < len(self.layer):
+        trace = Trace(state, len(self.layer), tokens=output_layers)
+        exits = self._exits(state, exit_policy, words, remember=token_states, record=output_exits)
+        while state.layer < len(self.layer) and len(state.sequences):
+            trace.enters(state)
             if policy and state.layer in reductions:
                 candidates = self.candidates(state, reductions[state.layer])
                 keep = policy(candidates) | candidates.fixed
                 if output_selections:
                     selections.append(Selection(**vars(candidates), keep=keep))
-                state = state.kept(keep, remember=token_states)
+                state = self._reduced(state, candidates, keep, remember=token_states)
                 del candidates, keep  # they hold the states of the dropped tokens
-                kept_tokens.append(state.cu_seqlens.diff().long())
+            trace.reduced(state)
             if output_hidden_states:
                 hidden_states.append(state.states)
-            state = self.after_layer(state)
+            ran = self._running(state, exit_policy, trace)
+            trace.computes(state, ran)
+            before_norm = None
+            if exits is not None and exits.keeps_before_norm(state.layer):
+                before_norm = self._layer(state, normalised=False)
+                norm = self.backbone.output_norm(self.layer[state.layer])
+                state = self._after(state, norm(before_norm))
+            else:
+                state = self.after_layer(state, ran)
+            if exits is not None:
+                state = exits.after(state, before_norm, ran)
         return TRBertModelOutput(
             last_hidden_state=state.all_states() if token_states else None,
             cls_hidden_state=state.first_states(),
-            kept_tokens=tuple(kept_tokens),
+            kept_tokens=tuple(trace.present(layer) for layer in reductions),
             hidden_states=(*hidden_states, state.states) if output_hidden_states else None,
             selections=tuple(selections) if output_selections else None,
+            trace=trace,
+            exits=exits,
+            remaining=state.sequences,
         )
 
     def candidates(self, state: TokenState, reduction: int) -> Candidates:
-        """The tokens of a state with their keep logits from the reduction's selector."""
-        match = state.match.at(state.token_indices) if state.match is not None else None
-        hidden = state.states
+        """The tokens of a state, halted ones included, with their keep logits from the reduction's selector."""
+        hidden, indices, positions, cu_seqlens = state.states, state.token_indices, state.positions, state.cu_seqlens
+        if state.halted is not None:
+            halted = state.halted
+            indices = torch.cat([indices, halted.token_indices])
+            order = indices.argsort()
+            indices, hidden = indices[order], torch.cat([hidden, halted.hidden])[order]
+            cu_seqlens = cu_seqlens + halted.cu_seqlens
+            positions = state.all_positions[indices]
+        match = state.match.at(indices) if state.match is not None else None
         logits = self.selectors[reduction](hidden, match)
         fixed = torch.zeros_like(logits, dtype=torch.bool)
         if match is not None and state.layer < self.config.question_layers:
             fixed |= match.asked
-        fixed[first_tokens(state.cu_seqlens)] = True  # always keep [CLS], so that no sequence becomes empty
-        return Candidates(
-            reduction, hidden, logits, fixed, state.token_indices, state.positions, state.cu_seqlens, match
-        )
+        fixed[first_tokens(cu_seqlens)] = True  # always keep [CLS], so that no sequence becomes empty
+        return Candidates(reduction, hidden, logits, fixed, indices, positions, cu_seqlens, match)
 
-    def after_layer(self, state: TokenState) -> TokenState:
-        """Run one layer."""
+    def _reduced(self, state: TokenState, candidates: Candidates, keep: Tensor, *, remember: bool) -> TokenState:
+        if state.halted is None:
+            return state.kept(keep, remember=remember)
+        kept = torch.zeros(len(state.all_positions), dtype=torch.bool, device=keep.device)
+        kept[candidates.token_indices] = keep
+        return state.kept(kept[state.token_indices], remember=remember, halted=kept[state.halted.token_indices])
+
+    def _exits(
+        self, state: TokenState, policy: ExitPolicy | None, words: Tensor | None, *, remember: bool, record: bool
+    ) -> ExitPass | None:
+        options = self.config.exit_options
+        if options is None or (policy is None and not options.answers_all and not record):
+            return None
+        places = None
+        if options.head == "words":
+            places = Words.of(words, state.cu_seqlens, len(state.token_indices), options.window)
+        return ExitPass(self.config, self.exits, policy or NO_EXITS, state, places, remember=remember, record=record)
+
+    def _running(self, state: TokenState, policy: ExitPolicy | None, trace: Trace) -> Tensor | None:
+        """The sequences that do not skip the next layer, bool (sequences,); None if all run."""
+        if policy is None or not self.gates or not policy.asks_gate(state.layer):
+            return None
+        trace.gated.append(state.layer)
+        skipped = policy.skips(state.layer, self.gates[state.layer](state), state.sequences)
+        return ~skipped if bool(skipped.any()) else None
+
+    def after_layer(self, state: TokenState, ran: Tensor | None = None) -> TokenState:
+        """Run one layer; ran: bool (sequences,), those that do not pass over it."""
+        if ran is None:
+            return self._after(state, self._layer(state))
+        if not bool(ran.any()):
+            return state.after(state.hidden)
+        part = state.of_sequences(ran, remember=False)
+        own = ran[sequence_of(state.cu_seqlens, len(state.token_indices))].nonzero().squeeze(1)
+        rows = own if state.layout is None else state.layout.rows[own]
+        done = self._after(part, self._layer(part))
+        return state.after(state.hidden.index_copy(0, rows, done.states))
+
+    def _layer(self, state: TokenState, *, normalised: bool = True) -> Tensor:
+        """The output of the next layer, in the rows of `state.hidden`."""
         layer = self.layer[state.layer]
         if isinstance(layer, FusedLayer):
-            return state.after(layer(state.hidden, state.cu_seqlens, state.max_seqlen, state.layout))
-        return state.after(
-            self.backbone.run_layer(layer, state.hidden, state.positions, state.cu_seqlens, state.max_seqlen)
-        )
+            return layer(state, normalised=normalised)
+        hidden, positions, cu_seqlens, active = state.hidden, state.positions, state.cu_seqlens, None
+        if state.halted is not None:  # transformers' layer has a query for every key
+            indices = torch.cat([state.token_indices, state.halted.token_indices])
+            order = indices.argsort()
+            hidden = torch.cat([hidden, state.halted.hidden])[order]
+            cu_seqlens = cu_seqlens + state.halted.cu_seqlens
+            positions, active = state.all_positions[indices[order]], order.argsort()[: len(state.token_indices)]
+        output = self.backbone.run_layer(layer, hidden, positions, cu_seqlens, state.max_keys, normalised=normalised)
+        return output if active is None else output[active]
+
+    def _after(self, state: TokenState, hidden: Tensor) -> TokenState:
+        """The state after the next layer, whose output is `hidden`."""
+        options = self.config.exit_options
+        if state.halted is None or options is None or options.kept == "after_norm":
+            return state.after(hidden)
+        norm = self.backbone.output_norm(self.layer[state.layer])
+        return state.after(hidden, norm(state.halted.kept))
+
+
+def exit_thresholds(config: TRBertConfig) -> ExitThresholds:
+    """The policy of a configuration."""
+    exits, gates = config.exit_options, config.gate_options
+    return ExitThresholds(exits.thresholds if exits else (), gates.threshold if gates else NO_SKIPPING)
 
 
 class TRBertPooler(nn.Module):
@@ -132,7 +244,7 @@ class TRBertPreTrainedModel(BertPreTrainedModel):
     config: TRBertConfig
     config_class = TRBertConfig
     base_model_prefix = "bert"
-    _keep_in_fp32_modules_strict = ["selectors"]
+    _keep_in_fp32_modules_strict = ["selectors", "exits", "gates"]
     _supports_flash_attn = False
     _supports_sdpa = False
     _supports_flex_attn = False
@@ -194,9 +306,13 @@ class TRBertModel(TRBertPreTrainedModel):
         state: TokenState | None = None,
         reduce: bool = True,
         selection_policy: SelectionPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        words: Tensor | None = None,
         token_states: bool = True,
         output_hidden_states: bool = False,
         output_selections: bool = False,
+        output_exits: bool = False,
+        output_layers: bool = False,
     ) -> TRBertModelOutput:
         """Run the model on a padded batch, on a varlen batch if `cu_seqlens` is given, or from a `state`.
 
@@ -207,10 +323,15 @@ class TRBertModel(TRBertPreTrainedModel):
                 backbone ignores them and always uses the default.
             max_seqlen: tokens of the longest sequence, with `cu_seqlens` only. Default: computed from `cu_seqlens`.
             state: from `before_reduction`, instead of all of the above.
-            reduce: False runs the dense model.
+            reduce: False runs the dense model, all layers of it.
             selection_policy: chooses the tokens to keep. Default: the thresholds in the configuration.
+            exit_policy: decides what leaves early and which layers are skipped. Default: as in the configuration.
+            words: int64 (total tokens,), with `cu_seqlens` only: the index of each token's word in its sequence, -1 for
+                tokens of no word, for exits that read words. Default: each token but a sequence's first and last.
             token_states: False leaves out `last_hidden_state` and saves the cost of collecting dropped tokens.
             output_hidden_states, output_selections: fill these fields of the output.
+            output_exits: record the logits of all exits in `exits`.
+            output_layers: count the layers that computed each token, in `trace`.
 
         Raises:
             InputError: no input, an empty batch, an empty sequence in a padded batch, or a sequence longer than the
@@ -236,9 +357,13 @@ class TRBertModel(TRBertPreTrainedModel):
         output = self.encoder(
             state,
             (selection_policy or ThresholdPolicy(self.config.selector_thresholds)) if reduce else None,
+            (exit_policy or exit_thresholds(self.config)) if reduce else None,
+            words=words,
             token_states=token_states,
             output_hidden_states=output_hidden_states,
             output_selections=output_selections,
+            output_exits=output_exits,
+            output_layers=output_layers,
         )
         if self.pooler is not None:
             output.pooler_output = self.pooler(output.cls_hidden_state)
@@ -255,7 +380,18 @@ class TRBertModel(TRBertPreTrainedModel):
             match = question_match(batch.input_ids, batch.token_type_ids, batch.cu_seqlens, words)
         token_indices = torch.arange(len(hidden), device=hidden.device)
         positions = positions_in(batch.cu_seqlens, len(hidden))
-        state = TokenState(0, hidden, token_indices, positions, batch.cu_seqlens, batch.max_seqlen, match)
+        state = TokenState(
+            layer=0,
+            hidden=hidden,
+            token_indices=token_indices,
+            positions=positions,
+            all_positions=positions,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            max_keys=batch.max_seqlen,
+            sequences=torch.arange(len(batch.cu_seqlens) - 1, device=hidden.device),
+            match=match,
+        )
         first = self.encoder.layer[0]
         if isinstance(first, FusedLayer) and hidden.device.type == "cpu":
             state = state.arranged(packed=first.packed)
@@ -310,7 +446,9 @@ def fuse_for_inference(model: "TRBertPreTrainedModel", *, packed: bool | None = 
     """
     encoder = model.base_model.encoder
     packed = packs_weights(model.device, model.dtype) if packed is None else packed
+    exits = model.config.exit_options
+    halts = exits is not None and exits.halts
     for i, layer in enumerate(encoder.layer):
         if not isinstance(layer, FusedLayer):
-            encoder.layer[i] = encoder.backbone.fused(layer, packed=packed)
+            encoder.layer[i] = encoder.backbone.fused(layer, packed=packed, halts=halts)
     model.eval().requires_grad_(False)

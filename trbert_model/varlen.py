@@ -164,6 +164,8 @@ def varlen_attention(
     *,
     cu_seqlens: Tensor,
     max_seqlen: int,
+    key_cu_seqlens: Tensor | None = None,
+    max_keys: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
@@ -175,6 +177,8 @@ def varlen_attention(
 
     Args:
         query, key, value: (1, heads, total tokens, head size).
+        key_cu_seqlens, max_keys: of the keys and values, where they are more than the queries; `max_keys` may be more
+            than the longest sequence has.
 
     Returns:
         (1, total tokens, heads, head size), and None for the attention weights.
@@ -186,13 +190,22 @@ def varlen_attention(
         raise InputError(
             "varlen attention takes one unpadded batch without a mask; padded tensors must be packed first"
         )
+    if key_cu_seqlens is None or max_keys is None:
+        key_cu_seqlens, max_keys = cu_seqlens, max_seqlen
     if query.is_cuda and query.dtype in HALF_PRECISION and dropout == 0.0:
-        return _flash_varlen(query, key, value, cu_seqlens, max_seqlen, scaling), None
-    return _attention(query, key, value, cu_seqlens, scaling, dropout), None
+        lengths = (cu_seqlens, key_cu_seqlens, max_seqlen, max_keys)
+        return _flash_varlen(query, key, value, lengths, scaling), None
+    return _attention(query, key, value, cu_seqlens, key_cu_seqlens, scaling, dropout), None
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    key_cu_seqlens: Tensor,
+    scaling: float | None,
+    dropout: float,
 ) -> Tensor:
     """Run torch's SDPA on one sequence at a time; same shapes as `varlen_attention`."""
     shape = (1, query.shape[2], query.shape[1], query.shape[3])
@@ -201,7 +214,8 @@ def _attention(
     pieces = []
     # Split once: each slice would have a gradient as large as the whole batch.
     sizes = [end - start for start, end in zip(bounds, bounds[1:])]
-    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
+    key_sizes = sizes if key_cu_seqlens is cu_seqlens else key_cu_seqlens.diff().tolist()
+    parts = zip(query.split(sizes, 2), key.split(key_sizes, 2), value.split(key_sizes, 2))
     for start, end, (q, k, v) in zip(bounds, bounds[1:], parts):
         piece = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
         if output is None:
@@ -212,15 +226,23 @@ def _attention(
 
 
 def _flash_varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[Tensor, Tensor, int, int],
+    scaling: float | None,
 ) -> Tensor:
-    """Run torch's flash-attention varlen kernel; same shapes as `varlen_attention`."""
+    """Run torch's flash-attention varlen kernel; same shapes as `varlen_attention`.
+
+    Args:
+        lengths: `cu_seqlens` of queries and of keys, and the longest sequence's tokens of each.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     # num_splits=1: otherwise the number of splits depends on the longest sequence, and a document's result on the rest
     # of the batch (torch documents bitwise batch invariance for 1).
-    output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, num_splits=1)
+    output = varlen_attn(q, k, v, *lengths, scale=scaling, num_splits=1)
     assert isinstance(output, Tensor)  # no auxiliary output was requested
     return output.unsqueeze(0)
 

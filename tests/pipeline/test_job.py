@@ -123,7 +123,7 @@ def test_an_output_of_an_earlier_version_is_this_ones(places):
         "text_column": "text",
         "thresholds": [0.5, 0.25],
     }
-    assert json.loads(json.dumps(job.identity)) == recorded | {"label_threshold": 0.5}, "an option that came later"
+    assert json.loads(json.dumps(job.identity)) == recorded | {"label_threshold": 0.5, "tags": False}, "came later"
     Storage(places["output"]).write("_output.json", json.dumps(recorded, indent=1, sort_keys=True).encode())
     again = make_job(ScoreConfig(**places, **options))
     assert again.differences == []

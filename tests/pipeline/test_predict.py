@@ -241,7 +241,7 @@ def test_probabilities_come_in_the_order_of_the_labels(split, model_directory):
 
 def test_a_split_that_fails_comes_back_with_its_error(split, model_directory):
     predictor = SplitPredictor(["id"], "id", model=str(model_directory), device="cpu")
-    predictor.engine.score = lambda documents, policy, recording: (_ for _ in ()).throw(
+    predictor.engine.score = lambda documents, policy, exit_policy, recording: (_ for _ in ()).throw(
         RuntimeError("CUDA error: device-side assert")
     )
     (row,) = predictor(split).to_pylist()

@@ -51,8 +51,8 @@ def test_batches_stay_within_the_budget():
     sizes = []
     scorer = engine(max_tokens_per_batch=70)
     forward = scorer._forward_once
-    scorer._forward_once = lambda windows, policy: (
-        sizes.append(sum(len(w.input_ids) for w in windows)) or forward(windows, policy)
+    scorer._forward_once = lambda windows, policies, layers: (
+        sizes.append(sum(len(w.input_ids) for w in windows)) or forward(windows, policies, layers)
     )
     scorer.score(documents([3, 200, 30, 30, 1, 0, 77]))
     assert max(sizes) <= 70
@@ -64,7 +64,7 @@ def test_a_long_documents_logits_are_its_windows_weighted_by_new_tokens():
     (document,) = documents([75])  # windows of 30 tokens, 4 shared: 30 + 26 + 19 new
     windows = list(scorer.task.windows(document))
     assert [window.new_tokens for window in windows] == [30, 26, 19]
-    logits = np.stack([scorer._forward_once([window], scorer._thresholds)[0][0] for window in windows])
+    logits = np.stack([scorer._forward_once([window], scorer._policies, False)[0][0] for window in windows])
     result = scorer.score([document])
     np.testing.assert_allclose(result.outputs[0], np.average(logits, axis=0, weights=[30, 26, 19]), atol=1e-5)
     assert result.num_windows[0] == 3
@@ -109,11 +109,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     expected = scorer.score(docs)
     forward, sizes = scorer._forward_once, []
 
-    def out_of_memory_above_100_tokens(windows, policy):
+    def out_of_memory_above_100_tokens(windows, policies, layers):
         sizes.append(sum(len(window.input_ids) for window in windows))
         if sizes[-1] > 100:
             raise error
-        return forward(windows, policy)
+        return forward(windows, policies, layers)
 
     scorer._forward_once = out_of_memory_above_100_tokens
     results = scorer.score(docs)
@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
 def test_a_window_that_never_fits_is_named():
     scorer = engine()
 
-    def never(windows, policy):
+    def never(windows, policies, layers):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     scorer._forward_once = never
@@ -136,7 +136,7 @@ def test_a_window_that_never_fits_is_named():
 
 def test_other_errors_are_not_taken_for_out_of_memory():
     scorer = engine()
-    scorer._forward_once = lambda windows, policy: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
+    scorer._forward_once = lambda windows, policies, layers: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         scorer.score(documents([20]))
 

@@ -58,7 +58,8 @@ def test_a_layout_holds_every_token_once_and_only_its_own_sequence_beside_it(len
         assert segment.start == end
         end += segment.rows
         row = segment.start
-        for start, count, length, mask in segment.classes:
+        for start, count, length, mask, keys in segment.classes:
+            assert keys is None
             assert start == row
             row += count * length
             inside = torch.ones(count, length, dtype=torch.bool) if mask is None else mask[:, 0, 0] == 0

@@ -197,7 +197,7 @@ def test_a_word_without_a_token_is_left_out_with_its_tag(tmp_path):
 def results_of(tags) -> DocumentResults:
     none = np.zeros(len(tags))
     outputs = [Tagging(np.array(each, np.int32), np.ones(len(each), np.float32)) for each in tags]
-    return DocumentResults(outputs, none, none, none, none, none)
+    return DocumentResults(outputs, none, none, none, none, none, none)
 
 
 def test_the_metric_is_of_the_corpus_and_scores_are_of_documents(tmp_path):

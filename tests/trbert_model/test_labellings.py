@@ -101,7 +101,7 @@ def test_a_price_of_tokens_does_not_hang_on_the_units():
 
 def results(outputs: np.ndarray) -> DocumentResults:
     none = np.zeros(len(outputs))
-    return DocumentResults(outputs, none, none, np.zeros((len(outputs), 0)), none, none)
+    return DocumentResults(outputs, none, none, np.zeros((len(outputs), 0)), none, none, none)
 
 
 def test_metrics_of_several_labels_and_of_numbers():

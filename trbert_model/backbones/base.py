@@ -44,19 +44,34 @@ class Backbone(Protocol):
         """Create the module of a layer."""
 
     def run_layer(
-        self, layer: nn.Module, hidden: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        normalised: bool = True,
     ) -> Tensor:
         """Run a layer, (tokens, hidden) → (tokens, hidden).
 
         Args:
             positions: int64 (tokens,), each token's position in its sequence before any reduction.
+            normalised: False leaves out the layer's last normalisation, `output_norm`.
         """
 
-    def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray) -> np.ndarray:
-        """FLOPs of one layer on sequences with these numbers of tokens, (sequences,) → float64 (sequences,)."""
+    def output_norm(self, layer: Any) -> nn.Module:
+        """The normalisation at the end of a layer, fused or not."""
 
-    def fused(self, layer: nn.Module, *, packed: bool) -> FusedLayer:
-        """The layer as inference computes it fastest; packed: see `packs_weights`."""
+    def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+        """FLOPs of one layer on sequences with these numbers of tokens, (sequences,) → float64 (sequences,).
+
+        Args:
+            keys: (sequences,), tokens that are attended to, halted ones included. Default: `tokens`.
+        """
+
+    def fused(self, layer: nn.Module, *, packed: bool, halts: bool) -> FusedLayer:
+        """The layer as inference computes it fastest; packed, halts: see `FusedLayer`."""
 
     def tensor_name(self, name: str) -> str:
         """Convert a checkpoint's tensor name to TR-BERT's (`bert.…` or a head's). Converted names are unchanged."""

@@ -63,18 +63,37 @@ class BertBackbone:
         return BertLayer(config, layer_idx=index)
 
     def run_layer(
-        self, layer: nn.Module, hidden: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        layer: Any,
+        hidden: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        normalised: bool = True,
     ) -> Tensor:
-        return layer(hidden.unsqueeze(0), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
+        hidden = hidden.unsqueeze(0)
+        if normalised:
+            return layer(hidden, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).squeeze(0)
+        hidden, _ = layer.attention(hidden, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        output = layer.output
+        return (output.dropout(output.dense(layer.intermediate(hidden))) + hidden).squeeze(0)
 
-    def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray) -> np.ndarray:
-        """FLOPs of one layer: projections 4·H²·n, feed-forward 2·H·I·n and attention 2·H·n² multiply-adds."""
+    def output_norm(self, layer: Any) -> nn.Module:
+        return layer.output_norm if isinstance(layer, FusedLayer) else layer.output.LayerNorm
+
+    def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+        """FLOPs of one layer: projections 4·H²·n, feed-forward 2·H·I·n and attention 2·H·n² multiply-adds.
+
+        Halted tokens need two of the projections, for their keys and values.
+        """
         n = np.asarray(tokens, dtype=np.float64)
+        k = n if keys is None else np.asarray(keys, dtype=np.float64)
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        return 2 * ((4 * hidden**2 + 2 * hidden * intermediate) * n + 2 * hidden * n**2)
+        return 2 * ((2 * hidden**2 + 2 * hidden * intermediate) * n + 2 * hidden**2 * k + 2 * hidden * n * k)
 
-    def fused(self, layer: nn.Module, *, packed: bool) -> FusedLayer:
-        return FusedLayer(layer, packed=packed)
+    def fused(self, layer: nn.Module, *, packed: bool, halts: bool) -> FusedLayer:
+        return FusedLayer(layer, packed=packed, halts=halts)
 
     def tensor_name(self, name: str) -> str:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -7,7 +7,7 @@ on few fixed numbers of rows: oneDNN prepares itself for each number that it has
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from ..varlen import varlen_attention
+
+if TYPE_CHECKING:
+    from ..reduction.state import TokenState
 
 # A segment of whole sequences, of about this many rows, goes through a layer before the next one: larger ones leave the
 # caches. Where weights are packed its rows are a multiple, and not few: oneDNN's results differ between small numbers.
@@ -26,21 +29,29 @@ class LengthClass(NamedTuple):
     """Sequences that attention computes together, rows `start` to `start + sequences * length` of the layout.
 
     Attributes:
-        mask: (sequences, 1, 1, length), 0 for tokens and -inf for padding; None if there is no padding.
+        mask: (sequences, 1, 1, keys), 0 for tokens and -inf for padding; None if there is no padding.
+        keys: int64 (sequences, keys), where halted tokens are attended to, too: the rows of the keys, among the
+            segment's own and then its halted tokens. None: the same rows as the queries.
     """
 
     start: int
     sequences: int
     length: int
     mask: Tensor | None
+    keys: Tensor | None = None
 
 
 class Segment(NamedTuple):
-    """Rows of the layout that go through a layer together: their sequences, then rows that nobody reads."""
+    """Rows of the layout that go through a layer together: their sequences, then rows that nobody reads.
+
+    Attributes:
+        halted: int64, the halted tokens of these sequences; None if there are none.
+    """
 
     start: int
     rows: int
     classes: list[LengthClass]
+    halted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,20 +76,23 @@ def padded_length(length: np.ndarray) -> np.ndarray:
     return np.where(length <= 64, -(-length // 8) * 8, -(-length // 16) * 16)
 
 
-def arrange(cu_seqlens: Tensor, dtype: torch.dtype, *, packed: bool) -> Layout:
+def arrange(cu_seqlens: Tensor, dtype: torch.dtype, *, packed: bool, halted: Tensor | None = None) -> Layout:
     """Lay out a varlen batch on a CPU.
 
-    A sequence's class depends on its own length only, so that a result never depends on the batch.
+    A sequence's class depends on its own lengths only, so that a result never depends on the batch.
 
     Args:
         cu_seqlens: int32 (sequences + 1,).
         dtype: of the layers.
         packed: whether segments have the numbers of rows that packed weights need.
+        halted: int32 (sequences + 1,), the `cu_seqlens` of halted tokens, which are keys only.
     """
     bounds = cu_seqlens.numpy().astype(np.int64)
-    lengths = np.diff(bounds)
-    padded = padded_length(lengths)
-    order = np.lexsort((lengths != padded, padded))  # of a class those without padding first: they need no mask
+    halted_bounds = np.zeros_like(bounds) if halted is None else halted.numpy().astype(np.int64)
+    lengths, keys = np.diff(bounds), np.diff(bounds + halted_bounds)
+    padded, padded_keys = padded_length(lengths), padded_length(keys)
+    # Of a class those without padding first: they need no mask.
+    order = np.lexsort((keys != padded_keys, padded_keys, padded))
     starts, segments, first, end = np.zeros_like(lengths), list[Segment](), 0, 0
     for last in range(1, len(order) + 1):
         members = order[first:last]
@@ -86,10 +100,14 @@ def arrange(cu_seqlens: Tensor, dtype: torch.dtype, *, packed: bool) -> Layout:
         if last < len(order) and size + padded[order[last]] <= SEGMENT_ROWS:
             continue
         starts[members] = end + np.cumsum(padded[members]) - padded[members]
-        classes = list(_classes(members, lengths, padded, end, dtype))
-        size = max(PACKED_LEAST, -(-size // PACKED_UNIT) * PACKED_UNIT) if packed else size
-        segments.append(Segment(end, size, classes))
-        first, end = last, end + size
+        count = max(PACKED_LEAST, -(-size // PACKED_UNIT) * PACKED_UNIT) if packed else size
+        among, halted_rows = None, None
+        if halted is not None and (own := (keys - lengths)[members]).any():
+            halted_rows = torch.from_numpy(_ranges(halted_bounds[members], own))
+            among = count + np.cumsum(own) - own
+        classes = list(_classes(members, lengths, keys, end, dtype, among))
+        segments.append(Segment(end, count, classes, halted_rows))
+        first, end = last, end + count
     rows = _ranges(starts, lengths)
     source = np.zeros(end, dtype=np.int64)
     source[_ranges(starts, padded)] = np.repeat(bounds[:-1], padded)
@@ -100,21 +118,36 @@ def arrange(cu_seqlens: Tensor, dtype: torch.dtype, *, packed: bool) -> Layout:
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers from each start on, `lengths` of them, end to end."""
     ends = np.cumsum(lengths)
-    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
 
 
 def _classes(
-    members: np.ndarray, lengths: np.ndarray, padded: np.ndarray, start: int, dtype: torch.dtype
+    members: np.ndarray,
+    lengths: np.ndarray,
+    keys: np.ndarray,
+    start: int,
+    dtype: torch.dtype,
+    halted: np.ndarray | None,
 ) -> Iterator[LengthClass]:
-    """The classes of a segment's sequences, which are in order."""
-    keys = np.stack([padded[members], lengths[members] != padded[members]])
-    for part in np.split(np.arange(len(members)), np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(0)) + 1):
-        length, has_padding = int(keys[0, part[0]]), bool(keys[1, part[0]])
-        mask = None
+    """The classes of a segment's sequences, which are in order; halted: the row of each one's first halted token."""
+    segment = start
+    lengths, keys = lengths[members], keys[members]
+    padded, padded_keys = padded_length(lengths), padded_length(keys)
+    kinds = np.stack([padded, padded_keys, keys != padded_keys])
+    for part in np.split(np.arange(len(members)), np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0)) + 1):
+        length, key_length, has_padding = (int(kind) for kind in kinds[:, part[0]])
+        mask, rows = None, None
         if has_padding:
-            inside = torch.arange(length) < torch.from_numpy(lengths[members[part]])[:, None]
+            inside = torch.arange(key_length) < torch.from_numpy(keys[part])[:, None]
             mask = torch.zeros(inside.shape, dtype=dtype).masked_fill(~inside, -torch.inf)[:, None, None, :]
-        yield LengthClass(start, len(part), length, mask)
+        if halted is not None:
+            first = (start - segment + np.arange(len(part)) * length)[:, None]
+            number, own = np.arange(key_length)[None], lengths[part][:, None]
+            of_halted = halted[part][:, None] + number - own
+            # Padding repeats the sequence's own first row: not even infinite neighbours reach it through the mask.
+            real = np.where(number < own, first + number, of_halted)
+            rows = torch.from_numpy(np.where(number < keys[part][:, None], real, first))
+        yield LengthClass(start, len(part), length, mask, rows)
         start += len(part) * length
 
 
@@ -154,21 +187,27 @@ class FusedLinear(nn.Module):
         return output if residual is None else output + residual
 
 
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
 class FusedLayer(nn.Module):
     """A BERT layer for inference.
 
     Args:
         layer: transformers' `BertLayer`.
         packed: let oneDNN lay out the weights for itself (`packs_weights`).
+        halts: whether tokens can be halted, which takes keys and values by themselves.
     """
 
-    def __init__(self, layer: Any, *, packed: bool):
+    def __init__(self, layer: Any, *, packed: bool, halts: bool = False):
         super().__init__()
         attention, output = layer.attention.self, layer.attention.output
         self.heads: int = attention.num_attention_heads
         self.scaling: float = attention.scaling
         self.packed = packed
         self.qkv = FusedLinear(attention.query, attention.key, attention.value, packed=packed)
+        self.key_value = FusedLinear(attention.key, attention.value, packed=packed) if halts else None
         self.out = FusedLinear(output.dense, packed=packed)
         self.attention_norm = output.LayerNorm
         intermediate = layer.intermediate
@@ -176,34 +215,74 @@ class FusedLayer(nn.Module):
         self.down = FusedLinear(layer.output.dense, packed=packed)
         self.output_norm = layer.output.LayerNorm
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, layout: Layout | None = None) -> Tensor:
-        """(rows, hidden) → (rows, hidden): the rows of a layout, or without one the tokens of a varlen batch."""
-        if layout is None:
-            query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in self._split(self.qkv(hidden)))
-            context, _ = varlen_attention(
-                self, query, key, value, None, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scaling=self.scaling
-            )
-            return self._feed_forward(context.flatten(2).squeeze(0), hidden)
+    def forward(self, state: "TokenState", *, normalised: bool = True) -> Tensor:
+        """(rows, hidden) → (rows, hidden): the rows of a layout, or without one the tokens of a varlen batch.
+
+        Args:
+            normalised: False leaves out the last normalisation, `output_norm`.
+        """
+        norm = self.output_norm if normalised else _as_it_is
+        hidden, halted = state.hidden, None if state.halted is None else state.halted.hidden
+        if state.layout is None:
+            return norm(self._feed_forward(self._attention(state), hidden))
         output = torch.empty_like(hidden)
-        for segment in layout.segments:
+        for segment in state.layout.segments:
             rows = slice(segment.start, segment.start + segment.rows)
-            output[rows] = self._segment(hidden[rows], segment)
+            output[rows] = norm(self._segment(hidden[rows], segment, halted))
         return output
 
-    def _segment(self, hidden: Tensor, segment: Segment) -> Tensor:
+    def _attention(self, state: "TokenState") -> Tensor:
+        query, key, value = self._split(self.qkv(state.hidden), 3)
+        keys: dict[str, Any] = {}
+        if state.halted is not None:
+            assert self.key_value is not None
+            halted_key, halted_value = self._split(self.key_value(state.halted.hidden), 2)
+            order = torch.cat([state.token_indices, state.halted.token_indices]).argsort()
+            key, value = torch.cat([key, halted_key])[order], torch.cat([value, halted_value])[order]
+            keys = {"key_cu_seqlens": state.cu_seqlens + state.halted.cu_seqlens, "max_keys": state.max_keys}
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        context, _ = varlen_attention(
+            self,
+            *(query, key, value, None),
+            cu_seqlens=state.cu_seqlens,
+            max_seqlen=state.max_seqlen,
+            scaling=self.scaling,
+            **keys,
+        )
+        return context.flatten(2).squeeze(0)
+
+    def _segment(self, hidden: Tensor, segment: Segment, halted: Tensor | None) -> Tensor:
         qkv, context = self.qkv(hidden), torch.zeros_like(hidden)
-        for start, count, length, mask in segment.classes:
+        key_value = None
+        if segment.halted is not None:
+            assert self.key_value is not None
+            assert halted is not None
+            key_value = torch.cat([qkv[:, hidden.shape[1] :], self._halted(halted[segment.halted])])
+        for start, count, length, mask, keys in segment.classes:
             rows = slice(start - segment.start, start - segment.start + count * length)
             query, key, value = (part.unflatten(0, (count, length)).transpose(1, 2) for part in self._split(qkv[rows]))
-            mask = mask if mask is None else mask.expand(count, 1, length, length)
+            if keys is not None:
+                assert key_value is not None
+                key, value = (
+                    part.unflatten(0, keys.shape).transpose(1, 2) for part in self._split(key_value[keys.flatten()], 2)
+                )
+            mask = mask if mask is None else mask.expand(count, 1, length, key.shape[2])
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
             context[rows] = attended.transpose(1, 2).flatten(0, 1).flatten(1)
         return self._feed_forward(context, hidden)
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """(rows, 3 * hidden) → query, key and value, (rows, heads, head size) each."""
-        return qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+    def _halted(self, hidden: Tensor) -> Tensor:
+        """Keys and values of halted tokens, (rows, 2 * hidden); packed weights get the numbers of rows they need."""
+        assert self.key_value is not None
+        tokens = len(hidden)
+        if self.packed:
+            hidden = F.pad(hidden, (0, 0, 0, max(PACKED_LEAST, -(-tokens // PACKED_UNIT) * PACKED_UNIT) - tokens))
+        return self.key_value(hidden)[:tokens]
+
+    def _split(self, projected: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
+        """(rows, parts * hidden) → query, key and value or the last two, (rows, heads, head size) each."""
+        return projected.unflatten(-1, (parts, self.heads, -1)).unbind(1)
 
     def _feed_forward(self, context: Tensor, hidden: Tensor) -> Tensor:
         hidden = self.attention_norm(self.out(context, residual=hidden))
-        return self.output_norm(self.down(self.up(hidden), residual=hidden))
+        return self.down(self.up(hidden), residual=hidden)

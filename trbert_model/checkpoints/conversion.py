@@ -4,6 +4,7 @@ The tensors determine a checkpoint's head, because the original's checkpoints an
 classes inconsistently. Weights are read from safetensors only, nothing is unpickled.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..tasks.classification.task import ClassificationTask
 from ..tasks.multiple_choice.head import TRBertForMultipleChoice
 from ..tasks.registry import KINDS, MULTIPLE_CHOICE, NO_TASK, TASKS, task_of
 from ..tasks.token_classification.task import TokenClassificationTask
+from .early_exits import read_exits
 from .files import saved_files
 from .source import read_config, without_wrappers
 
@@ -26,6 +28,9 @@ from .source import read_config, without_wrappers
 MODULES_TO_SAVE = [*dict.fromkeys(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
 MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of question-aware selectors
+
+# Names of the heads of exits and gates.
+_EARLY = re.compile(r"bert\.encoder\.(exits|gates)\.")
 
 
 def convert_checkpoint(
@@ -107,7 +112,9 @@ def _converted(
         _extend_positions(state, max_positions, offset, src)
     asked, own_task = task, _task_of_head(raw_config, state, tensors, asked=task)
     if head is not None:
-        state = {name: value for name, value in state.items() if name.startswith("bert.")}
+        raw_config = {name: value for name, value in raw_config.items() if name not in ("exits", "gates")}
+        encoders = (name for name in state if name.startswith("bert.") and not _EARLY.match(name))
+        state = {name: state[name] for name in encoders}
     task = task or own_task
     if task not in KINDS:
         raise CheckpointError(f"task {task!r} is none of {', '.join(KINDS)}")
@@ -195,6 +202,7 @@ def _read(src: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = files.weights()
     if "quantization_config" in config:
         raise CheckpointError(f"{src}: its weights are quantized (quantization_config); convert the full ones")
+    config, tensors = read_exits(config, tensors)
     tensors, encoder = without_wrappers(tensors, src)
     config.setdefault("model_type", encoder or "bert")  # old checkpoints have none
     return config, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
@@ -233,11 +241,21 @@ def _task_of_head(raw: dict, state: dict[str, Tensor], tensors: dict[str, Tensor
     chooses = asked == MULTIPLE_CHOICE or any("MultipleChoice" in name for name in raw.get("architectures") or [])
     if chooses and state.get("classifier.weight", torch.empty(0)).shape[:1] == (1,):
         return MULTIPLE_CHOICE
+    if _answer(raw, state) is not None:
+        return ClassificationTask.name
     if "classifier.weight" in state:
         of_tokens = _classifies_tokens(raw, state, tensors, asked)
         return TokenClassificationTask.name if of_tokens else ClassificationTask.name
     has = (name for name, task in TASKS.items() if all(f"{module}.weight" in state for module in task.head_modules))
     return next(has, NO_TASK)
+
+
+def _answer(raw: dict, state: dict[str, Tensor]) -> Tensor | None:
+    """The classifier's weight in the exit that answers for all, if the checkpoint has one."""
+    exits = raw.get("exits") or {}
+    if not exits.get("answers_all"):
+        return None
+    return state.get(f"bert.encoder.exits.{len(exits['layers']) - 1}.classifier.weight")
 
 
 def _classifies_tokens(raw: dict, state: dict[str, Tensor], tensors: dict[str, Tensor], asked: str | None) -> bool:
@@ -293,12 +311,15 @@ def _config(
     fields = BACKBONES[backbone].config_fields(raw, state) | {
         "backbone": backbone,
         "reduction_layers": reduction_layers,
+        "exits": raw.get("exits"),
+        "gates": raw.get("gates"),
     }
     selector = state.get("bert.encoder.selectors.0.linear_1.weight")
     if selector is not None:
         fields["selector_size"] = selector.shape[0]
     if head is None and task in TASKS:
-        head = TASKS[task].saved_head(raw, state)
+        answer = _answer(raw, state)
+        head = TASKS[task].saved_head(raw, state if answer is None else {**state, "classifier.weight": answer})
     fields |= head or {}
     config = TRBertConfig(**fields)
     if task in TASKS:

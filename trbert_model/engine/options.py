@@ -23,7 +23,9 @@ class EngineOptions(TaskOptions):
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on CUDA and on CPUs that
             compute it fast (`precision.cpu_is_fast_in_bfloat16`), and float32 elsewhere.
         reduce: False runs the dense model.
-        thresholds: lowest keep probabilities of kept tokens, one per reduction. Default: the model's own.
+        thresholds: lowest keep probabilities of kept tokens, one per reduction; then, for models with exits, the
+            uncertainty below which a document or word leaves, one per exit, and for models with gates their threshold
+            (`operating_thresholds`). Default: the model's own, also of exits and gates that are left out.
 
     Raises:
         ConfigurationError: an option has an invalid value.
@@ -46,13 +48,26 @@ class EngineOptions(TaskOptions):
 
 
 def check_thresholds(config: "TRBertConfig", thresholds: Sequence[float]) -> None:
-    """Check that there is one threshold per reduction.
+    """Check that there is one threshold per reduction, or one for each that the model has.
 
     Raises:
         ConfigurationError: there are more or fewer.
     """
-    if len(thresholds) != len(config.reduction_layers):
-        raise ConfigurationError(
-            f"thresholds {tuple(thresholds)} must be one for each of the model's reduction layers "
-            f"{config.reduction_layers}"
-        )
+    whole, reductions = len(operating_thresholds(config)), len(config.reduction_layers)
+    if len(thresholds) in (reductions, whole):
+        return
+    further = f", or {whole} with those of its exits and gates" if whole > reductions else ""
+    raise ConfigurationError(
+        f"thresholds {tuple(thresholds)} must be one for each of the model's reduction layers "
+        f"{config.reduction_layers}{further}"
+    )
+
+
+def operating_thresholds(config: "TRBertConfig") -> tuple[float, ...]:
+    """All thresholds of a model: one per reduction, one per exit, and that of its gates."""
+    exits, gates = config.exit_options, config.gate_options
+    return (
+        *config.selector_thresholds,
+        *(exits.thresholds if exits else ()),
+        *((gates.threshold,) if gates else ()),
+    )

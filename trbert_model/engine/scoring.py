@@ -7,7 +7,7 @@ the number and lengths of the documents.
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from ..backbones.fused import packs_weights
 from ..checkpoints.loading import load_model
 from ..configuration import TRBertConfig
 from ..errors import InputError, TRBertError
+from ..exits.policies import NO_EXITS, ExitPolicy, ExitThresholds
 from ..explanation import Explanation, Recording
-from ..flops import dense_flops, reduced_flops
+from ..flops import dense_flops, spent_flops
 from ..modeling import TRBertPreTrainedModel, fuse_for_inference
 from ..reduction.policies import ThresholdPolicy
-from ..reduction.recording import LayerRecorder
 from ..reduction.state import SelectionPolicy
+from ..reduction.trace import PRESENT
 from ..tasks.base import DocumentResults
 from ..tasks.registry import task_of_model
 from ..terminal import get_logger
 from ..varlen import VarlenBatch
 from . import precision
-from .options import EngineOptions, check_thresholds
+from .options import EngineOptions, check_thresholds, operating_thresholds
 
 logger = get_logger(__name__)
 
@@ -62,6 +63,11 @@ class _Open:
     document: Any
     windows: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+
+
+_Policies = tuple[SelectionPolicy, ExitPolicy]
+# A window's output, its share of the totals (`_sums`), and the layers that computed each token, if they were counted.
+_Computed = tuple[Any, np.ndarray, np.ndarray | None]
 
 
 @dataclass
@@ -106,15 +112,15 @@ class Engine:
         self.dtype = dtype
         self.model = model.to(device=self.device, dtype=getattr(torch, dtype)).eval()
         fuse_for_inference(self.model)
-        for selector in self.model.bert.encoder.selectors:
-            selector.float()
+        encoder = self.model.bert.encoder
+        for module in (encoder.selectors, encoder.exits, encoder.gates):
+            module.float()
         self.task = task_of_model(model).of(tokenizer, self.config, options)
         # On CPUs layers run on segments (`fused.SEGMENT_ROWS`), so larger batches only help layers after a reduction,
         # which have few tokens: their segments are fuller, which counts where products are cheap.
         on_cpu = 16384 if packs_weights(self.device, self.model.dtype) else 4096
         self.max_tokens_per_batch = options.max_tokens_per_batch or (65536 if self.device.type == "cuda" else on_cpu)
-        thresholds = self.config.selector_thresholds if options.thresholds is None else options.thresholds
-        self._thresholds = ThresholdPolicy(thresholds)
+        self._policies = self.policies(options.thresholds or ())
         self.statistics = EngineStatistics()
 
     @classmethod
@@ -127,6 +133,13 @@ class Engine:
         """
         model, tokenizer = load_model(directory)
         return cls(model, tokenizer, options)
+
+    def policies(self, thresholds: Sequence[float]) -> tuple[ThresholdPolicy, ExitThresholds]:
+        """The policies of thresholds as in `EngineOptions`: those of the model for what they leave out."""
+        reductions, exits = len(self.config.reduction_layers), self.config.exit_options
+        every = (*thresholds, *operating_thresholds(self.config)[len(thresholds) :])
+        end = reductions + (len(exits.layers) if exits else 0)
+        return ThresholdPolicy(every[:reductions]), ExitThresholds(every[reductions:end], *every[end:])
 
     def score_columns(self, *columns: Sequence[str], policy: SelectionPolicy | None = None) -> DocumentResults:
         """Tokenise and score texts, or questions and their contexts, given as columns.
@@ -145,6 +158,7 @@ class Engine:
         self,
         documents: Iterable[Any],
         policy: SelectionPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
         recording: Recording | None = None,
     ) -> DocumentResults:
         """Score documents of any length.
@@ -152,22 +166,24 @@ class Engine:
         Args:
             documents: as from the task's `encode_rows`.
             policy: chooses the tokens to keep, instead of the thresholds.
+            exit_policy: decides what leaves early and which layers are skipped. Default: the thresholds, or nothing if
+                there is a `policy`.
             recording: receives the layers that computed the tokens of some of the documents.
 
         Raises:
             OutOfMemoryError: a single window does not fit into the device's memory.
         """
-        policy = policy or self._thresholds
+        policies = self._policies if policy is None else (policy, exit_policy or NO_EXITS)
         outputs: list[Any] = []
-        totals: list[np.ndarray] = []  # tokens, windows, FLOPs, dense FLOPs, kept tokens...
-        reductions = len(self.config.reduction_layers) if self.options.reduce else 0
+        totals: list[np.ndarray] = []  # as from `_sums`
+        columns = 5 + (len(self.config.reduction_layers) if self.options.reduce else 0)
 
         pending, waiting = _Pending(), deque[_Open]()  # documents without an entry in `outputs` yet
 
         def compute(complete: int) -> None:
             """Compute the pending batch; after it, all windows of the first `complete` documents are computed."""
             first = len(outputs)
-            for document, window, output, sums in self._compute(pending, policy, recording):
+            for document, window, output, sums in self._compute(pending, policies, recording):
                 entry = waiting[document - first]
                 entry.windows.append(window)
                 entry.outputs.append(output)
@@ -179,7 +195,7 @@ class Engine:
         number = -1
         for number, document in enumerate(documents):
             waiting.append(_Open(document))
-            totals.append(np.zeros(4 + reductions))
+            totals.append(np.zeros(columns))
             for window in self.task.windows(document):
                 if pending.windows and pending.tokens + len(window.input_ids) > self.max_tokens_per_batch:
                     compute(complete=number)
@@ -190,14 +206,15 @@ class Engine:
         if pending.windows:
             compute(complete=number + 1)
 
-        sums = np.array(totals).reshape(len(totals), 4 + reductions)
+        sums = np.array(totals).reshape(len(totals), columns)
         return DocumentResults(
             outputs=self.task.gathered(outputs),
             num_tokens=sums[:, 0].astype(np.int64),
             num_windows=sums[:, 1].astype(np.int64),
             flops=sums[:, 2],
             dense_flops=sums[:, 3],
-            kept_tokens=sums[:, 4:].astype(np.int64),
+            exit_layers=sums[:, 4] / np.maximum(sums[:, 0], 1),
+            kept_tokens=sums[:, 5:].astype(np.int64),
         )
 
     def explanation(
@@ -222,40 +239,30 @@ class Engine:
         )
 
     def _compute(
-        self, pending: _Pending, policy: SelectionPolicy, recording: Recording | None
+        self, pending: _Pending, policies: _Policies, recording: Recording | None
     ) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
         """Run one batch; yields each window's document index, the window, its output, and its share of the totals."""
         started = time.perf_counter()
-        if recording is not None and any(document in recording.documents for document in pending.documents):
-            recorder = LayerRecorder(policy, self.config)
-            outputs, kept = self._forward(pending.windows, recorder, recorder.finish)
-            for document, window, layers in zip(pending.documents, pending.windows, recorder.layers):
-                if document in recording.documents:
-                    recording.windows.setdefault(document, []).append((window, layers))
-        else:
-            outputs, kept = self._forward(pending.windows, policy)
+        recorded = [recording is not None and document in recording.documents for document in pending.documents]
+        computed = self._forward(pending.windows, policies, any(recorded))
         self.statistics.model_seconds += time.perf_counter() - started
-        lengths = np.array([len(window.input_ids) for window in pending.windows])
-        spent = reduced_flops(self.config, lengths, kept) if self.options.reduce else dense_flops(self.config, lengths)
-        dense = dense_flops(self.config, lengths)
         for i, (document, window) in enumerate(zip(pending.documents, pending.windows)):
-            yield document, window, outputs[i], np.array([lengths[i], 1, spent[i], dense[i], *kept[i]])
+            output, sums, layers = computed[i]
+            if recording is not None and layers is not None and recorded[i]:
+                recording.windows.setdefault(document, []).append((window, layers))
+            yield document, window, output, sums
 
-    def _forward(
-        self, windows: list[Any], policy: SelectionPolicy, finish: Callable[[list[int]], None] = lambda lengths: None
-    ) -> tuple[list[Any], np.ndarray]:
-        """The task's output of each window, and kept tokens (windows, reductions); halves the batch if memory runs out.
+    def _forward(self, windows: list[Any], policies: _Policies, layers: bool) -> list[_Computed]:
+        """Run windows as one batch; halves it if memory runs out.
 
         Args:
-            finish: called after each batch that did not fail, with the number of tokens of each of its windows.
+            layers: count the layers that compute each token.
 
         Raises:
             OutOfMemoryError: a single window does not fit into the device's memory.
         """
         try:
-            results = self._forward_once(windows, policy)
-            finish([len(window.input_ids) for window in windows])
-            return results
+            return self._forward_once(windows, policies, layers)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -269,11 +276,11 @@ class Engine:
         self.statistics.halved_batches += 1
         logger.warning("out of memory on %s with %d tokens in a batch; halving it", self.device, tokens)
         half = len(windows) // 2
-        first, second = (self._forward(part, policy, finish) for part in (windows[:half], windows[half:]))
-        return first[0] + second[0], np.concatenate([first[1], second[1]])
+        first, second = (self._forward(part, policies, layers) for part in (windows[:half], windows[half:]))
+        return first + second
 
     @torch.inference_mode()
-    def _forward_once(self, windows: list[Any], policy: SelectionPolicy) -> tuple[list[Any], np.ndarray]:
+    def _forward_once(self, windows: list[Any], policies: _Policies, layers: bool) -> list[_Computed]:
         self.statistics.batches += 1
         batch = VarlenBatch.from_sequences(
             [window.input_ids for window in windows], self.task.token_types(windows), device=self.device
@@ -288,12 +295,30 @@ class Engine:
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
             reduce=self.options.reduce,
-            selection_policy=policy,
+            selection_policy=policies[0],
+            exit_policy=policies[1],
+            output_layers=layers,
             **extra,
         )
-        kept = [counts.cpu().numpy() for counts in output.kept_tokens]
-        outputs = self.task.window_outputs(output, [len(window.input_ids) for window in windows])
-        return outputs, np.stack(kept, 1) if kept else np.zeros((len(windows), 0), int)
+        lengths = [len(window.input_ids) for window in windows]
+        outputs = self.task.window_outputs(output, lengths)
+        computed: Sequence[np.ndarray | None] = [None] * len(windows)
+        if layers:
+            computed = np.split(output.trace.token_layers.cpu().numpy(), np.cumsum(lengths)[:-1])
+        return list(zip(outputs, self._sums(output, np.array(lengths)), computed))
+
+    def _sums(self, output: Any, lengths: np.ndarray) -> np.ndarray:
+        """Of each window: tokens, 1, FLOPs, dense FLOPs, layers that it ran times tokens, and kept tokens."""
+        dense = dense_flops(self.config, lengths)
+        spent, ran = dense, np.full(len(lengths), self.config.num_hidden_layers)
+        kept = np.zeros((len(lengths), 0), int)
+        if self.options.reduce:
+            counts, asked = output.trace.counts.cpu().numpy(), None
+            if output.exits is not None:
+                asked, ran = output.exits.asked.cpu().numpy(), output.exits.mean_layers().cpu().numpy()
+            spent = spent_flops(self.config, counts, asked, output.trace.gated)
+            kept = counts[PRESENT][:, self.config.reduction_layers]
+        return np.column_stack([lengths, np.ones_like(lengths), spent, dense, ran * lengths, kept])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -78,6 +78,8 @@ class DocumentResults:
         num_tokens: int64 (documents,), input tokens over all windows, with special tokens and tokens shared by windows.
         num_windows: int64 (documents,).
         kept_tokens: int64 (documents, reductions), tokens kept after each reduction, over all windows.
+        exit_layers: float64 (documents,), layers that a document ran before it left, or on average its words: the mean
+            over its windows, by tokens.
         flops: float64 (documents,), FLOPs spent.
         dense_flops: float64 (documents,), FLOPs of the dense model on the same windows.
     """
@@ -86,6 +88,7 @@ class DocumentResults:
     num_tokens: np.ndarray
     num_windows: np.ndarray
     kept_tokens: np.ndarray
+    exit_layers: np.ndarray
     flops: np.ndarray
     dense_flops: np.ndarray
 

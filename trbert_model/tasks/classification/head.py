@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ...configuration import TRBertConfig
+from ...exits.passing import ExitPass
 from ...modeling import TRBertModel, TRBertPreTrainedModel, head_dropout
 from ...reduction.state import Selection
+from ...reduction.trace import Trace
 from .losses import losses_of
 
 
@@ -18,7 +20,7 @@ class TRBertSequenceClassifierOutput(ModelOutput):
     Attributes:
         loss: ().
         logits: (sequences, labels).
-        pooler_output, kept_tokens, hidden_states, selections: as in `TRBertModelOutput`.
+        pooler_output, kept_tokens, hidden_states, selections, trace, exits: as in `TRBertModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -27,6 +29,8 @@ class TRBertSequenceClassifierOutput(ModelOutput):
     kept_tokens: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     selections: tuple[Selection, ...] | None = None
+    trace: Trace | None = None
+    exits: ExitPass | None = None
 
 
 class TRBertForSequenceClassification(TRBertPreTrainedModel):
@@ -40,9 +44,11 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
     def __init__(self, config: TRBertConfig):
         super().__init__(config)
         self.losses = losses_of(config)
-        self.bert = TRBertModel(config)
+        exits = config.exit_options
+        answers_all = exits is not None and exits.answers_all
+        self.bert = TRBertModel(config, add_pooling_layer=not answers_all)
         self.dropout = head_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = None if answers_all else nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(
@@ -58,12 +64,17 @@ class TRBertForSequenceClassification(TRBertPreTrainedModel):
         if cu_seqlens is None:
             attention_mask = self.truncated_mask(input_ids, attention_mask)
         output = self.bert(input_ids, attention_mask, *args, cu_seqlens=cu_seqlens, **{**kwargs, "token_states": False})
-        logits = self.classifier(self.dropout(output.pooler_output))
+        if self.classifier is None:
+            logits = output.exits.answers
+        else:
+            logits = output.answered(self.classifier(self.dropout(output.pooler_output)))
         return TRBertSequenceClassifierOutput(
             loss=None if labels is None else self.losses.to_labels(logits, labels).mean(),
             logits=logits,
             pooler_output=output.pooler_output,
             kept_tokens=output.kept_tokens,
+            trace=output.trace,
+            exits=output.exits,
             hidden_states=output.hidden_states,
             selections=output.selections,
         )

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ...configuration import TRBertConfig
+from ...exits.passing import ExitPass
 from ...modeling import TRBertModel, TRBertPreTrainedModel
 from ...reduction.state import Selection
+from ...reduction.trace import Trace
 
 
 @dataclass
@@ -20,7 +22,7 @@ class TRBertQuestionAnsweringOutput(ModelOutput):
         loss: ().
         start_logits, end_logits: (total tokens,). For padded input (batch, length), with the dtype's minimum at masked
             positions.
-        kept_tokens, hidden_states, selections: as in `TRBertModelOutput`.
+        kept_tokens, hidden_states, selections, trace, exits: as in `TRBertModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -29,6 +31,8 @@ class TRBertQuestionAnsweringOutput(ModelOutput):
     kept_tokens: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     selections: tuple[Selection, ...] | None = None
+    trace: Trace | None = None
+    exits: ExitPass | None = None
 
 
 class TRBertForQuestionAnswering(TRBertPreTrainedModel):
@@ -87,6 +91,8 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
             kept_tokens=output.kept_tokens,
             hidden_states=output.hidden_states,
             selections=output.selections,
+            trace=output.trace,
+            exits=output.exits,
         )
 
 

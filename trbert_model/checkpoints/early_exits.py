@@ -1,0 +1,79 @@
+"""Reading checkpoints of DeeBERT (`BertHighway…`), SmartBERT, and SENTEE and TOKEE (one program)."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+# Names of each system → TR-BERT's, in the order in which they are tried.
+_DEEBERT = [
+    (r"\bencoder\.highway\.(\d+)\.pooler\.dense\.", r"encoder.exits.\1.dense."),
+    (r"\bencoder\.highway\.(\d+)\.classifier\.", r"encoder.exits.\1.classifier."),
+]
+_SMARTBERT = [
+    (r"^embedding\.", "bert.embeddings."),
+    (r"^encoder\.", "bert.encoder."),
+    (r"^gate\.(\d+)\.output_layer_0\.", r"bert.encoder.gates.\1.attention.narrow."),
+    (r"^gate\.(\d+)\.atten\.", r"bert.encoder.gates.\1.attention."),
+    (r"^gate\.(\d+)\.output_layer_1\.", r"bert.encoder.gates.\1.linear."),
+    (r"^classifier\.(\d+)\.output_layer_0\.", r"bert.encoder.exits.\1.attention.narrow."),
+    (r"^classifier\.(\d+)\.atten\.", r"bert.encoder.exits.\1.attention."),
+    (r"^classifier\.(\d+)\.output_layer_1\.", r"bert.encoder.exits.\1.dense."),
+    (r"^classifier\.(\d+)\.output_layer_2\.", r"bert.encoder.exits.\1.classifier."),
+]
+_SMARTBERT_TRAINING = re.compile(r"^(contrast\.\d+|classifier\.\d+\.main)\.")
+_WORDS = [(r"^ptm_encoder\.", "bert."), (r"^classfiers\.(\d+)\.w\.", r"bert.encoder.exits.\1.classifier.")]
+
+
+def read_exits(raw: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and tensors of a checkpoint by TR-BERT's names; other checkpoints are returned as they are.
+
+    These systems do not save thresholds, so nothing leaves until some are given. What only their training uses is left
+    out.
+    """
+    if any(".highway." in name for name in tensors):
+        tensors = _renamed(tensors, _DEEBERT)
+        layers = range(1 + _last(tensors, "exits"))
+        return raw | {"model_type": _family(tensors), "exits": {"head": "first", "layers": list(layers)}}, tensors
+    if "gate.0.output_layer_0.weight" in tensors:
+        tensors = {name: value for name, value in tensors.items() if not _SMARTBERT_TRAINING.match(name)}
+        tensors = _renamed(tensors, _SMARTBERT)
+        size = tensors["bert.encoder.exits.0.attention.narrow.weight"].shape[0]
+        gate_size = tensors["bert.encoder.gates.0.attention.narrow.weight"].shape[0]
+        exits: dict[str, Any] = {
+            "head": "attention",
+            "layers": list(range(1 + _last(tensors, "exits"))),
+            "answers_all": True,
+            "size": size,
+            "heads": raw.get("classifier_heads", 4),
+        }
+        gates = {"size": gate_size, "heads": raw.get("gate_heads", 2)}
+        return raw | {"model_type": "bert", "exits": exits, "gates": gates}, tensors
+    if "classfiers.0.w.weight" in tensors:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("ptm_encoder.pooler.")}
+        tensors = _renamed(tensors, _WORDS)
+        last = _last(tensors, "exits")  # the model's own classifier
+        tensors = {name.replace(f"bert.encoder.exits.{last}.", ""): value for name, value in tensors.items()}
+        exits = {"head": "words", "layers": list(range(last)), "unit": "word"}
+        return raw | {"model_type": "bert", "exits": exits}, tensors
+    return raw, tensors
+
+
+def _renamed(tensors: dict[str, Tensor], names: list[tuple[str, str]]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in tensors.items():
+        for old, new in names:
+            if re.search(old, name):
+                name = re.sub(old, new, name)
+                break
+        renamed[name] = value
+    return renamed
+
+
+def _last(tensors: dict[str, Tensor], module: str) -> int:
+    found = (re.search(rf"encoder\.{module}\.(\d+)\.", name) for name in tensors)
+    return max(int(match[1]) for match in found if match)
+
+
+def _family(tensors: dict[str, Tensor]) -> str:
+    return "roberta" if any(name.startswith("roberta.") for name in tensors) else "bert"
