@@ -56,13 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from trbert_model.calibration.measure import calibrate  # torch: after the options
     from trbert_model.checkpoints.loading import load_checkpoint
     from trbert_model.engine import Engine, EngineOptions
+    from trbert_model.engine.options import operating_thresholds
 
     logging.getLogger("trbert_model").setLevel(logging.INFO)
     directory = fetch_model(config.model)
     loaded = load_checkpoint(directory)
     engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(dtype=config.dtype))
-    if not engine.config.reduction_layers:
-        raise UsageError(f"{config.model}: it has no reduction layers, so there is no speed to choose")
+    if not operating_thresholds(engine.config):
+        raise UsageError(f"{config.model}: it has no reduction layers, exits or gates, so there is no speed to choose")
     with corpora_read_as_input():
         corpus = engine.task.read_corpus(config.corpus, config)
     key = calibration_key(loaded.digest, engine.dtype, engine.config.usable_positions)

@@ -58,16 +58,28 @@ def spent_flops(
     Returns:
         float64 (sequences,).
     """
+    total = flops_by_layer(config, counts, gated).sum(1)
+    return total if asked is None else total + flops_by_exit(config, asked).sum(1)
+
+
+def flops_by_layer(config: TRBertConfig, counts: np.ndarray, gated: Sequence[int] = ()) -> np.ndarray:
+    """FLOPs of each layer, with its selector and gate, float64 (sequences, layers); see `spent_flops`."""
     selector, layer_flops_of = selector_class(config).flops(config), BACKBONES[config.backbone].layer_flops
-    total = np.zeros(counts.shape[1])
+    flops = np.zeros(counts.shape[1:])
     for layer in range(config.num_hidden_layers):
         if layer in config.reduction_layers:
-            total += selector * counts[ENTERING, :, layer]
+            flops[:, layer] += selector * counts[ENTERING, :, layer]
         if layer in gated:
-            total += Gate.flops(config, counts[PRESENT, :, layer])
-        total += layer_flops_of(config, counts[COMPUTED, :, layer], counts[ATTENDED, :, layer])
+            flops[:, layer] += Gate.flops(config, counts[PRESENT, :, layer])
+        flops[:, layer] += layer_flops_of(config, counts[COMPUTED, :, layer], counts[ATTENDED, :, layer])
+    return flops
+
+
+def flops_by_exit(config: TRBertConfig, asked: np.ndarray) -> np.ndarray:
+    """FLOPs of each exit, float64 (sequences, exits); see `spent_flops`."""
     exits = config.exit_options
-    if exits is not None and asked is not None:
-        for rows in asked.T:
-            total += EXIT_HEADS[exits.head].flops(config, rows)
-    return total
+    flops = np.zeros(asked.shape)
+    if exits is not None:
+        for i, rows in enumerate(asked.T):
+            flops[:, i] = EXIT_HEADS[exits.head].flops(config, rows)
+    return flops

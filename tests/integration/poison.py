@@ -40,14 +40,14 @@ def _arm_engine(module) -> None:
     forward = module.Engine._forward_once
     deadly, hangs = json.loads(os.environ["DEADLY"])
 
-    def poisoned(self, windows, policies, layers):
+    def poisoned(self, windows, policies, *recorded):
         for window in windows:
             ids = window.input_ids[1:-1].tolist()
             if ids == deadly:
                 ctypes.string_at(0)
             if ids == hangs:
                 os.kill(os.getpid(), signal.SIGSTOP)  # no thread of it can help itself any more
-        return forward(self, windows, policies, layers)
+        return forward(self, windows, policies, *recorded)
 
     module.Engine._forward_once = poisoned
 

@@ -51,8 +51,8 @@ def test_batches_stay_within_the_budget():
     sizes = []
     scorer = engine(max_tokens_per_batch=70)
     forward = scorer._forward_once
-    scorer._forward_once = lambda windows, policies, layers: (
-        sizes.append(sum(len(w.input_ids) for w in windows)) or forward(windows, policies, layers)
+    scorer._forward_once = lambda windows, policies, *recorded: (
+        sizes.append(sum(len(w.input_ids) for w in windows)) or forward(windows, policies, *recorded)
     )
     scorer.score(documents([3, 200, 30, 30, 1, 0, 77]))
     assert max(sizes) <= 70
@@ -109,11 +109,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     expected = scorer.score(docs)
     forward, sizes = scorer._forward_once, []
 
-    def out_of_memory_above_100_tokens(windows, policies, layers):
+    def out_of_memory_above_100_tokens(windows, policies, *recorded):
         sizes.append(sum(len(window.input_ids) for window in windows))
         if sizes[-1] > 100:
             raise error
-        return forward(windows, policies, layers)
+        return forward(windows, policies, *recorded)
 
     scorer._forward_once = out_of_memory_above_100_tokens
     results = scorer.score(docs)
@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
 def test_a_window_that_never_fits_is_named():
     scorer = engine()
 
-    def never(windows, policies, layers):
+    def never(windows, policies, *recorded):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     scorer._forward_once = never
@@ -136,7 +136,7 @@ def test_a_window_that_never_fits_is_named():
 
 def test_other_errors_are_not_taken_for_out_of_memory():
     scorer = engine()
-    scorer._forward_once = lambda windows, policies, layers: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
+    scorer._forward_once = lambda windows, policies, *recorded: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         scorer.score(documents([20]))
 

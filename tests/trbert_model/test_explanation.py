@@ -105,8 +105,8 @@ def test_a_batch_that_is_halved_is_recorded_once():
     scorer = engine(stride=0)
     forward, failed = scorer._forward_once, []
 
-    def fails_after_its_reductions(windows, policies, layers):
-        results = forward(windows, policies, layers)
+    def fails_after_its_reductions(windows, policies, *recorded):
+        results = forward(windows, policies, *recorded)
         if len(windows) > 2:
             failed.append(len(windows))
             raise MemoryError

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ..configuration import TRBertConfig
 from ..engine import Engine
+from ..engine.options import operating_thresholds
 from ..errors import ConfigurationError
+from ..exits.policies import ExitPolicy
 from ..flops import dense_flops, reduced_flops
 from ..labelled import LabelledCorpus
-from ..reduction.policies import ThresholdPolicy, keep_all
+from ..reduction.policies import keep_all
 from ..reduction.state import Candidates, SelectionPolicy
 from ..tasks.base import DocumentResults
 from ..terminal import clock, get_logger
+from .exits import joint_thresholds
 from .table import SPEEDUPS, Calibration, OperatingPoint, pareto_front
 
 logger = get_logger(__name__)
@@ -147,6 +150,8 @@ def calibrate(
 ) -> Calibration:
     """Measure the dense model, the default thresholds, and the thresholds of each schedule for each speed-up.
 
+    For models with exits or gates, their thresholds are chosen together with those of the tokens (`joint_thresholds`).
+
     Speed-ups that cannot be reached are skipped. The engine must have reduction enabled. Only time in the model is
     counted, dense and reduced on the same documents in the same process.
     """
@@ -156,7 +161,7 @@ def calibrate(
     windows = np.array([len(w.input_ids) for document in documents for w in engine.task.windows(document)])
 
     def measure(thresholds: Sequence[float]) -> OperatingPoint:
-        results, seconds = _timed(engine, documents, ThresholdPolicy(thresholds))
+        results, seconds = _timed(engine, documents, *engine.policies(thresholds))
         scores = corpus.scores(results)
         own = results.kept_tokens / results.num_tokens[:, None]
         drop = 100 * (best - scores)
@@ -179,11 +184,18 @@ def calibrate(
             with contextlib.suppress(ConfigurationError):  # out of reach
                 wanted.append(kept_fractions_for(speedup, config, windows, exponents))
     points: list[OperatingPoint] = []
-    first = keep_logits(engine, documents)
+    first = keep_logits(engine, documents) if wanted else None
+    candidates: Iterable[Sequence[float]] = (
+        thresholds_of(cutoffs_for(engine, documents, fractions, first)) for fractions in wanted
+    )
+    total = len(wanted)
+    if config.exits is not None or config.gates is not None:
+        candidates = joint_thresholds(engine, corpus, list(candidates), speedups)
+        total = len(candidates)
     started = time.monotonic()
-    for fractions in wanted:
-        points.append(measure(thresholds_of(cutoffs_for(engine, documents, fractions, first))))
-        done, total = len(points), len(wanted)
+    for thresholds in candidates:
+        points.append(measure(thresholds))
+        done = len(points)
         logger.info(
             "%d of %d: %.2fx %.2f%% (dense %.2f%%) · ETA %s",
             *(done, total, points[-1].flops_speedup, points[-1].metric, 100 * best.mean()),
@@ -195,7 +207,7 @@ def calibrate(
         documents=len(best),
         metric=corpus.metric,
         dense_metric=100 * float(best.mean()),
-        default=measure(config.selector_thresholds),
+        default=measure(operating_thresholds(config)),
         points=tuple(pareto_front(points)),
         dense_other_metrics=_other_metrics(corpus, dense),
     )
@@ -205,9 +217,11 @@ def _other_metrics(corpus: LabelledCorpus, results: DocumentResults) -> dict[str
     return {name: 100 * value for name, value in corpus.measure(results).items() if name != corpus.metric}
 
 
-def _timed(engine: Engine, documents: Sequence[Any], policy: SelectionPolicy) -> tuple[DocumentResults, float]:
+def _timed(
+    engine: Engine, documents: Sequence[Any], policy: SelectionPolicy, exit_policy: ExitPolicy | None = None
+) -> tuple[DocumentResults, float]:
     before = engine.statistics.model_seconds
-    results = engine.score(documents, policy)
+    results = engine.score(documents, policy, exit_policy)
     return results, engine.statistics.model_seconds - before
 
 

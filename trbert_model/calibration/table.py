@@ -18,7 +18,7 @@ FILE = "calibration.json"
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 CONFIDENCE = 0.95  # of --max-drop, by default
 # Speed-ups whose ratio is at least this count as equal.
-_AS_FAST = 0.99
+AS_FAST = 0.99
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class OperatingPoint:
     """Speed and accuracy on the labelled documents with one set of thresholds.
 
     Attributes:
-        thresholds: keep probabilities, one per reduction.
+        thresholds: keep probabilities, one per reduction, then those of exits and gates, as in `EngineOptions`.
         kept_fractions: of all documents together, one per reduction.
         kept_spread: 5th and 95th percentile of the kept fraction per document, one pair per reduction.
         flops_speedup, measured_speedup: over the dense model, all documents together.
@@ -109,7 +109,7 @@ class Calibration:
             ConfigurationError: no point qualifies; the message names the nearest one.
         """
         if speedup is not None:
-            fast = [point for point in self.points if point.flops_speedup >= speedup * _AS_FAST]
+            fast = [point for point in self.points if point.flops_speedup >= speedup * AS_FAST]
             if fast:
                 return min(fast, key=lambda point: point.drop)
             raise ConfigurationError(
@@ -180,7 +180,7 @@ def pareto_front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
     for point in sorted(points, key=lambda point: (-point.flops_speedup, -point.metric)):
         if front and point.metric <= front[-1].metric:
             continue
-        while front and point.flops_speedup >= _AS_FAST * front[-1].flops_speedup:
+        while front and point.flops_speedup >= AS_FAST * front[-1].flops_speedup:
             front.pop()
         front.append(point)
     return front[::-1]

@@ -21,6 +21,7 @@ from ..checkpoints.loading import load_model
 from ..configuration import TRBertConfig
 from ..errors import InputError, TRBertError
 from ..exits.policies import NO_EXITS, ExitPolicy, ExitThresholds
+from ..exits.recording import ExitRecording, WindowExits, window_exits
 from ..explanation import Explanation, Recording
 from ..flops import dense_flops, spent_flops
 from ..modeling import TRBertPreTrainedModel, fuse_for_inference
@@ -66,8 +67,8 @@ class _Open:
 
 
 _Policies = tuple[SelectionPolicy, ExitPolicy]
-# A window's output, its share of the totals (`_sums`), and the layers that computed each token, if they were counted.
-_Computed = tuple[Any, np.ndarray, np.ndarray | None]
+# A window's output, its share of the totals (`_sums`); on request the layers that computed each token, and the exits.
+_Computed = tuple[Any, np.ndarray, np.ndarray | None, WindowExits | None]
 
 
 @dataclass
@@ -160,6 +161,7 @@ class Engine:
         policy: SelectionPolicy | None = None,
         exit_policy: ExitPolicy | None = None,
         recording: Recording | None = None,
+        exit_recording: ExitRecording | None = None,
     ) -> DocumentResults:
         """Score documents of any length.
 
@@ -169,6 +171,7 @@ class Engine:
             exit_policy: decides what leaves early and which layers are skipped. Default: the thresholds, or nothing if
                 there is a `policy`.
             recording: receives the layers that computed the tokens of some of the documents.
+            exit_recording: receives what all windows answer and cost at each exit. Nothing may leave early.
 
         Raises:
             OutOfMemoryError: a single window does not fit into the device's memory.
@@ -183,7 +186,7 @@ class Engine:
         def compute(complete: int) -> None:
             """Compute the pending batch; after it, all windows of the first `complete` documents are computed."""
             first = len(outputs)
-            for document, window, output, sums in self._compute(pending, policies, recording):
+            for document, window, output, sums in self._compute(pending, policies, recording, exit_recording):
                 entry = waiting[document - first]
                 entry.windows.append(window)
                 entry.outputs.append(output)
@@ -239,30 +242,37 @@ class Engine:
         )
 
     def _compute(
-        self, pending: _Pending, policies: _Policies, recording: Recording | None
+        self,
+        pending: _Pending,
+        policies: _Policies,
+        recording: Recording | None,
+        exit_recording: ExitRecording | None,
     ) -> Iterator[tuple[int, Any, Any, np.ndarray]]:
         """Run one batch; yields each window's document index, the window, its output, and its share of the totals."""
         started = time.perf_counter()
         recorded = [recording is not None and document in recording.documents for document in pending.documents]
-        computed = self._forward(pending.windows, policies, any(recorded))
+        computed = self._forward(pending.windows, policies, any(recorded), exit_recording is not None)
         self.statistics.model_seconds += time.perf_counter() - started
         for i, (document, window) in enumerate(zip(pending.documents, pending.windows)):
-            output, sums, layers = computed[i]
+            output, sums, layers, exits = computed[i]
+            if exit_recording is not None and exits is not None:
+                exit_recording.add(document, window, exits)
             if recording is not None and layers is not None and recorded[i]:
                 recording.windows.setdefault(document, []).append((window, layers))
             yield document, window, output, sums
 
-    def _forward(self, windows: list[Any], policies: _Policies, layers: bool) -> list[_Computed]:
+    def _forward(self, windows: list[Any], policies: _Policies, layers: bool, exits: bool) -> list[_Computed]:
         """Run windows as one batch; halves it if memory runs out.
 
         Args:
             layers: count the layers that compute each token.
+            exits: record each window at each exit.
 
         Raises:
             OutOfMemoryError: a single window does not fit into the device's memory.
         """
         try:
-            return self._forward_once(windows, policies, layers)
+            return self._forward_once(windows, policies, layers, exits)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -276,11 +286,13 @@ class Engine:
         self.statistics.halved_batches += 1
         logger.warning("out of memory on %s with %d tokens in a batch; halving it", self.device, tokens)
         half = len(windows) // 2
-        first, second = (self._forward(part, policies, layers) for part in (windows[:half], windows[half:]))
+        first, second = (self._forward(part, policies, layers, exits) for part in (windows[:half], windows[half:]))
         return first + second
 
     @torch.inference_mode()
-    def _forward_once(self, windows: list[Any], policies: _Policies, layers: bool) -> list[_Computed]:
+    def _forward_once(
+        self, windows: list[Any], policies: _Policies, layers: bool, exits: bool = False
+    ) -> list[_Computed]:
         self.statistics.batches += 1
         batch = VarlenBatch.from_sequences(
             [window.input_ids for window in windows], self.task.token_types(windows), device=self.device
@@ -298,6 +310,7 @@ class Engine:
             selection_policy=policies[0],
             exit_policy=policies[1],
             output_layers=layers,
+            output_exits=exits,
             **extra,
         )
         lengths = [len(window.input_ids) for window in windows]
@@ -305,7 +318,10 @@ class Engine:
         computed: Sequence[np.ndarray | None] = [None] * len(windows)
         if layers:
             computed = np.split(output.trace.token_layers.cpu().numpy(), np.cumsum(lengths)[:-1])
-        return list(zip(outputs, self._sums(output, np.array(lengths)), computed))
+        at_exits: Sequence[WindowExits | None] = [None] * len(windows)
+        if exits:
+            at_exits = window_exits(self.task, self.config, output, lengths)
+        return list(zip(outputs, self._sums(output, np.array(lengths)), computed, at_exits))
 
     def _sums(self, output: Any, lengths: np.ndarray) -> np.ndarray:
         """Of each window: tokens, 1, FLOPs, dense FLOPs, layers that it ran times tokens, and kept tokens."""

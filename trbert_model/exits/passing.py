@@ -63,6 +63,8 @@ class ExitPass:
         layers: int64 (sequences,) or (total tokens,), after how many layers each one left; 0 for the others.
         asked: int64 (sequences, exits), number of rows that each exit computed.
         logits: of each exit, on request, for all units of the batch, in the form of `answers`.
+        computed: of each exit, on request, the units that it computed, int64 indices into `logits`.
+        uncertainties: of each exit, on request, fp32 (sequences,), those of sequences that leave as a whole.
     """
 
     def __init__(
@@ -89,13 +91,16 @@ class ExitPass:
         self.layers = torch.zeros(units, dtype=torch.int64, device=device)
         self.asked = torch.zeros(sequences, len(options.layers), dtype=torch.int64, device=device)
         self.logits: list[Tensor] = []
+        self.computed: list[Tensor] = []
+        self.uncertainties: list[Tensor] = []
+        self._left = torch.zeros(sequences, dtype=torch.int64, device=device)  # sequences that left as a whole
         self._sequence = sequence_of(state.cu_seqlens, len(state.token_indices))
 
     def mean_layers(self) -> Tensor:
         """After how many layers each sequence left, or on average each of its words, fp32 (sequences,)."""
+        if self.words is None or not self.options.halts:
+            return torch.where(self._left > 0, self._left, self.depth).float()
         layers = torch.where(self.layers > 0, self.layers, self.depth).float()
-        if self.words is None:
-            return layers
         sequence, layers = self._sequence[self.words.first], layers[self.words.first]
         sums = torch.zeros(len(self.asked), 2, device=layers.device)
         sums.index_add_(0, sequence, torch.stack([layers, torch.ones_like(layers)], 1))
@@ -129,11 +134,13 @@ class ExitPass:
 
     def _sequences(self, state: TokenState, index: int, ran: Tensor | None) -> TokenState:
         logits = self.heads[index](state)
+        uncertain = uncertainty(logits)
         if self.record:
-            self.logits.append(self.answers.new_zeros(self.answers.shape).index_copy(0, state.sequences, logits))
+            self._record(state.sequences, logits)
+            self._record_uncertainty(state.sequences, uncertain)
         last = self.options.answers_all and state.layer == self.depth
         rows = torch.ones_like(state.sequences) if self.options.head == "first" else state.cu_seqlens.diff().long()
-        leaves = self.policy.leaves(Asked(index, uncertainty(logits), state.sequences, logits))
+        leaves = self.policy.leaves(Asked(index, uncertain, state.sequences, logits))
         if ran is not None and not last:
             leaves, rows = leaves & ran, rows * ran
         self.asked[:, index] = self.asked[:, index].index_copy(0, state.sequences, rows)
@@ -141,7 +148,7 @@ class ExitPass:
             leaves = torch.ones_like(leaves)
         left = state.sequences[leaves]
         self.answers = self.answers.index_copy(0, left, logits[leaves])
-        self.layers[left] = state.layer
+        self.layers[left] = self._left[left] = state.layer
         return state.of_sequences(~leaves, remember=self.remember)
 
     def _words(self, state: TokenState, index: int, before_norm: Tensor | None) -> TokenState:
@@ -160,7 +167,7 @@ class ExitPass:
         counts = torch.zeros_like(state.sequences).index_add(0, sequence, torch.ones_like(sequence))
         self.asked[:, index] = self.asked[:, index].index_copy(0, state.sequences, counts)
         if self.record:
-            self.logits.append(self.answers.new_zeros(self.answers.shape).index_copy(0, tokens, logits))
+            self._record(tokens, logits)
         uncertain = uncertainty(logits)
         if not self.options.halts:
             return self._together(state, index, tokens, sequence, counts, logits, uncertain)
@@ -203,8 +210,18 @@ class ExitPass:
             pooled = pooled.index_add(0, sequence, uncertain) / counts.clamp(min=1)
         else:
             pooled = pooled.scatter_reduce(0, sequence, uncertain, "amax")
+        if self.record:
+            self._record_uncertainty(state.sequences, pooled)
         leaves = self.policy.leaves(Asked(index, pooled, state.sequences, None))
         left = tokens[leaves[sequence]]
         self.answers = self.answers.index_copy(0, left, logits[leaves[sequence]])
         self.layers[left] = state.layer
+        self._left[state.sequences[leaves]] = state.layer
         return state.of_sequences(~leaves, remember=self.remember)
+
+    def _record(self, units: Tensor, logits: Tensor) -> None:
+        self.logits.append(self.answers.new_zeros(self.answers.shape).index_copy(0, units, logits))
+        self.computed.append(units)
+
+    def _record_uncertainty(self, sequences: Tensor, uncertain: Tensor) -> None:
+        self.uncertainties.append(uncertain.new_ones(len(self.asked)).index_copy(0, sequences, uncertain))
