@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
-test: .venv/installed .venv/browser
+test: .venv/installed .venv/browser .venv/prometheus
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -50,6 +50,13 @@ build/demo/model/config.json: .venv/installed
 # 250 MB that only the tests of pages need; without it they are skipped, but not in CI.
 .venv/browser: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]' || echo "There is no browser for this machine: see tests/look"
+	touch $@
+
+# Debian's Prometheus and promtool, 100 MB that only tests need; without them these are skipped, but not in CI.
+.venv/prometheus: APT := apt-get -qq --option APT::Sandbox::User=root
+.venv/prometheus: .venv/installed
+	mkdir -p $@-deb && cd $@-deb && { $(APT) download prometheus || { $(APT) update && $(APT) download prometheus; }; } && \
+	    dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb || echo "There is no Prometheus here: see tests/monitoring"
 	touch $@
 
 # The pictures of the documentation.

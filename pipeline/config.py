@@ -93,6 +93,12 @@ class ScoreConfig:
     delete_removed: bool = option(False, "delete the results of shards that are no longer in the corpus")
     overwrite: bool = option(False, "replace an output made with another model or other options")
     samples: bool = option(True, "show ten documents with their texts in the run's page; --no-samples leaves them out")
+    metrics_file: str | None = option(
+        None, "keep the run's metrics in this .prom file, for the node exporter's textfile collector", path=True
+    )
+    openlineage: str | None = option(
+        None, "send lineage events to this OpenLineage server (its URL), or append them to this file", path=True
+    )
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """The exceptions that the pipeline raises. The commands print them as one line and exit with their `exit_code`."""
 
+from trbert_model.errors import TRBertError
 from trbert_model.terminal import printable
 
 
@@ -44,3 +45,12 @@ class StoppedError(PipelineError):
 
 class AbandonedError(StoppedError):
     """A stopped run did not end in time; one of its threads may still be blocked."""
+
+
+def exit_code_of(error: BaseException | None) -> int:
+    """The exit code of a command that ends with this error."""
+    if isinstance(error, PipelineError):
+        return error.exit_code
+    if isinstance(error, TRBertError):
+        return UsageError.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else PipelineError.exit_code

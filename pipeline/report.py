@@ -91,6 +91,21 @@ class ActorSpan:
     busy_seconds: float
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        share: the share of its shards' bytes that is done.
+        documents: documents that are scored, those of splits in progress included.
+        eta_seconds: remaining time at the speed so far; None if no document is scored yet.
+    """
+
+    share: float
+    documents: int
+    eta_seconds: float | None
+
+
 class RunStatistics:
     """Collects the statistics of a run on the driver."""
 
@@ -162,26 +177,30 @@ class RunStatistics:
         """Bytes of shards that are neither done nor given up; under_way: splits in progress."""
         return max(self._bytes_total - self._bytes_done - self._bytes_under_way(under_way), 0.0)
 
+    def progress(self, under_way: Sequence[UnderWay] = ()) -> Progress:
+        """How far the run is, with the splits in progress."""
+        now = time.time()
+        spans = list(self.actors.values())  # a copy, since this is called in another thread
+        first = min([*(span.first_start for span in spans), *(split.started for split in under_way)], default=now)
+        size = self._bytes_done + self._bytes_under_way(under_way)
+        # A split that has ended and is not committed yet is in neither.
+        share, documents = self._shown = (
+            max(self._shown[0], min(size / max(self._bytes_total, 1.0), 1.0)),
+            max(self._shown[1], self.total.documents + sum(split.documents for split in under_way)),
+        )
+        return Progress(share, documents, max(now - first, 0.0) * (1 - share) / share if documents and share else None)
+
     def progress_line(self, under_way: Sequence[UnderWay] = ()) -> str:
         """One line: documents, speed, kept tokens, and the remaining time at the current speed.
 
         Args:
             under_way: splits in progress. Speed and kept tokens are those of committed splits.
         """
-        now, total = time.time(), self.total
-        spans = list(self.actors.values())  # a copy, since this is called in another thread
-        first = min([*(span.first_start for span in spans), *(split.started for split in under_way)], default=now)
-        size = self._bytes_done + self._bytes_under_way(under_way)
-        # A split that has ended and is not committed yet is in neither.
-        done, documents = self._shown = (
-            max(self._shown[0], min(size / max(self._bytes_total, 1.0), 1.0)),
-            max(self._shown[1], total.documents + sum(split.documents for split in under_way)),
-        )
-        elapsed = clock(now - self.started)
-        if not documents:
+        elapsed, total, progress = clock(time.time() - self.started), self.total, self.progress(under_way)
+        if not progress.documents:
             return f"{elapsed} starting: no document is scored yet"
-        eta = clock(max(now - first, 0.0) * (1 - done) / done) if done else "unknown"
-        parts = [f"{elapsed} {100 * done:.0f}%", f"{documents:,} documents"]
+        eta = "unknown" if progress.eta_seconds is None else clock(progress.eta_seconds)
+        parts = [f"{elapsed} {100 * progress.share:.0f}%", f"{progress.documents:,} documents"]
         if self.splits:
             kept = " / ".join(f"{100 * k / max(total.tokens, 1):.0f}%" for k in total.kept_tokens) or "all"
             parts += [f"{total.tokens / max(self.steady_seconds(), 1e-9):,.0f} tokens/s", f"kept {kept}"]

@@ -20,16 +20,18 @@ from .commit import Committed, bind_output, clear_output, output_identity, settl
 from .config import ScoreConfig, identity_defaults
 from .corpus import MARKERS, RUNS, SAMPLES, Shard
 from .deaths import write_deaths
-from .errors import LeaseLostError, PipelineError, StoppedError, StorageError, UsageError
+from .errors import LeaseLostError, PipelineError, StoppedError, StorageError, UsageError, exit_code_of
 from .finish_by import FinishBy, ScoredSplit
 from .job import Job, make_job
+from .lineage import Lineage
 from .lock import OutputLock
 from .manifest import SUCCESS, Marker, read_markers, write_manifest
+from .metrics import RunMetrics
 from .page import earlier_reports, write_page
 from .placement import Placement, auto_dtype, place_actors
 from .plan import Plan, make_plan
 from .ray_start import RayStart, first_line
-from .report import RunStatistics, SplitStats
+from .report import Progress, RunStatistics, SplitStats
 from .rows import ErrorKind
 from .schema import is_outgrown, known_types, settle_output, settle_types, shown, strings_for_nulls
 from .stopping import StopRequest
@@ -52,12 +54,16 @@ class RunContext:
         started: when it started, in seconds since the epoch.
         stop: request to stop it.
         patience: when it gives up.
+        metrics: its metrics; None for those at Ray's endpoint only.
+        lineage: where it reports what it reads and writes.
     """
 
     run_id: str = field(default_factory=lambda: time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(3))
     started: float = field(default_factory=time.time)
     stop: StopRequest = field(default_factory=StopRequest)
     patience: Patience = field(default_factory=Patience)
+    metrics: RunMetrics | None = None
+    lineage: Lineage = field(default_factory=Lineage)
 
 
 def score(config: ScoreConfig, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -79,11 +85,24 @@ def score(config: ScoreConfig, stop: StopRequest | None = None) -> dict[str, Any
         AbandonedError: the run was stopped and did not end in time.
         PipelineError: the run failed. Committed splits are kept, and the next run finishes the rest.
     """
-    run = RunContext(stop=stop or StopRequest())
+    wanted = not config.dry_run
+    metrics = RunMetrics(config.output, config.metrics_file) if wanted else None
+    lineage = Lineage(config.openlineage if wanted else None)
+    run = RunContext(stop=stop or StopRequest(), metrics=metrics, lineage=lineage)
     run.stop.grace = config.stop_grace
     if (after := config.stop_after_seconds) is not None:
         run.stop.deadline = (run.started + after, f"{config.stop_after} are over")
-    return run.stop.run(lambda: _score(config, run))
+    report = raised = None
+    try:
+        report = run.stop.run(lambda: _score(config, run))
+        return report
+    except BaseException as error:
+        raised = error
+        raise
+    finally:
+        if metrics is not None:
+            metrics.end(report["exit_code"] if report is not None else exit_code_of(raised))
+        lineage.end(report, raised)
 
 
 def _score(config: ScoreConfig, run: RunContext) -> dict[str, Any]:
@@ -120,6 +139,7 @@ def run_job(job: Job, run: RunContext, ray_start: RayStart) -> dict[str, Any]:
         job = job.locked(lock.check)
         job.require_output()
         job.output.sweep()
+        run.lineage.start(run.run_id, run.started, job.config.input, job.output.uri)
         plan = None if job.differences else make_plan(job.shards, job.output, job.recorded_key)
         if plan is not None and not plan.pending:
             return _Run(job, plan, run, lock).execute()
@@ -202,6 +222,7 @@ class _Run:
         self.job, self.config, self.output, self.plan = job, job.config, job.output, plan
         self.run_id, self.stop, self.patience, self.lock = context.run_id, context.stop, context.patience, lock
         self.statistics = RunStatistics(self.run_id, plan, context.started)
+        self.metrics = context.metrics or RunMetrics(job.output.uri)
         self.progress = {shard.path: _ShardProgress(shard) for shard, _ in plan.pending}
         self.markers: dict[str, Marker] = dict(plan.markers)  # by path; of complete and removed shards
         self.marker_writers = ThreadPoolExecutor(8, thread_name_prefix="marker")
@@ -243,6 +264,8 @@ class _Run:
         finally:
             self.marker_writers.shutdown(wait=True)
             self.statistics.stopped = self.stop.reason
+            self._observe()
+            self.metrics.end(code)  # while Ray is there
             report = self.statistics.report(status=status, exit_code=code, settings=self._settings(placement))
             if self.finish_by is None:
                 report["warnings"] = kept_drift(report["kept_fractions"], self.job.expectation)
@@ -315,13 +338,17 @@ class _Run:
         return all(progress.is_complete for progress in self.progress.values()) and not self.statistics.unreadable
 
     def _stream(self, placement: Placement) -> None:
-        stream = Stream(self.job, placement, self.statistics, self.patience, self.finish_by)
+        stream = Stream(self.job, placement, self.statistics, self.patience, self.finish_by, self._observe)
         try:
             stream.run(self.plan.pending, self._take, self.stop)
         finally:
             self.failure = stream.failure or self.failure
         for written in self.written:
             written.result()
+
+    def _observe(self, progress: Progress | None = None) -> None:
+        deadline = self.stop.deadline
+        self.metrics.update(self.statistics, progress, deadline[0] if deadline else None)
 
     def _take(self, row: dict[str, Any]) -> None:
         """Record a row that left the pipeline, and write its shard's marker if the shard is now complete."""
@@ -359,6 +386,7 @@ class _Run:
                 row["shard_rows"],
                 actor,
             )
+            self.metrics.add_split(stats)
             if self.finish_by is not None:
                 size = progress.shard.size * row["rows"] / max(row["shard_rows"], 1)
                 split = ScoredSplit(actor["point"], actor["actor"], actor["start"], actor["end"], size)

@@ -25,7 +25,7 @@ from .placement import Placement
 from .predict import SplitPredictor
 from .ray_internals import OverError
 from .ray_start import data_context
-from .report import RunStatistics
+from .report import Progress, RunStatistics
 from .stopping import StopRequest
 from .watch import LOOK_SECONDS, StopWatch
 
@@ -55,6 +55,9 @@ class Patience:
 class Stream:
     """The pipeline of a job over its pending shards.
 
+    Args:
+        observe: called periodically with the run's progress.
+
     Attributes:
         failure: why the run cannot go on; None if it can.
     """
@@ -66,9 +69,10 @@ class Stream:
         statistics: RunStatistics,
         patience: Patience = Patience(),
         finish_by: FinishBy | None = None,
+        observe: Callable[[Progress], None] = lambda progress: None,
     ):
         self.job, self.placement, self.statistics, self.patience = job, placement, statistics, patience
-        self.finish_by = finish_by
+        self.finish_by, self._observe = finish_by, observe
         self.failure: str | None = None
         self._deaths = read_deaths(job.output)
         self._ledger = start_ledger(self._deaths)
@@ -135,11 +139,12 @@ class Stream:
         )
 
     def _look(self) -> str | None:
-        """Store known deaths, steer the speed, kill hung processes, and return why the run cannot go on, if so.
+        """Store known deaths, report progress, steer the speed, kill hung processes; returns why the run cannot go on.
 
         Called periodically.
         """
         self._keep_deaths()
+        self._observe(self.statistics.progress(self._ledger.under_way()))
         if self.finish_by is not None:
             self._steer(self.finish_by)
         config, patience = self.job.config, self.patience

@@ -66,7 +66,13 @@ def submit(cluster, submission: str, *arguments: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="session")
-def good_job(ray_cluster, s3, model_directory):
+def left_behind(tmp_path_factory):
+    """Where the submitted job leaves its metrics and its lineage."""
+    return tmp_path_factory.mktemp("left")
+
+
+@pytest.fixture(scope="session")
+def good_job(ray_cluster, s3, model_directory, left_behind):
     """Where a submitted job found its corpus, and how it ended: the working directory travels, the rest is in S3."""
     bucket = s3.bucket("job-submit")
     sink = pa.BufferOutputStream()
@@ -75,4 +81,5 @@ def good_job(ray_cluster, s3, model_directory):
     for path in model_directory.iterdir():
         Storage(f"{bucket}/model").write(path.name, path.read_bytes())
     places = ("--input", f"{bucket}/in", "--output", f"{bucket}/out", "--model", f"{bucket}/model")
-    return bucket, submit(ray_cluster, "nightly-1", *places)
+    leaves = ("--metrics-file", str(left_behind / "trbert.prom"), "--openlineage", str(left_behind / "lineage.jsonl"))
+    return bucket, submit(ray_cluster, "nightly-1", *places, *leaves)

@@ -16,7 +16,7 @@ from tests.integration.conftest import ROOT, submit
 from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY
 
 
-def test_secrets_reach_no_log_report_marker_exception_or_dump(good_job, ray_cluster, s3, model_directory):
+def test_secrets_reach_no_log_report_marker_exception_or_dump(good_job, ray_cluster, s3, model_directory, left_behind):
     """Runs that worked, that ended in a storage error, whose shards are broken; then everything they wrote."""
     bucket, good = good_job
     places = ("--input", f"{bucket}/in", "--model", str(model_directory))
@@ -37,6 +37,8 @@ def test_secrets_reach_no_log_report_marker_exception_or_dump(good_job, ray_clus
     for path in Path(ray_cluster.head_node.get_session_dir_path()).rglob("*"):
         if path.is_file() and "runtime_resources" not in path.parts:  # the uploaded working directory: our own source
             written[str(path)] = path.read_bytes()
+    for path in left_behind.iterdir():
+        written[str(path)] = path.read_bytes()
     dashboard = f"http://{ray_cluster.head_node.webui_url}"
     for what in (state.list_jobs, state.list_actors, state.list_tasks, state.list_runtime_envs, state.list_workers):
         found = what(address=dashboard, detail=True, limit=10_000, raise_on_missing_output=False)
@@ -45,6 +47,7 @@ def test_secrets_reach_no_log_report_marker_exception_or_dump(good_job, ray_clus
     assert len(written) > 50
     assert any("_shards/" in name for name in written)
     assert any("_runs/" in name for name in written)
+    assert any(name.endswith(".prom") for name in written)
     leaks = [name for name, data in written.items() for secret in (SECRET_KEY, ACCESS_KEY) if secret.encode() in data]
     assert not leaks
 
