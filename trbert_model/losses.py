@@ -6,7 +6,7 @@ in the same order: all examples of the first copy, then those of the second, and
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .errors import ConfigurationError
 from .varlen import top_tokens
+
+if TYPE_CHECKING:
+    from .exits.passing import ExitPass
 
 
 class TaskLosses(Protocol):
@@ -30,6 +33,16 @@ class TaskLosses(Protocol):
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         """The loss against the dense model's outputs, `batch["teacher"]`, (repeats · examples,)."""
+
+    def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
+        """The mean loss of each exit over what it judged, (exits,), for tasks with exits (`Task.exit_heads`).
+
+        Without that of an exit that answers for all, which is the model's classifier.
+
+        Args:
+            exits: of a pass that recorded the logits.
+            distilled: against the dense model's outputs, not the labels.
+        """
 
     def signals(self, output: Any) -> Tensor:
         """The part of the dense model's output to use as `batch["teacher"]`, (rows, columns)."""

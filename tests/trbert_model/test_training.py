@@ -103,7 +103,7 @@ def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, caplog):
     progress = r"stage 2 of 4, imitation · step 10 of 32 · ETA 0:00:\d\d · loss [\d.]+ · "
     assert any(re.match(progress, line) for line in said)
     done = [line.split(" · ")[0] for line in said if " · done: " in line]
-    assert done == [f"stage {i} of 4, {stage}" for i, stage in enumerate(STAGES, 1)]
+    assert done == [f"stage {i} of 4, {stage}" for i, stage in enumerate(STAGES[:4], 1)]
     card = (corpus / "model/README.md").read_text()
     assert f"| joint | {100 * measured['joint']['accuracy']:.2f}% " in card
     assert str(corpus) not in card

@@ -20,7 +20,7 @@ from ..tasks.classification.task import ClassificationTask
 from ..tasks.multiple_choice.head import TRBertForMultipleChoice
 from ..tasks.registry import KINDS, MULTIPLE_CHOICE, NO_TASK, TASKS, task_of
 from ..tasks.token_classification.task import TokenClassificationTask
-from .early_exits import read_exits
+from .early_exits import read_exits, with_exits
 from .files import saved_files
 from .source import read_config, without_wrappers
 
@@ -28,6 +28,11 @@ from .source import read_config, without_wrappers
 MODULES_TO_SAVE = [*dict.fromkeys(module for task in TASKS.values() for module in task.head_modules), "pooler"]
 MODULES_TO_SAVE += ["linear_1", "linear_2"]  # of selectors
 MODULES_TO_SAVE += ["word_weight", "asks", "answers", "evidence"]  # of question-aware selectors
+
+# Configuration fields of the selectors.
+_SELECTOR_FIELDS = (
+    "reduction_layers", "selector_size", "selector_thresholds", "question_aware", "question_layers"
+)  # fmt: skip
 
 # Names of the heads of exits and gates.
 _EARLY = re.compile(r"bert\.encoder\.(exits|gates)\.")
@@ -42,6 +47,9 @@ def convert_checkpoint(
     selector_size: int | None = None,
     question_aware: bool = False,
     max_positions: int | None = None,
+    keep_selectors: bool = False,
+    exits: dict[str, Any] | None = None,
+    gates: dict[str, Any] | None = None,
 ) -> TRBertPreTrainedModel:
     """Convert a checkpoint directory to a TR-BERT model, in eval mode and fp32.
 
@@ -51,7 +59,7 @@ def convert_checkpoint(
     Args:
         src: a directory with config.json and safetensors weights: transformers BERT, DistilBERT, RoBERTa or XLM-R, or
             the original TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a model saved by
-            this package, whose selectors are replaced by new ones.
+            this package, whose selectors are replaced by new ones, unless `keep_selectors`.
         task: one of `KINDS`. Default: the task of the checkpoint's head. A single output means regression, unless the
             checkpoint's class is a multiple-choice model.
         head: configuration fields of a new head for the task (`Task.learnt_head`), which replaces the checkpoint's.
@@ -62,6 +70,9 @@ def convert_checkpoint(
         max_positions: extend the position table to this many positions. New ones are initialised with copies of the
             existing ones, in order, as in Longformer. The model must then be trained: until then it cannot tell a new
             position from the one that it was copied from.
+        keep_selectors: keep the selectors of a model saved by this package, with their thresholds, unless other
+            `reduction_layers` are given.
+        exits, gates: as for `with_exits`.
 
     Raises:
         ConfigurationError: `max_positions` is less than the checkpoint has, or an option is invalid.
@@ -70,7 +81,10 @@ def convert_checkpoint(
     """
     src = Path(src)
     try:
-        return _converted(src, task, head, reduction_layers, selector_size, question_aware, max_positions)
+        model = _converted(
+            src, task, head, reduction_layers, selector_size, question_aware, max_positions, keep_selectors
+        )
+        return model if exits is None and gates is None else with_exits(model, exits, gates)
     except TRBertError:
         raise
     except Exception as error:  # whatever else transformers and torch find wrong with a configuration or a tensor
@@ -88,6 +102,7 @@ def _converted(
     selector_size: int | None,
     question_aware: bool,
     max_positions: int | None,
+    keep_selectors: bool,
 ) -> TRBertPreTrainedModel:
     raw_config, tensors = _read(src)
     kind = raw_config["model_type"]
@@ -97,7 +112,15 @@ def _converted(
             f"{src}: a {kind} checkpoint, not a BERT, DistilBERT, RoBERTa, XLM-R or original TR-BERT to convert"
         )
     family = BACKBONES[backbone]
-    if kind == TRBertConfig.model_type:
+    kept: dict[str, Any] = {}
+    if (
+        kind == TRBertConfig.model_type
+        and keep_selectors
+        and reduction_layers in (None, raw_config.get("reduction_layers"))
+    ):
+        kept = {name: raw_config[name] for name in _SELECTOR_FIELDS if name in raw_config}
+        reduction_layers = None
+    elif kind == TRBertConfig.model_type:
         tensors = {name: value for name, value in tensors.items() if ".selectors." not in name}
     selectors_stored = any(".linear_1." in name for name in tensors)
     if selectors_stored and reduction_layers is not None:
@@ -130,18 +153,19 @@ def _converted(
         )
 
     try:
-        config = _config(raw_config, state, backbone, task, head, reduction_layers)
+        config = _config(raw_config, state, backbone, task, head, {"reduction_layers": reduction_layers} | kept)
     except ConfigurationError as error:
         raise ConfigurationError(f"{src}: {error}") from error
     if selector_size is not None and not selectors_stored:
         config.selector_size = selector_size
-    config.question_aware = question_aware and not selectors_stored
+    if not kept:
+        config.question_aware = question_aware and not selectors_stored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same new selectors and head at every conversion
         model = _model_class(task)(config)
         for selector in model.base_model.encoder.selectors:
             selector.start_afresh()
-        if config.question_aware:
+        if config.question_aware and not kept:
             config.selector_thresholds = [0.0] * len(config.reduction_layers)  # keep all tokens
     if task == NO_TASK:
         state = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
@@ -306,11 +330,10 @@ def _config(
     backbone: str,
     task: str,
     head: dict[str, Any] | None,
-    reduction_layers: list[int] | None,
+    selectors: dict[str, Any],
 ) -> TRBertConfig:
     fields = BACKBONES[backbone].config_fields(raw, state) | {
         "backbone": backbone,
-        "reduction_layers": reduction_layers,
         "exits": raw.get("exits"),
         "gates": raw.get("gates"),
     }
@@ -320,7 +343,7 @@ def _config(
     if head is None and task in TASKS:
         answer = _answer(raw, state)
         head = TASKS[task].saved_head(raw, state if answer is None else {**state, "classifier.weight": answer})
-    fields |= head or {}
+    fields |= (head or {}) | selectors
     config = TRBertConfig(**fields)
     if task in TASKS:
         TASKS[task].check(config)

@@ -1,9 +1,15 @@
-"""Reading checkpoints of DeeBERT (`BertHighway…`), SmartBERT, and SENTEE and TOKEE (one program)."""
+"""Exits and gates of checkpoints: those of DeeBERT (`BertHighway…`), SmartBERT, SENTEE and TOKEE, and new ones."""
 
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..configuration import TRBertConfig
+from ..errors import ConfigurationError
+from ..modeling import TRBertPreTrainedModel
+from ..tasks.registry import task_of_model
 
 # Names of each system → TR-BERT's, in the order in which they are tried.
 _DEEBERT = [
@@ -57,6 +63,48 @@ def read_exits(raw: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
         exits = {"head": "words", "layers": list(range(last)), "unit": "word"}
         return raw | {"model_type": "bert", "exits": exits}, tensors
     return raw, tensors
+
+
+def with_exits(
+    model: TRBertPreTrainedModel, exits: dict[str, Any] | None = None, gates: dict[str, Any] | None = None
+) -> TRBertPreTrainedModel:
+    """The model with new exits and gates instead of its own, in eval mode.
+
+    Nothing leaves and no layer is skipped until thresholds are set, so the outputs are those of the model. Exits begin
+    with the weights of its pooler and of its classifier, as far as they have such modules.
+
+    Args:
+        exits: fields of `ExitOptions`. Default of `layers`: all but the last. None keeps the model's.
+        gates: fields of `GateOptions`. None keeps the model's.
+
+    Raises:
+        ConfigurationError: an option is invalid, the model's task has no such exits, or its last exit is its classifier
+            (`answers_all`), which new ones cannot replace.
+    """
+    own, replaced = model.config.exit_options, []
+    fields = model.config.to_dict()
+    if exits is not None:
+        if (own is not None and own.answers_all) or exits.get("answers_all"):
+            raise ConfigurationError("exits: an exit that answers for all is the model's classifier; train a new one")
+        fields["exits"] = {"layers": list(range(model.config.num_hidden_layers - 1))} | exits
+        replaced.append(".exits.")
+    if gates is not None:
+        fields["gates"] = gates
+        replaced.append(".gates.")
+    config = TRBertConfig.from_dict(fields)
+    task_of_model(model).check(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same new exits at every conversion
+        new = type(model)(config)
+    kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in replaced)}
+    new.load_state_dict(kept, strict=False)
+    if exits is not None:
+        for head in new.base_model.encoder.exits:
+            if config.exits["head"] == "first":
+                head.dense.load_state_dict(new.base_model.pooler.dense.state_dict())
+            if config.exits["head"] in ("first", "words"):
+                head.classifier.load_state_dict(new.classifier.state_dict())
+    return new.eval()
 
 
 def _renamed(tensors: dict[str, Tensor], names: list[tuple[str, str]]) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ class ExitPass:
         layers: int64 (sequences,) or (total tokens,), after how many layers each one left; 0 for the others.
         asked: int64 (sequences, exits), number of rows that each exit computed.
         logits: of each exit, on request, for all units of the batch, in the form of `answers`.
-        computed: of each exit, on request, the units that it computed, int64 indices into `logits`.
+        judged: of each exit with its logits, bool (sequences,) or (total tokens,), the units that it judged. The others
+            had left, were dropped, or skipped the layer, and have no logits.
         uncertainties: of each exit, on request, fp32 (sequences,), those of sequences that leave as a whole.
     """
 
@@ -91,7 +92,7 @@ class ExitPass:
         self.layers = torch.zeros(units, dtype=torch.int64, device=device)
         self.asked = torch.zeros(sequences, len(options.layers), dtype=torch.int64, device=device)
         self.logits: list[Tensor] = []
-        self.computed: list[Tensor] = []
+        self.judged: list[Tensor] = []
         self.uncertainties: list[Tensor] = []
         self._left = torch.zeros(sequences, dtype=torch.int64, device=device)  # sequences that left as a whole
         self._sequence = sequence_of(state.cu_seqlens, len(state.token_indices))
@@ -105,6 +106,11 @@ class ExitPass:
         sums = torch.zeros(len(self.asked), 2, device=layers.device)
         sums.index_add_(0, sequence, torch.stack([layers, torch.ones_like(layers)], 1))
         return torch.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], float(self.depth))
+
+    def recorded(self) -> list[tuple[Tensor, Tensor]]:
+        """`logits` and `judged` of each exit, but not of one that answers for all."""
+        pairs = list(zip(self.logits, self.judged))
+        return pairs[:-1] if self.options.answers_all else pairs
 
     def keeps_before_norm(self, layer: int) -> bool:
         """Whether the states before the last normalisation of this layer are needed."""
@@ -132,13 +138,18 @@ class ExitPass:
             return self._sequences(state, index, ran)
         return self._words(state, index, before_norm)
 
+    def _record(self, units: Tensor, logits: Tensor) -> None:
+        self.logits.append(self.answers.new_zeros(self.answers.shape).index_copy(0, units, logits))
+        self.judged.append(torch.zeros_like(self.layers, dtype=torch.bool).index_fill(0, units, True))
+
     def _sequences(self, state: TokenState, index: int, ran: Tensor | None) -> TokenState:
         logits = self.heads[index](state)
         uncertain = uncertainty(logits)
-        if self.record:
-            self._record(state.sequences, logits)
-            self._record_uncertainty(state.sequences, uncertain)
         last = self.options.answers_all and state.layer == self.depth
+        if self.record:
+            judged = torch.ones_like(state.sequences, dtype=torch.bool) if ran is None or last else ran
+            self._record(state.sequences[judged], logits[judged])
+            self._record_uncertainty(state.sequences, uncertain)
         rows = torch.ones_like(state.sequences) if self.options.head == "first" else state.cu_seqlens.diff().long()
         leaves = self.policy.leaves(Asked(index, uncertain, state.sequences, logits))
         if ran is not None and not last:
@@ -218,10 +229,6 @@ class ExitPass:
         self.layers[left] = state.layer
         self._left[state.sequences[leaves]] = state.layer
         return state.of_sequences(~leaves, remember=self.remember)
-
-    def _record(self, units: Tensor, logits: Tensor) -> None:
-        self.logits.append(self.answers.new_zeros(self.answers.shape).index_copy(0, units, logits))
-        self.computed.append(units)
 
     def _record_uncertainty(self, sequences: Tensor, uncertain: Tensor) -> None:
         self.uncertainties.append(uncertain.new_ones(len(self.asked)).index_copy(0, sequences, uncertain))

@@ -120,9 +120,9 @@ def window_exits(task: Task, config: "TRBertConfig", output: Any, lengths: list[
     if options is None or options.halts:
         raise ConfigurationError("only models whose documents leave early can be recorded at their exits")
     outputs = []
-    for logits, computed in zip(exits.logits, exits.computed):
+    for logits, judged in zip(exits.logits, exits.judged):
         # A word that was dropped before answers from the state that it left with.
-        answers = output.logits.index_copy(0, computed, logits[computed].to(output.logits.dtype))
+        answers = torch.where(judged[:, None], logits.to(output.logits.dtype), output.logits)
         outputs.append(task.window_outputs(SimpleNamespace(logits=answers), lengths))
     outputs.append(task.window_outputs(output, lengths))
     asked, counts = exits.asked.cpu().numpy(), output.trace.counts.cpu().numpy()

@@ -128,6 +128,8 @@ class Task(ABC):
     labels_whole_documents: ClassVar[bool]
     # Whether its windows begin with a question, which selectors can use.
     asks: ClassVar[bool]
+    # What the exits of its models may read, of `exits.options.HEADS`.
+    exit_heads: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -143,7 +145,12 @@ class Task(ABC):
     @classmethod
     def check(cls, config: "TRBertConfig") -> None:
         """Raise ConfigurationError if the task does not support a saved model's configuration."""
-        return
+        exits = config.exit_options
+        if exits is not None and exits.head not in cls.exit_heads:
+            allowed = f"only exits that read {' or '.join(cls.exit_heads)}" if cls.exit_heads else "no exits"
+            raise ConfigurationError(f"exits: {exits.head!r} is not for {cls.name}, which has {allowed}")
+        if config.gates is not None and not cls.labels_whole_documents:
+            raise ConfigurationError(f"gates: they skip layers of whole documents, so they are not for {cls.name}")
 
     # Rows to windows.
 

@@ -1,9 +1,10 @@
 """The options of a training run."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..exits.options import HEADS, ExitOptions
 from ..options import LabelledColumns, option
 from ..tasks.classification.task import ClassificationTask
 from ..tasks.registry import TASKS, task_named
@@ -11,7 +12,8 @@ from ..tasks.registry import TASKS, task_named
 if TYPE_CHECKING:
     import torch
 
-STAGES = ("fine_tune", "imitation", "selectors", "joint")
+STAGES = ("fine_tune", "imitation", "selectors", "joint", "exits")
+REDUCTION_STAGES = STAGES[1:4]  # those that train selectors
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class TrainingConfig(LabelledColumns):
     )
     output: str = option("", "directory for the trained model; a killed run resumes from its stages/", path=True)
     evaluation: str | None = option(None, "documents to measure each stage on, given as for train", path=True)
-    reduction_layers: tuple[int, ...] | None = option(None, "zero-based layers with a selector (default: the paper's)")
+    reduction_layers: tuple[int, ...] | None = option(
+        None,
+        "zero-based layers with a selector (default: the paper's, or the backbone's if only exits are trained; an "
+        "empty list: no reduction)",
+    )
     selector_size: int = option(32, "width of a selector's hidden layer")
     question_aware: bool = option(
         True, "the selectors know the question, and its tokens stay for two thirds of the layers; not so in the paper"
@@ -76,6 +82,16 @@ class TrainingConfig(LabelledColumns):
         "dense model: such as the corpus to score (classification, with distillation)",
         path=True,
     )
+    exits: str | None = option(
+        None,
+        "new exits, after which documents or words can leave: first (as in DeeBERT) or attention (SmartBERT) for "
+        "classification, words (SENTEE, TOKEE) for token classification",
+    )
+    exit_layers: tuple[int, ...] | None = option(None, "zero-based layers with an exit (default: all but the last)")
+    exit_unit: str = option(
+        "sequence", "with exits that read words: sequence if all words leave together, word if each is halted by itself"
+    )
+    exit_window: int = option(5, "with exit_unit word: number of words around and with a word that must be sure too")
     adapter_rank: int | None = option(
         None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
     )
@@ -86,9 +102,11 @@ class TrainingConfig(LabelledColumns):
     imitation_epochs: float = option(0.5, "epochs of the selectors' imitation of the guide")
     selectors_epochs: float = option(0.5, "epochs of the selectors' reinforcement")
     joint_epochs: float = option(1.0, "epochs of everything together")
+    exits_epochs: float | None = option(None, "epochs of the exits (default: 3 with `exits`, otherwise 0)")
     learning_rate: float = option(1e-4, "of the dense fine-tune")
     joint_learning_rate: float = option(5e-5, "of everything but the selectors in the joint stage")
     selector_learning_rate: float = option(1e-3, "of the selectors")
+    exit_learning_rate: float = option(5e-4, "of the exits")
     warmup: float = option(0.1, "share of a stage's steps in which the learning rate rises")
     attention_dropout: float = option(0.0, "torch's CPU flash attention knows none; more than 0 trains slower")
     teacher_cache: str | None = option(
@@ -132,9 +150,13 @@ class TrainingConfig(LabelledColumns):
             "joint_length_penalty": 0,
             "guide_rate": 0,
         }
-        for name in (*least, *(f"{stage}_epochs" for stage in STAGES)):
-            if not getattr(self, name) >= least.get(name, 0):  # also rejects NaN
-                raise ConfigurationError(f"{name} {getattr(self, name)} must be at least {least.get(name, 0)}")
+        values = {name: getattr(self, name) for name in least} | {
+            f"{each}_epochs": self.epochs(each) for each in STAGES
+        }
+        for name, value in values.items():
+            if not value >= least.get(name, 0):  # also rejects NaN
+                raise ConfigurationError(f"{name} {value} must be at least {least.get(name, 0)}")
+        self._check_exits()
         if self.selectors_epochs and self.samples < 2:
             raise ConfigurationError(f"samples {self.samples}: reinforcement compares at least 2 (selectors_epochs 0?)")
 
@@ -149,4 +171,28 @@ class TrainingConfig(LabelledColumns):
         return torch.bfloat16 if half else None
 
     def epochs(self, stage: str) -> float:
-        return getattr(self, f"{stage}_epochs")
+        if stage in REDUCTION_STAGES and self.reduction_layers == ():
+            return 0.0
+        epochs = getattr(self, f"{stage}_epochs")
+        if epochs is None:
+            return 3.0 if self.exits else 0.0
+        return epochs
+
+    @property
+    def exit_fields(self) -> dict[str, Any] | None:
+        """The fields of `ExitOptions` for new exits, without their layers if these are not given."""
+        if self.exits is None:
+            return None
+        fields: dict[str, Any] = {"head": self.exits, "unit": self.exit_unit, "window": self.exit_window}
+        return fields if self.exit_layers is None else fields | {"layers": list(self.exit_layers)}
+
+    def _check_exits(self) -> None:
+        allowed = task_named(self.task).exit_heads
+        if self.exits is not None and self.exits not in allowed:
+            raise ConfigurationError(f"exits {self.exits!r}: {self.task} can have {' or '.join(allowed) or 'none'}")
+        if self.exits is None and (self.exit_layers is not None or self.exit_unit != "sequence"):
+            raise ConfigurationError(f"exit_layers and exit_unit need exits: one of {', '.join(HEADS)}")
+        if self.exit_fields is not None:
+            ExitOptions(**{"layers": ()} | self.exit_fields)  # refuses what does not fit together
+        if self.adapter_rank and (self.exits or self.exits_epochs):
+            raise ConfigurationError("exits: an adapter has none; leave adapter_rank out")

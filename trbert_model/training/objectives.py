@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flops import dense_flops, layer_flops, reduced_flops
+from ..configuration import TRBertConfig
+from ..exits.policies import NO_EXITS
+from ..flops import dense_flops, layer_flops, reduced_flops, spent_flops
 from ..losses import TaskLosses
 from ..modeling import TRBertModel
-from ..reduction.policies import TopTokensPolicy
+from ..reduction.policies import TopTokensPolicy, keep_all
 from ..reduction.sampling import SamplingPolicy
 from ..reduction.state import SelectionPolicy
 from ..varlen import sequence_sums
@@ -60,10 +62,15 @@ class Objective(nn.Module):
 
 
 class FineTune(Objective):
-    """Trains the dense model on the task."""
+    """Trains the dense model on the task; with exits that read words, those too (SENTEE and TOKEE's first stage)."""
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        loss = self.losses.labelled(self.model(**inputs_of(batch), reduce=False), batch).mean()
+        exits = self.model.config.exit_options
+        with_exits = exits is not None and exits.head == "words"
+        output = self.model(**inputs_of(batch), reduce=False, output_exits=with_exits)
+        loss = self.losses.labelled(output, batch).mean()
+        if with_exits:
+            loss = _by_depth(self.model.config, self.losses.of_exits(output.exits, batch, distilled=False), loss)
         return {"loss": loss, "task_loss": loss.detach(), "dense_passes": torch.tensor(3.0)}
 
 
@@ -302,6 +309,60 @@ class Joint(Reinforcement):
             **_kept_measurements(kept[reduced], lengths[reduced]),
         }
         return {"loss": loss, **measured}
+
+
+class Exits(Objective):
+    """Trains the exits on the states that inference has, with the sum of their losses (DeeBERT, SmartBERT).
+
+    Only the exits may have trainable parameters: the layers then keep nothing for a backward pass, and a step costs one
+    forward pass. Dropout is off in the layers, unlike in DeeBERT's training, so that exits judge the states of
+    inference; their own is on.
+
+    Args:
+        points: the operating points of the selectors, which do not change; None for a model without any.
+        distillation: learn the dense model's outputs, not the labels.
+    """
+
+    def __init__(self, model: Any, losses: TaskLosses, points: OperatingPoints | None, *, distillation: bool):
+        super().__init__(model, losses)
+        self.points, self.distillation = points, distillation
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        self.model.eval()
+        self.trunk.encoder.exits.train(self.training)
+        output = self.model(
+            **inputs_of(batch),
+            selection_policy=_selection_at(self.points, batch),
+            exit_policy=NO_EXITS,
+            output_exits=True,
+        )
+        losses = self.losses.of_exits(output.exits, batch, distilled=self.distillation)
+        return {
+            "loss": losses.sum(),
+            "exit_loss": losses.detach().mean(),
+            "dense_passes": torch.tensor(_spent(self.model.config, output, batch)),
+        }
+
+
+def _by_depth(config: TRBertConfig, exits: Tensor, final: Tensor) -> Tensor:
+    """The mean of the exits' losses, (exits,), and the final classifier's, (), each weighted with its layers."""
+    assert config.exit_options is not None
+    depths = torch.tensor([*config.exit_options.layers, config.num_hidden_layers - 1], device=exits.device) + 1
+    return (depths * torch.cat([exits, final[None]])).sum() / depths.sum()
+
+
+def _selection_at(points: OperatingPoints | None, batch: dict[str, Tensor]) -> SelectionPolicy:
+    """The selection of inference, with a point drawn for each example."""
+    if points is None:
+        return keep_all
+    return SamplingPolicy(points.cutoffs_at(_points_of(points, batch), sampled=False), at_random=False)
+
+
+def _spent(config: TRBertConfig, output: Any, batch: dict[str, Tensor]) -> float:
+    """FLOPs of a pass relative to the dense model's."""
+    trace, asked = output.trace, output.exits.asked.cpu().numpy()
+    spent = spent_flops(config, trace.counts.cpu().numpy(), asked, trace.gated).sum()
+    return float(spent / dense_flops(config, batch["cu_seqlens"].diff().cpu().numpy()).sum())
 
 
 def _points_of(points: OperatingPoints, batch: dict[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@
    whole corpus before this stage (`teacher`).
 3. `selectors`: only the selectors are trained, by reinforcement (Ye et al., section 3.3).
 4. `joint`: everything is trained, with the task loss of the reduced model against the dense model's outputs.
+5. `exits`: only the exits are trained, on the states that the reduced model has (DeeBERT, section 3).
 
 With `speed_range`, each document of a step is reduced for a speed-up drawn from the range. One model then serves all of
 them, and its thresholds set the speed (`calibration`). With only `speedup`, all documents are reduced for that one.
@@ -43,8 +44,8 @@ from ..tasks.base import TaskOptions
 from ..tasks.registry import task_named
 from ..terminal import get_logger
 from .adapters import AnyModel, merged_copy, with_adapter
-from .config import STAGES, TrainingConfig
-from .objectives import FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
+from .config import REDUCTION_STAGES, STAGES, TrainingConfig
+from .objectives import Exits, FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
 from .processes import is_main_process, replicas, world_size
 from .teacher import TeacherSignals, deep_layer, signals_digest, teacher_signals
 from .trainer import StageTrainer
@@ -54,6 +55,8 @@ logger = get_logger(__name__)
 # Tokens to set thresholds with. Initial cutoffs need fewer, because training adjusts them.
 _CALIBRATION_TOKENS = 60_000
 _STARTING_TOKENS = 15_000
+# Below this uncertainty documents and words leave when the exits' stage is measured.
+_MEASURED_UNCERTAINTY = 0.2
 
 
 def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = None) -> dict:
@@ -119,12 +122,18 @@ def _model(config: TrainingConfig) -> AnyModel:
         selector_size=config.selector_size,
         question_aware=config.question_aware and task.asks,
         max_positions=config.max_positions,
+        keep_selectors=not any(config.epochs(stage) for stage in ("fine_tune", *REDUCTION_STAGES)),
+        exits=config.exit_fields,
     )
+    if model.config.exits is not None:  # thresholds of exits that are trained, or whose layers are, mean nothing
+        model.config.exits = {name: value for name, value in model.config.exits.items() if name != "thresholds"}
+    elif config.epochs("exits"):
+        raise ConfigurationError("exits_epochs: the model has no exits; exits names the kind of new ones")
     model.config.attention_probs_dropout_prob = config.attention_dropout
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = config.attention_dropout
     below = deep_layer(model.config)
-    if config.imitation_epochs and model.config.reduction_layers and model.config.reduction_layers[-1] >= below:
+    if config.epochs("imitation") and model.config.reduction_layers and model.config.reduction_layers[-1] >= below:
         raise ConfigurationError(
             f"reduction layers {model.config.reduction_layers} cannot be taught by imitation: the guide judges layers "
             f"below {below} of this model"
@@ -157,7 +166,7 @@ class _Run:
     def execute(self, selection_policy: SelectionPolicy | None) -> None:
         config, model = self.config, self.model
         reinforced: dict[str, Any] = {"samples": config.samples}
-        if any(config.epochs(stage) for stage in STAGES[1:]):
+        if any(config.epochs(stage) for stage in REDUCTION_STAGES):
             self.fractions()  # refuses speeds that are out of reach, before the fine-tune
         self.stage("fine_tune", FineTune(model, self.dataset.losses))
         self.evaluate("fine_tune", reduce=False)
@@ -166,31 +175,35 @@ class _Run:
         if config.unlabelled:
             self.learn_from(self.corpus.with_unlabelled(config.unlabelled, config))
         losses = self.dataset.losses
-        guided = config.imitation_epochs or config.joint_imitation or (config.selectors_epochs and config.guide_rate)
-        if (guided and losses.guided_by_saliency) or (config.joint_epochs and config.distillation):
-            self.dataset.teacher = self.teacher()
-        if config.imitation_epochs:
+        joint, exits = config.epochs("joint"), config.epochs("exits")
+        guided = config.epochs("imitation") or (joint and config.joint_imitation)
+        guided = bool(guided or (config.epochs("selectors") and config.guide_rate))
+        if (guided and losses.guided_by_saliency) or ((joint or exits) and config.distillation):
+            self.dataset.teacher = self.teacher(guided=guided)
+        if config.epochs("imitation"):
             targets, _ = self.fractions()
             zeros = [[0.0] * len(targets[0])] * len(targets)
             self.stage("imitation", Imitation(model, losses, OperatingPoints(targets, zeros, len(targets[0]))))
             self.set_thresholds()
             self.evaluate("imitation")
-        if config.selectors_epochs:
-            guided = round(config.guide_rate * self.steps(config.selectors_epochs))
+        if config.epochs("selectors"):
+            guided_steps = round(config.guide_rate * self.steps(config.selectors_epochs))
             penalty = config.length_penalty
             self.stage(
                 "selectors",
-                Reinforcement(model, losses, self.points(), length_penalty=penalty, guided_steps=guided, **reinforced),
+                Reinforcement(
+                    model, losses, self.points(), length_penalty=penalty, guided_steps=guided_steps, **reinforced
+                ),
             )
             self.set_thresholds()
             self.evaluate("selectors")
-        if config.joint_epochs:
+        if joint:
             if selection_policy is not None:
                 reinforced["samples"] = 0
             # Here the backbone is still the dense model's, also in a resumed stage: its checkpoint is loaded later.
             dense = copy.deepcopy(model).requires_grad_(False) if config.crops else None
             self.dataset.crops = config.crops
-            joint = Joint(
+            everything = Joint(
                 model,
                 losses,
                 self.points(),
@@ -202,10 +215,15 @@ class _Run:
                 dense=dense,
                 **reinforced,
             )
-            self.stage("joint", joint)
+            self.stage("joint", everything)
             self.set_thresholds()
             self.evaluate("joint", policy=selection_policy)
             self.evaluate("joint_without_reduction", reduce=False)
+        if exits:
+            self.dataset.crops = 0.0
+            self.stage("exits", Exits(model, losses, self.exit_points(), distillation=config.distillation))
+            # As it is saved nothing leaves, as before this stage.
+            self.evaluate(f"exits_at_{_MEASURED_UNCERTAINTY}", thresholds=self.exiting_at(_MEASURED_UNCERTAINTY))
 
     def sample(self, tokens: int) -> list[Any]:
         """A sample of the training documents, of about this many tokens in total."""
@@ -236,6 +254,25 @@ class _Run:
         cutoffs = [cutoffs_for(engine, documents, each, first) for each in fractions]
         return OperatingPoints(fractions, cutoffs, reductions)
 
+    def exit_points(self) -> OperatingPoints | None:
+        """The points to train the exits for: of all speeds, or that of the thresholds; None without reduction."""
+        thresholds = torch.tensor(self.model.config.selector_thresholds)
+        if not len(thresholds):
+            return None
+        if self.config.speed_range is not None:
+            return self.points()
+        return OperatingPoints([], [torch.logit(thresholds).tolist()], len(thresholds))
+
+    def exiting_at(self, uncertainty: float) -> tuple[float, ...]:
+        """The model's thresholds, with this one at all exits."""
+        config = self.model.config
+        exits, gates = config.exit_options, config.gate_options
+        return (
+            *config.selector_thresholds,
+            *([uncertainty] * len(exits.layers)),
+            *([gates.threshold] if gates else []),
+        )
+
     def set_thresholds(self) -> None:
         """Set the thresholds for the requested speed-up, measured on training documents."""
         _, fractions = self.fractions()
@@ -246,25 +283,36 @@ class _Run:
             self.model.config.selector_thresholds = thresholds
             logger.info("kept fractions %s, thresholds %s", np.round(fractions, 3), np.round(thresholds, 3))
 
-    def engine(self, *, reduce: bool = True) -> Engine:
+    def engine(self, *, reduce: bool = True, thresholds: tuple[float, ...] | None = None) -> Engine:
         """An engine with a copy of the model."""
-        options = EngineOptions(reduce=reduce, dtype="float32")
+        options = EngineOptions(reduce=reduce, dtype="float32", thresholds=thresholds)
         return Engine(merged_copy(self.model), self.tokenizer, options)
 
-    def evaluate(self, name: str, *, reduce: bool = True, policy: SelectionPolicy | None = None) -> None:
+    def evaluate(
+        self,
+        name: str,
+        *,
+        reduce: bool = True,
+        policy: SelectionPolicy | None = None,
+        thresholds: tuple[float, ...] | None = None,
+    ) -> None:
         if self.evaluation is not None and is_main_process():
-            measured = evaluate(self.engine(reduce=reduce), self.evaluation, policy)
+            engine = self.engine(reduce=reduce, thresholds=thresholds)
+            measured = evaluate(engine, self.evaluation, policy)
             self.measurements["stages"].setdefault(name, {}).update(measured)
             logger.info("%s: %s", name, measured)
 
-    def teacher(self) -> TeacherSignals:
+    def teacher(self, *, guided: bool) -> TeacherSignals:
         """The dense model's signals, computed once per dense model and corpus and then read from a file."""
         cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
         autocast = self.config.autocast
-        path = cache / f"teacher-{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
+        name = f"{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
+        path = cache / f"teacher-{name}"
+        if not guided and self.dataset.losses.guided_by_saliency and not path.is_file():
+            path = cache / f"outputs-{name}"
         if not path.is_file() and is_main_process():
             self.model.requires_grad_(False)
-            teacher_signals(self.model, self.dataset, autocast=autocast).save(path)
+            teacher_signals(self.model, self.dataset, autocast=autocast, guided=guided).save(path)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return TeacherSignals.load(path)
@@ -286,7 +334,9 @@ class _Run:
             output_dir=str(directory),
             per_device_train_batch_size=config.batch_size // world_size(),
             num_train_epochs=config.epochs(name),
-            learning_rate=config.learning_rate if name == "fine_tune" else config.selector_learning_rate,
+            learning_rate={"fine_tune": config.learning_rate, "exits": config.exit_learning_rate}.get(
+                name, config.selector_learning_rate
+            ),
             warmup_steps=config.warmup,
             max_grad_norm=1.0,
             bf16=config.autocast is torch.bfloat16,
@@ -359,13 +409,26 @@ def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | N
 
 
 def _trainable(model: AnyModel, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
-    """The parameters that a stage trains: the selectors, everything else, or, in the joint stage, both."""
+    """The parameters that a stage trains.
+
+    The fine-tune trains everything but the selectors, the joint stage also these, the others only selectors or exits.
+    Exits that read words learn with the layers, and not in the joint stage.
+    """
+    options = model.config.exit_options
+    answering = f".exits.{len(options.layers) - 1}." if options is not None and options.answers_all else None
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # peft's frozen copy of a module that is trained in full
             continue
         selector = ".selectors." in name
         adapted = not adapter or "lora_" in name or ".modules_to_save." in name
-        if adapted and (stage == "joint" or selector == (stage != "fine_tune")):
+        of_exit = ".exits." in name and not (answering and answering in name)
+        if of_exit:
+            trained = stage == "exits" or (stage == "fine_tune" and options.head == "words")
+        elif stage == "exits":
+            trained = False
+        else:
+            trained = stage == "joint" or selector == (stage != "fine_tune")
+        if adapted and trained:
             yield parameter
 
 

@@ -58,12 +58,23 @@ class TeacherSignals:
 
 
 def teacher_signals(
-    model: Any, dataset: Any, tokens_per_batch: int = 4096, *, autocast: torch.dtype | None = None
+    model: Any,
+    dataset: Any,
+    tokens_per_batch: int = 4096,
+    *,
+    autocast: torch.dtype | None = None,
+    guided: bool = True,
 ) -> TeacherSignals:
-    """Run the dense model over all windows of a `labelled.WindowDataset`; model: a task's model, or peft's wrapper."""
+    """Run the dense model over all windows of a `labelled.WindowDataset`.
+
+    Args:
+        model: a task's model, or peft's wrapper.
+        guided: False leaves out the guide, which takes a backward pass.
+    """
     was_training, losses = model.training, dataset.losses
+    guided = guided and losses.guided_by_saliency
     model.eval()
-    if losses.guided_by_saliency:
+    if guided:
         model.enable_input_require_grads()  # the guide's gradient must pass through layers with frozen weights
     device = next(model.parameters()).device
     all_lengths = torch.tensor([len(window.input_ids) for window in dataset.windows])
@@ -75,7 +86,8 @@ def teacher_signals(
         # Each window is its own example: its signals must not depend on the windows it is drawn with in training.
         batch = dataset.collate([[index] for index in range(start, end)])
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            signals, scores = _signals(model, {name: value.to(device) for name, value in batch.items()}, losses)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            signals, scores = guide(model, batch, losses) if guided else _outputs(model, batch, losses)
         lengths = batch["cu_seqlens"].diff().tolist()
         # Divided by the window's maximum: only the order matters, and raw saliencies would underflow in fp16.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
@@ -84,17 +96,15 @@ def teacher_signals(
         if end * 10 // len(all_lengths) > start * 10 // len(all_lengths):
             logger.info("teacher: %d of %d windows", end, len(all_lengths))
         start = end
-    if losses.guided_by_saliency:
+    if guided:
         model.disable_input_require_grads()
     model.train(was_training)
     bounds, target_bounds = (F.pad(counts.cumsum(0), (1, 0)) for counts in (all_lengths, losses.rows(all_lengths)))
     return TeacherSignals(torch.cat(targets), target_bounds, torch.cat(guides, dim=1), bounds)
 
 
-def _signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
-    """The dense model's outputs and the guide; without layers if the task does not use saliency."""
-    if losses.guided_by_saliency:
-        return guide(model, batch, losses)
+def _outputs(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """The dense model's outputs, and a guide without layers."""
     with torch.no_grad():
         signals = losses.signals(model(**inputs_of(batch), reduce=False))
     return signals, torch.empty(0, len(batch["input_ids"]))
@@ -145,8 +155,10 @@ def deep_layer(config: TRBertConfig) -> int:
 def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:
     """A hash that identifies the signals of a dense model on a corpus, in one precision."""
     digest = hashlib.sha256(f"2;{autocast};".encode())  # 2: version of the file format
+    exits = model.config.exit_options
+    unused = [".selectors.", ".gates."] + ([] if exits is not None and exits.answers_all else [".exits."])
     for name, weight in sorted(model.state_dict().items()):
-        if ".selectors." not in name:
+        if not any(part in name for part in unused):
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     for index, window in enumerate(dataset.windows):

@@ -13,6 +13,7 @@ from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, problem_type_of
 
 if TYPE_CHECKING:
     from ...configuration import TRBertConfig
+    from ...exits.passing import ExitPass
 
 # Target of an unlabelled document in single-label classification. The other problem types use NaN.
 UNLABELLED = -1
@@ -58,8 +59,21 @@ class ClassificationLosses(SaliencyGuided, ABC):
         norm = classifier_inputs.square().sum(-1).clamp(min=1e-6)
         return loss + self.classifier_input_weight * distance / norm.repeat(repeats)
 
+    def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
+        means = []
+        for logits, judged in exits.recorded():
+            if distilled:
+                losses = self.to_logits(logits, batch["teacher"][:, : self.num_labels])
+            else:
+                losses = self.to_labels(logits, batch["labels"])
+            means.append(losses[judged].sum() / judged.sum().clamp(min=1))
+        return torch.stack(means)
+
     def signals(self, output: Any) -> Tensor:
-        return torch.cat([output.logits.float(), output.pooler_output.float()], dim=1)
+        parts = [output.logits.float()]
+        if output.pooler_output is not None:
+            parts.append(output.pooler_output.float())
+        return torch.cat(parts, dim=1)
 
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)

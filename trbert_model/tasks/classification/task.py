@@ -11,7 +11,7 @@ from ...errors import ConfigurationError
 from ..base import DEFAULTS, Task, TaskOptions, lists
 from ..labels import check_label_names, label_names, saved_label_names
 from ..text import BareTokenizer, encode_apart, pieces, spans_of, token_ids, token_offsets
-from .labellings import Labelling, check_problem_type, labelling_of, problem_type_of
+from .labellings import SINGLE_LABEL, Labelling, check_problem_type, labelling_of, problem_type_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,7 @@ class ClassificationTask(Task):
     head_modules = ("classifier",)
     labels_whole_documents = True
     asks = False
+    exit_heads = ("first", "attention")
 
     @classmethod
     def of(cls, tokenizer: Any, config: "TRBertConfig", options: TaskOptions) -> "ClassificationTask":
@@ -68,8 +69,14 @@ class ClassificationTask(Task):
 
     @classmethod
     def check(cls, config: "TRBertConfig") -> None:
+        super().check(config)
         check_label_names(config)
         check_problem_type(config)
+        if (config.exits or config.gates) is not None and problem_type_of(config) != SINGLE_LABEL:
+            raise ConfigurationError(
+                f"exits and gates need one label per document, whose entropy is an uncertainty; not "
+                f"{problem_type_of(config)}"
+            )
 
     def __post_init__(self):
         self.overflow = self.options.overflow

@@ -1,12 +1,15 @@
 """Training losses of token classification."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...losses import SaliencyGuided
+
+if TYPE_CHECKING:
+    from ...exits.passing import ExitPass
 
 IGNORED = -100  # label of tokens that the loss leaves out, as in transformers
 
@@ -27,13 +30,19 @@ class WordLosses(SaliencyGuided):
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         labels = batch["labels"].repeat(repeats)
-        losses = F.cross_entropy(output.logits.float(), labels, ignore_index=IGNORED, reduction="none")
-        return _means(losses, labels != IGNORED, batch, repeats)
+        return _means(_to_labels(output.logits, labels), labels != IGNORED, batch, repeats)
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
-        answers = batch["answers"].repeat(repeats)
-        shares = batch["teacher"].softmax(-1).repeat(repeats, 1)
-        return _means(F.cross_entropy(output.logits.float(), shares, reduction="none"), answers, batch, repeats)
+        answers, teacher = batch["answers"].repeat(repeats), batch["teacher"].repeat(repeats, 1)
+        return _means(_to_logits(output.logits, teacher), answers, batch, repeats)
+
+    def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
+        counted = batch["answers"] if distilled else batch["labels"] != IGNORED
+        means = []
+        for logits, judged in exits.recorded():
+            losses = _to_logits(logits, batch["teacher"]) if distilled else _to_labels(logits, batch["labels"])
+            means.append(_means(losses, counted & judged, batch, 1).mean())
+        return torch.stack(means)
 
     def signals(self, output: Any) -> Tensor:
         return output.logits
@@ -43,6 +52,14 @@ class WordLosses(SaliencyGuided):
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         return batch
+
+
+def _to_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+
+
+def _to_logits(logits: Tensor, teacher: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), teacher.softmax(-1), reduction="none")
 
 
 def _means(losses: Tensor, counted: Tensor, batch: dict[str, Tensor], repeats: int) -> Tensor:

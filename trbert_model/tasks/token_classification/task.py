@@ -86,6 +86,7 @@ class TokenClassificationTask(Task):
     head_modules = ("classifier",)
     labels_whole_documents = False
     asks = False
+    exit_heads = ("words",)
 
     @classmethod
     def of(cls, tokenizer: Any, config: "TRBertConfig", options: TaskOptions) -> "TokenClassificationTask":
@@ -94,6 +95,7 @@ class TokenClassificationTask(Task):
 
     @classmethod
     def check(cls, config: "TRBertConfig") -> None:
+        super().check(config)
         check_label_names(config)
 
     def __post_init__(self):
