@@ -79,8 +79,8 @@ def test_exits_of_a_dense_model_learn_and_nothing_else_does(corpus, kind, monkey
     assert np.mean(seen[-8:]) < 0.7 * np.mean(seen[:4])
     if kind == "first":  # an exit with attention is wider than the layers of this model
         assert measured["exits_at_0.2"]["flops_speedup"] > 1.05
+        assert 0.9 < measured["exits"]["dense_passes_per_document"] < 1.6
     assert measured["exits_at_0.2"]["accuracy"] > 0.8
-    assert 0.9 < measured["exits"]["dense_passes_per_document"] < 1.6
     model, _ = load_model(corpus / "model")
     assert model.config.exit_options.layers == (0, 1, 2)
     assert model.config.exit_options.thresholds == (0.0,) * 3
