@@ -28,6 +28,7 @@ class Run:
         speedups: speed-ups of the calibration table that thresholds are chosen from. Default: `targets`.
         long: also measure the documents of more than 512 tokens separately.
         against: another run on the same documents to compare with, in addition to the dense model.
+        on: the run whose model it continues with. Default: the dense model.
     """
 
     corpus: str
@@ -41,6 +42,7 @@ class Run:
     speedups: tuple[float, ...] = ()
     long: bool = False
     against: str | None = None
+    on: str | None = None
 
     @property
     def corpora(self) -> list[str]:
@@ -65,6 +67,12 @@ def _compared(title: str, **options: Any) -> Run:
     return Run("20news", title, {**SHORT, **options}, AT_3, against=FULL)
 
 
+# Exits on finished models; those of the dense model are DeeBERT's.
+_ONLY_EXITS: dict[str, Any] = {**NONE, "exits": "first"}
+_NO_REDUCTION: dict[str, Any] = {"reduction_layers": (), "speedup": None, "speed_range": None}
+_WORDS: dict[str, Any] = {**NONE, **_NO_REDUCTION, "exits": "words"}
+_EARLY = (2.0, 3.0, 4.0)
+
 RUNS: dict[str, Run] = {
     "20news": Run("20news", "full recipe, seed 0", speedups=SPEEDUPS, long=True),
     "20news-seed1": Run("20news", "full recipe, seed 1", {"seed": 1}, long=True),
@@ -74,6 +82,34 @@ RUNS: dict[str, Run] = {
     # 4.5 is beyond the fastest target, because thresholds chosen for 4× on few long contexts may give only 3.9×.
     "squad": Run("squad", "full recipe", targets=(2.0, 3.0, 4.0), parts=CONTEXTS, speedups=(2.0, 3.0, 4.0, 4.5)),
     "squad2": Run("squad2", "full recipe, with questions that have no answer", targets=(2.0, 3.0, 4.0)),
+    **{
+        f"{corpus}-{name}": Run(corpus, title, options, targets=_EARLY, on=on)
+        for corpus in ("20news", "imdb")
+        for name, title, options, on in (
+            ("deebert", "documents leave (DeeBERT)", {**_ONLY_EXITS, **_NO_REDUCTION}, None),
+            ("exits", "full recipe, and documents leave", _ONLY_EXITS, corpus),
+        )
+    },
+    **{
+        f"{corpus}-{name}": Run(corpus, title, options, targets=(2.0, 3.0), on=on)
+        for corpus, epochs in (("gum", 8.0), ("wnut17", 3.0))
+        for name, title, options, on in (
+            ("reduction", "reduction", {}, None),
+            ("sentee", "sentences leave (SENTEE)", {**_WORDS, "fine_tune_epochs": epochs, "exits_epochs": 0.0}, None),
+            (
+                "tokee",
+                "words halted (TOKEE)",
+                {**_WORDS, "exit_unit": "word", "fine_tune_epochs": epochs, "exits_epochs": epochs},
+                None,
+            ),
+            (
+                "halting",
+                "reduction, and words halted",
+                {**NONE, "exits": "words", "exit_unit": "word"},
+                f"{corpus}-reduction",
+            ),
+        )
+    },
     FULL: Run("20news", "full recipe", SHORT, AT_3),
     "20news-features": _compared("full recipe, learning the dense model's features too", feature_distillation=1.0),
     "20news-imitation": Run(

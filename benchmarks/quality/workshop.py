@@ -25,9 +25,9 @@ from trbert_model.engine import Engine, EngineOptions
 from trbert_model.errors import ConfigurationError
 from trbert_model.labelled import LabelledCorpus
 from trbert_model.options import parse_options
-from trbert_model.reduction.policies import ThresholdPolicy
-from trbert_model.reduction.state import SelectionPolicy
 from trbert_model.training import TrainingConfig, train
+
+_Policies = tuple[Any, ...]  # the arguments of `Engine.score` after the documents
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Dense and reduced models are timed on the first documents with this many tokens in total, in this many turns.
@@ -93,7 +93,12 @@ class Workshop:
         for corpus in run.corpora:
             output = self.work / "runs" / corpus.replace(run.corpus, name, 1)
             dense = self.dense(corpus)
-            model_directory = self._train(run, corpus, dense, output)
+            start = dense
+            if run.on is not None:
+                start = self._train(
+                    RUNS[run.on], corpus, dense, output.with_name(corpus.replace(run.corpus, run.on, 1))
+                )
+            model_directory = self._train(run, corpus, start, output)
             stages.append(json.loads((output / "training.json").read_text())["stages"])
             for part in run.parts:
                 path = self._outcomes / output.name / f"{part}.json"
@@ -111,18 +116,17 @@ class Workshop:
         points: list[dict[str, Any]] = []
         for target in run.targets:
             try:
-                engine, policy = self._at(run, corpus, model_directory, dev, run.parts[part], target)
+                engine, policies, chosen = self._at(run, corpus, model_directory, dev, run.parts[part], target)
             except ConfigurationError as error:  # out of reach, and so are all faster targets
                 if not points:
                     raise
                 logging.warning("%s, %s: %s", run.title, part, error)
                 break
-            thresholds = policy.thresholds if isinstance(policy, ThresholdPolicy) else target
-            if points and points[-1]["thresholds"] == thresholds:  # the table has no better point for this target
+            if points and points[-1]["thresholds"] == chosen:  # the table has no better point for this target
                 points.append({**points[-1], "target": target})
                 continue
-            outcome = _outcome(engine, measured, policy) | {"target": target, "thresholds": thresholds}
-            outcome["measured_speedup"] = _measured_speedup(reference, engine, policy, measured.documents)
+            outcome = _outcome(engine, measured, policies) | {"target": target, "thresholds": chosen}
+            outcome["measured_speedup"] = _measured_speedup(reference, engine, policies, measured.documents)
             points.append(outcome)
             logging.info("%s, %s at %gx: %s", run.title, part, target, summary(dense_outcome, outcome))
         return {"machine": machine(), "dense": dense_outcome, "points": points}
@@ -165,16 +169,16 @@ class Workshop:
 
     def _at(
         self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, dev_part: str, target: float
-    ) -> tuple[Engine, SelectionPolicy | None]:
-        """The engine, and the thresholds or rule for a FLOPs speed-up on the development documents."""
+    ) -> tuple[Engine, _Policies, Any]:
+        """The engine, the policies for a speed-up on the development documents, and what tells them from others."""
         if run.layers is not None:
-            return self._engine(directory, reduce=False), None
+            return self._engine(directory, reduce=False), (), target
         engine = self._engine(directory)
         if run.rule is not None:
             torch.manual_seed(0)
-            return engine, run.rule(self._fractions(corpus, engine, target))
+            return engine, (run.rule(self._fractions(corpus, engine, target)),), target
         point = self._table(run, corpus, directory, dev, dev_part).pick(speedup=target)
-        return engine, ThresholdPolicy(point.thresholds)
+        return engine, engine.policies(point.thresholds), list(point.thresholds)
 
     def _table(self, run: Run, corpus: str, directory: Path, dev: LabelledCorpus, part: str) -> Calibration:
         """The model's calibration table, measured on the development documents if it does not exist."""
@@ -197,9 +201,9 @@ class Workshop:
         return kept_fractions_for(target, engine.config, np.array(windows))
 
 
-def _outcome(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | None = None) -> dict[str, Any]:
+def _outcome(engine: Engine, corpus: LabelledCorpus, policies: _Policies = ()) -> dict[str, Any]:
     """Scores of a corpus's documents, in percent, and their costs."""
-    results = engine.score(corpus.documents, policy)
+    results = engine.score(corpus.documents, *policies)
     scores = {name: np.round(100 * values, 3).tolist() for name, values in corpus.all_scores(results).items()}
     return {
         "metric": corpus.metric,
@@ -213,22 +217,20 @@ def _outcome(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | N
     }
 
 
-def _measured_speedup(
-    dense: Engine, reduced: Engine, policy: SelectionPolicy | None, documents: Sequence[Any]
-) -> float:
+def _measured_speedup(dense: Engine, reduced: Engine, policies: _Policies, documents: Sequence[Any]) -> float:
     """Ratio of the time in the dense and the reduced model on the same documents: the median over several turns."""
     tokens = np.cumsum([sum(len(w.input_ids) for w in dense.task.windows(document)) for document in documents])
     timed = documents[: max(TURNS, int(np.searchsorted(tokens, TIMED_TOKENS)))]
     ratios = [
-        _seconds(dense, None, timed[turn::TURNS]) / _seconds(reduced, policy, timed[turn::TURNS])
+        _seconds(dense, (), timed[turn::TURNS]) / _seconds(reduced, policies, timed[turn::TURNS])
         for turn in range(min(TURNS, len(timed)))
     ]
     return float(np.median(ratios))
 
 
-def _seconds(engine: Engine, policy: SelectionPolicy | None, documents: Sequence[Any]) -> float:
+def _seconds(engine: Engine, policies: _Policies, documents: Sequence[Any]) -> float:
     before = engine.statistics.model_seconds
-    engine.score(documents, policy)
+    engine.score(documents, *policies)
     return engine.statistics.model_seconds - before
 
 
