@@ -32,7 +32,8 @@ class ExplainConfig:
     html: str | None = option(None, "HTML file to write")
     reduce: bool = option(True, "drop tokens; --no-reduce runs the dense model")
     thresholds: tuple[float, ...] | None = option(
-        None, "keep probability from which on a token stays, one a reduction (default: the model's)"
+        None,
+        "keep probability from which on a token stays, one a reduction, then those of exits (default: the model's)",
     )
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast")
 

@@ -88,7 +88,8 @@ def choose(config: ScoreConfig, model: ModelSource) -> tuple[ScoreConfig, Expect
     table = _table(model, config.dtype)
     if table is None:
         return config, None
-    thresholds = config.thresholds or table.default.thresholds
+    given = config.thresholds or ()
+    thresholds = (*given, *table.default.thresholds[len(given) :])  # those of exits may be left out
     asked = "the thresholds given" if config.thresholds else "the model's own thresholds"
     for point in (table.default, *table.points):
         if point.thresholds == thresholds:

@@ -18,8 +18,9 @@ from .times import finish_time, seconds
 
 # Result columns besides those of the model's task. Input columns with these names cannot be passed through.
 RESULT_COLUMNS = ("shard", "row", "num_tokens", "num_windows", "kept_tokens")
-# With finish_by, one more.
+# With finish_by, and of models with exits, one more each.
 THRESHOLDS_VERSION = "thresholds_version"
+EXIT_LAYER = "exit_layer"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class ScoreConfig:
     )
     thresholds: tuple[float, ...] | None = option(
         None,
-        "keep probability from which on a token stays, one a reduction (default: the model's)",
+        "keep probability from which on a token stays, one a reduction; for models with exits then the uncertainty "
+        "below which a document or word leaves, one an exit, and the gates' threshold (default: the model's)",
         identity=True,
     )
     dtype: str = option("auto", "float32, bfloat16, float16; auto: bfloat16 where that is fast", identity=True)

@@ -17,7 +17,7 @@ from trbert_model.tasks.registry import task_of
 
 from .choice import Expectation, choose
 from .commit import identity_differences, identity_key, output_identity, refusal
-from .config import ScoreConfig, identity_defaults
+from .config import EXIT_LAYER, ScoreConfig, identity_defaults
 from .corpus import Location, Shard, find_input, read_corpus
 from .encode import EncodeOptions
 from .errors import UsageError
@@ -245,7 +245,7 @@ def _load(config: ScoreConfig, directory: Path) -> tuple[ModelSource, float]:
     try:
         loaded, tokenizer, digest = load_checkpoint(directory)
         task = task_of(loaded.config).of(tokenizer, loaded.config, config.engine_options())
-        config.check_names(task.result_names)
+        config.check_names((*task.result_names, *([EXIT_LAYER] if loaded.config.exits is not None else [])))
         if config.thresholds is not None:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:

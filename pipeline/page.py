@@ -27,7 +27,7 @@ _SHOWN = 50  # shards and splits in a list
 _MAPPINGS = (
     *("actors", "bad_rows", "busy_seconds", "expectation", "faults", "flops", "kept_by_length", "labels", "model"),
     *("options", "per_second_steady_state", "placement", "rejected_rows", "seconds", "shards", "splits", "timeline"),
-    *("versions", "finish_by"),
+    *("versions", "finish_by", "exit_layers"),
 )
 
 Report = Mapping[str, Any]
@@ -156,6 +156,7 @@ def page(report: Report, earlier: Sequence[Report], samples: list[dict[str, Any]
         *([_finish_by(report)] if report.get("finish_by") else []),
         _time(report, root),
         _tokens(report),
+        *([_exits(report)] if report.get("exit_layers") else []),
         _labels(report, earlier),
         _problems(report, root),
         _trend(report, earlier),
@@ -319,6 +320,8 @@ def _tokens(report: Report) -> Section:
         if len(expected) == len(kept):
             series["expected"] = expected
     title = "Share of the tokens that each layer computes" if layers else "Share of the tokens that are kept"
+    if report.get("exit_layers"):
+        title = "Share of the tokens that the reductions leave to each layer, of documents that did not leave before"
     section.charts.append(_chart("Bar", "kept-by-layer", title, names, series, _points))
     if by_length := report.get("kept_by_length"):
         names = [f"up to {int(bound):,}" for bound in by_length]
@@ -332,6 +335,25 @@ def _tokens(report: Report) -> Section:
         counts = [f"{group['documents']:,}" for group in by_length.values()]
         chart.table.rows = [[*row, count] for row, count in zip(chart.table.rows, counts)]
         section.charts.append(chart)
+    return section
+
+
+def _exits(report: Report) -> Section:
+    section = Section("exits", "Exit layers")
+    found, depth = report["exit_layers"], report.get("model", {}).get("layers")
+    documents = found.get("documents") or {}
+    layers = range(1, depth + 1) if depth else sorted(map(int, documents))
+    counts = [documents.get(str(layer), 0) for layer in layers]
+    section.notes.append(
+        f"Documents left after {_number(found.get('mean'))} layers on average. A document of several windows, or whose "
+        "words leave singly, counts at its mean."
+    )
+    title = "Share of the documents that left after each layer"
+    shares = [100 * count / max(sum(counts), 1) for count in counts]
+    chart = _chart("Bar", "exit-layers", title, [f"layer {layer}" for layer in layers], {"this run": shares}, _points)
+    chart.table.header = [*chart.table.header, "documents"]
+    chart.table.rows = [[*row, f"{count:,}"] for row, count in zip(chart.table.rows, counts)]
+    section.charts.append(chart)
     return section
 
 

@@ -23,7 +23,7 @@ from trbert_model.terminal import get_logger
 
 from .choice import pick, thresholds_version
 from .commit import VERSION
-from .config import THRESHOLDS_VERSION
+from .config import EXIT_LAYER, THRESHOLDS_VERSION
 from .encode import TOKENIZER_FAILED, as_binary, check_text, killed_row, printed, rejected_table
 from .errors import PipelineError, UsageError
 from .highlights import explain_samples, first_rejects
@@ -51,17 +51,24 @@ class ActorSplit:
     point: int | None = None
 
 
-def result_columns(task: Task, results: DocumentResults, documents: Iterable[Any]) -> dict[str, pa.Array]:
+def result_columns(
+    task: Task, results: DocumentResults, documents: Iterable[Any], *, exits: bool
+) -> dict[str, pa.Array]:
     """Convert the model's results into columns, in their order.
 
+    Args:
+        exits: whether the model has exits.
+
     Returns:
-        The task's own columns, then num_tokens (int64), num_windows (int32) and kept_tokens (list<int32>, one per
-        reduction).
+        The task's own columns, then num_tokens (int64), num_windows (int32), kept_tokens (list<int32>, one per
+        reduction), and for models with exits exit_layer (float32).
     """
     columns = task.result_columns(results.outputs, documents)
     columns["num_tokens"] = pa.array(results.num_tokens, pa.int64())
     columns["num_windows"] = pa.array(results.num_windows.astype(np.int32), pa.int32())
     columns["kept_tokens"] = pa.array(results.kept_tokens.astype(np.int32).tolist(), pa.list_(pa.int32()))
+    if exits:
+        columns[EXIT_LAYER] = pa.array(results.exit_layers, pa.float32())
     return columns
 
 
@@ -124,6 +131,7 @@ class TRBertPredictor:
         directory = fetch_model(model)
         loaded = load_checkpoint(directory, digest)
         self.engine = Engine(loaded.model, loaded.tokenizer, EngineOptions(**options))
+        self._exits = self.engine.config.exits is not None
         self._policies: tuple[Any, Any] = (None, None)  # the engine's own
         if speedup is not None or max_drop is not None:
             known = ModelSource(model, directory, loaded.digest, self.engine.config.usable_positions, self.engine.task)
@@ -159,7 +167,8 @@ class TRBertPredictor:
             if names.count(name) != 1:
                 count = f"{names.count(name)} columns" if name in names else "no column"
                 raise UsageError(f"{count} {name!r} in the batch; its columns are {names}")
-        results = (*self.task.result_names, "num_tokens", "num_windows", "kept_tokens", "error")
+        results = [*self.task.result_names, "num_tokens", "num_windows", "kept_tokens", "error"]
+        results += [EXIT_LAYER] if self._exits else []
         if taken := sorted({self.prefix + name for name in results} & set(names)):
             raise UsageError(
                 f"columns {taken} of the batch are named like columns of the results; rename them or pass prefix="
@@ -188,7 +197,8 @@ class TRBertPredictor:
                 errors[index] = problem[0]
         good = [index for index, error in enumerate(errors) if error is None]
         documents = [documents[index] for index in good]
-        results = result_columns(self.task, self.engine.score(documents, *self._policies), documents)
+        scored = self.engine.score(documents, *self._policies)
+        results = result_columns(self.task, scored, documents, exits=self._exits)
         positions = np.full(len(rows), -1)
         positions[good] = np.arange(len(good))
         indices = pa.array(positions, mask=positions < 0)
@@ -201,6 +211,12 @@ def _by_length(results: DocumentResults) -> dict[str, list[int]]:
     bounds = 2 ** np.ceil(np.log2(np.maximum(results.num_tokens, 1))).astype(np.int64)
     counts = np.column_stack([np.ones_like(bounds), results.num_tokens, results.kept_tokens])
     return {str(bound): counts[bounds == bound].sum(axis=0).tolist() for bound in np.unique(bounds)}
+
+
+def _by_exit_layer(results: DocumentResults) -> dict[str, int]:
+    """Documents by the layer after which they left, rounded."""
+    layers, counts = np.unique(np.rint(results.exit_layers).astype(int), return_counts=True)
+    return dict(zip(map(str, layers.tolist()), counts.tolist()))
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
@@ -359,7 +375,7 @@ class SplitPredictor(TRBertPredictor):
             columns[self.id_column] = documents[self.id_column]
         columns["shard"] = pa.array([shard] * documents.num_rows, pa.string())
         columns["row"] = documents["row"]
-        results = result_columns(self.task, scored, kept)
+        results = result_columns(self.task, scored, kept, exits=self._exits)
         columns |= results
         version = None if point is None else thresholds_version(self.points[point])
         if version is not None:
@@ -378,6 +394,8 @@ class SplitPredictor(TRBertPredictor):
             halved_batches=after.halved_batches - before.halved_batches,
             by_length=_by_length(scored),
         )
+        if self._exits:
+            stats.exit_layers, stats.exit_layer_sum = _by_exit_layer(scored), float(scored.exit_layers.sum())
         if killed:
             stats.count_bad(rows)
         shown = self.task.from_column(column.take(pa.array([each["position"] for each in samples], pa.int64())))

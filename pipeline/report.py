@@ -43,6 +43,9 @@ class SplitStats:
     storage_retries: int = 0
     # Least power of two of a document's tokens → documents, their tokens, and those kept by each reduction.
     by_length: dict[str, list[int]] = field(default_factory=dict)
+    # Of models with exits: the layer after which documents left, rounded → documents; and the sum of these layers.
+    exit_layers: dict[str, int] = field(default_factory=dict)
+    exit_layer_sum: float = 0.0
 
     def count_bad(self, rows: list[dict[str, Any]]) -> None:
         """Count quarantined rows by reason."""
@@ -260,6 +263,7 @@ class RunStatistics:
                 bound: {"documents": documents, "tokens": tokens, "kept_fractions": [n / max(tokens, 1) for n in kept]}
                 for bound, (documents, tokens, *kept) in sorted(total.by_length.items(), key=lambda item: int(item[0]))
             },
+            **_exit_layers(total),
             "flops": {
                 "spent": total.flops,
                 "dense": total.dense_flops,
@@ -289,6 +293,14 @@ class RunStatistics:
             **self.highlights.report(),
             **settings,
         }
+
+
+def _exit_layers(total: SplitStats) -> dict[str, Any]:
+    """The report's entry for models with exits."""
+    if not total.exit_layers:
+        return {}
+    layers = dict(sorted(total.exit_layers.items(), key=lambda item: int(item[0])))
+    return {"exit_layers": {"mean": total.exit_layer_sum / max(total.documents, 1), "documents": layers}}
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -322,6 +334,11 @@ def summary(report: dict[str, Any]) -> str:
             f"computing {100 * report['actors']['computing_share']:.0f}% of steady state",
             "  busy        " + ", ".join(f"{stage} {busy:.1f} s" for stage, busy in report["busy_seconds"].items()),
         ]
+        if exits := report.get("exit_layers"):
+            shares = (
+                f"{100 * count / report['documents']:.0f}% after {layer}" for layer, count in exits["documents"].items()
+            )
+            lines.append(f"  exits       after {exits['mean']:.1f} layers on average: {', '.join(shares)}")
         if expected := report["expectation"]:
             lines.append(
                 f"  expected    {expected['flops_speedup']:.2f}x fewer FLOPs, kept "

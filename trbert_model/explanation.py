@@ -191,9 +191,10 @@ class Explanation:
     def levels(self) -> list[Level]:
         """The numbers of layers that can have computed a token, lowest first."""
         counts = [count for text in self.texts for count in text.layers]
+        left = {count for count in counts if count != NOT_READ}  # with exits, after any layer
         return [
             Level(layers, counts.count(layers), sum(count >= layers for count in counts))
-            for layers in sorted({*self.reduction_layers, self.num_layers})
+            for layers in sorted({*self.reduction_layers, *left, self.num_layers})
         ]
 
     def facts(self) -> list[tuple[str, str]]:

@@ -75,6 +75,18 @@ def test_without_a_choice_the_models_own_thresholds_are_expected(model):
         assert choose(unmeasured, model) == (unmeasured, None)
 
 
+def test_thresholds_of_exits_that_are_left_out_are_the_models_own(tmp_path):
+    table = Calibration("", "dev.parquet", 9, "accuracy", 90.0, point(2.9, 1.0, (0.5, 0.1)), (point(2, 0, (0.4, 0.1)),))
+    table = dataclasses.replace(table, key=calibration_key(DIGEST, "float32", 512))
+    (tmp_path / "calibration.json").write_bytes(with_table(tmp_path, table))
+    source = ModelSource(str(tmp_path), tmp_path, DIGEST, 512, classification_task(512))
+    for given, speedup in (((0.4,), 2), ((0.4, 0.1), 2), ((0.5,), 2.9), (None, 2.9)):
+        _, expectation = choose(config(thresholds=given), source)
+        assert expectation.point.flops_speedup == speedup
+    for other in ((0.4, 0.2), (0.3,)):
+        assert choose(config(thresholds=other), source)[1] is None
+
+
 def test_what_no_table_can_promise_is_refused_with_the_command_that_makes_one(model, tmp_path):
     with pytest.raises(
         UsageError,

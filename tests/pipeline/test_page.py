@@ -219,10 +219,22 @@ def test_reports_of_older_versions_have_a_page_too(run, left):
         assert "Share of the tokens that are kept" in text
 
 
+EXITS = {"mean": 1.75, "documents": {"1": 45, "4": 15}}
+
+
+def test_the_page_of_a_model_with_exits_shows_after_which_layers_documents_left(run):
+    report = report_of(run[2])
+    assert "Exit layers" not in page(report, [], [])
+    text = page(report | {"exit_layers": EXITS}, [], [])
+    assert not Elements(text).open
+    for part in ("Exit layers", "after 1.8 layers on average", "75.0%", "25.0%", "layer 3"):
+        assert part in text, part
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_report_may_lack_any_entry(run, data):
-    report = json.loads(json.dumps(report_of(run[2])))
+    report = json.loads(json.dumps(report_of(run[2]) | {"exit_layers": EXITS}))
     for name in data.draw(st.sets(st.sampled_from(sorted(report.keys() - {"run"})))):
         del report[name]
     for entry in [entry for entry in report.values() if isinstance(entry, dict) and entry]:

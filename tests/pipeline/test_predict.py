@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from ray.data.block import BlockAccessor
 
 from pipeline import TRBertPredictor, UsageError
@@ -22,10 +23,13 @@ from pipeline.predict import SplitPredictor
 from pipeline.report import SplitStats
 from pipeline.rows import from_ipc
 from pipeline.storage import Storage
+from tests.conftest import tiny_classifier, tiny_tokenizer
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
 from tests.pipeline.test_choice import point
 from trbert_model.checkpoints.files import model_digest
+from trbert_model.engine import Engine, EngineOptions
 from trbert_model.errors import ModelChangedError
+from trbert_model.exits.recording import ExitRecording
 
 TEXTS = ["the good news", None, "bad " * 100, "  ", "fine"]
 
@@ -230,6 +234,63 @@ def test_a_split_becomes_result_rows_and_statistics(split, model_directory):
     assert 0 < stats.model_seconds <= stats.predict_seconds
     span = json.loads(row["actor"])
     assert span["end"] - span["start"] == pytest.approx(stats.predict_seconds, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def leaving_model(tmp_path_factory):
+    """A saved classifier whose documents leave at different layers."""
+    directory = tmp_path_factory.mktemp("leaving")
+
+    def model(**thresholds):
+        made = tiny_classifier(exits={"head": "first", "layers": [0, 1, 2]} | thresholds)
+        for exit in made.bert.encoder.exits:
+            torch.nn.init.normal_(exit.classifier.weight, std=1.0)
+        return made
+
+    engine, recording = Engine(model(), tiny_tokenizer(), EngineOptions(device="cpu", dtype="float32")), ExitRecording()
+    engine.score(engine.task.encode_rows([(text,) for text in texts(40)])[0], exit_recording=recording)
+    windows = [exits.uncertainty for windows in recording.windows.values() for _, exits in windows]
+    model(thresholds=np.median(windows, axis=0).tolist()).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_the_results_of_a_model_with_exits_say_after_which_layer_a_document_left(split, leaving_model):
+    options = {"model": str(leaving_model), "device": "cpu", "dtype": "float32"}
+    predictor = SplitPredictor(["id"], "id", **options)
+    (row,) = predictor(split).to_pylist()
+    results, stats = from_ipc(row["payload"]), SplitStats.from_json(row["stats"])
+    assert results.schema.field("exit_layer") == pa.field("exit_layer", pa.float32())
+    assert results.column_names[-2:] == ["kept_tokens", "exit_layer"]
+    layers = np.array(results["exit_layer"])
+    assert len(set(layers.tolist())) > 1
+    assert ((layers >= 1) & (layers <= 4)).all()
+    assert stats.exit_layers == {
+        str(k): int((np.rint(layers) == k).sum()) for k in np.unique(np.rint(layers)).astype(int)
+    }
+    assert stats.exit_layer_sum == pytest.approx(layers.sum())
+    assert sum(stats.exit_layers.values()) == stats.documents == 39
+
+    dense = SplitPredictor(["id"], "id", **options, reduce=False)
+    assert set(from_ipc(dense(split)["payload"][0])["exit_layer"].to_pylist()) == {4.0}
+
+
+@pytest.mark.parametrize("name", ["numpy", "pandas", "pyarrow"])
+def test_batches_get_the_exit_layer_of_each_document_too(leaving_model, name):
+    predictor = TRBertPredictor(str(leaving_model), device="cpu")
+    rows = as_rows(predictor(as_format(name)))
+    expected = predictor.engine.score_columns([text for text in TEXTS if text and text.strip()]).exit_layers
+    assert [row["exit_layer"] for row in rows if pd.isna(row["error"])] == pytest.approx(expected)
+    assert all(pd.isna(row["exit_layer"]) for row in rows if not pd.isna(row["error"]))
+    with pytest.raises(
+        UsageError, match=r"columns \['exit_layer'\] of the batch are named like columns of the results"
+    ):
+        predictor(pa.table({"text": ["good"], "exit_layer": [1]}))
+
+
+def test_a_model_without_exits_leaves_that_name_to_the_batch(predictor):
+    scored = predictor(pa.table({"text": ["good"], "exit_layer": [1]}))
+    assert scored["exit_layer"].to_pylist() == [1]
 
 
 def test_probabilities_come_in_the_order_of_the_labels(split, model_directory):

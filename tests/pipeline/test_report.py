@@ -112,6 +112,16 @@ def test_the_summary_names_what_went_wrong():
         assert part in text
 
 
+def test_a_model_with_exits_has_its_exit_layers_in_the_report():
+    assert "exit_layers" not in statistics().report(status="complete", exit_code=0, settings={})
+    stats = statistics()
+    stats.total += SplitStats(exit_layers={"12": 1, "2": 1}, exit_layer_sum=14.0)
+    stats.total += SplitStats(exit_layers={"2": 2}, exit_layer_sum=4.4)
+    report = stats.report(status="complete", exit_code=0, settings={})
+    assert report["exit_layers"] == {"mean": pytest.approx(4.6), "documents": {"2": 3, "12": 1}}
+    assert "after 4.6 layers on average: 75% after 2, 25% after 12" in summary(report)
+
+
 def test_the_summary_tells_of_faults_and_of_names_that_would_do_things_to_a_terminal():
     stats = statistics()
     stats.deaths, stats.hung, stats.total.storage_retries, stats.stopped = 2, 1, 14, "SIGTERM"

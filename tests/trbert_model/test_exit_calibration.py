@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import trbert_model
 from tests.conftest import tiny_classifier, tiny_tagger, tiny_tokenizer
 from trbert_model.calibration.exits import Trial, best_trials, exit_schedules, thresholds_for
 from trbert_model.calibration.measure import calibrate
@@ -154,3 +155,11 @@ def test_exit_schedules_are_the_same_everywhere_or_twice_as_high_in_the_upper_ha
 def test_the_best_trial_for_a_speedup_has_the_highest_metric_of_those_that_are_fast_enough():
     trials = [Trial((0.1,), 1.0, 90.0), Trial((0.2,), 2.0, 89.0), Trial((0.3,), 2.5, 89.0), Trial((0.4,), 3.0, 80.0)]
     assert [trial.speedup for trial in best_trials(trials, (1.0, 1.5, 2.0, 3.0, 4.0))] == [1.0, 2.5, 3.0]
+
+
+def test_an_explanation_shows_the_layers_that_documents_left_after():
+    engine = engine_of(tiny_classifier, FIRST | {"reduction_layers": [2]}, thresholds=(0.0, 1.0, 0.0))
+    explanation = trbert_model.explain(engine, "good news rose")
+    assert set(explanation.texts[0].layers) == {1}
+    assert [level[:2] for level in explanation.levels] == [(1, 3), (2, 0), (4, 0)]
+    assert "1 of 4 layers: 3 tokens" in explanation.to_text()

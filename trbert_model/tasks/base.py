@@ -78,8 +78,8 @@ class DocumentResults:
         num_tokens: int64 (documents,), input tokens over all windows, with special tokens and tokens shared by windows.
         num_windows: int64 (documents,).
         kept_tokens: int64 (documents, reductions), tokens kept after each reduction, over all windows.
-        exit_layers: float64 (documents,), layers that a document ran before it left, or on average its words: the mean
-            over its windows, by tokens.
+        exit_layers: float64 (documents,), after how many layers a document left, or on average its words: the mean over
+            its windows, by tokens. Layers that it skipped count. All layers for models without exits.
         flops: float64 (documents,), FLOPs spent.
         dense_flops: float64 (documents,), FLOPs of the dense model on the same windows.
     """
