@@ -92,7 +92,7 @@ RUNS: dict[str, Run] = {
     },
     **{
         f"{corpus}-{name}": Run(corpus, title, options, targets=(2.0, 3.0), on=on)
-        for corpus, epochs in (("gum", 8.0), ("wnut17", 3.0))
+        for corpus, epochs in (("gum", 4.0), ("wnut17", 2.0))
         for name, title, options, on in (
             ("reduction", "reduction", {}, None),
             ("sentee", "sentences leave (SENTEE)", {**_WORDS, "fine_tune_epochs": epochs, "exits_epochs": 0.0}, None),
