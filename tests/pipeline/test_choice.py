@@ -80,8 +80,8 @@ def test_thresholds_of_exits_that_are_left_out_are_the_models_own(tmp_path):
     table = dataclasses.replace(table, key=calibration_key(DIGEST, "float32", 512))
     (tmp_path / "calibration.json").write_bytes(with_table(tmp_path, table))
     source = ModelSource(str(tmp_path), tmp_path, DIGEST, 512, classification_task(512))
-    for given, speedup in (((0.4,), 2), ((0.4, 0.1), 2), ((0.5,), 2.9), (None, 2.9)):
-        _, expectation = choose(config(thresholds=given), source)
+    for thresholds, speedup in (((0.4,), 2), ((0.4, 0.1), 2), ((0.5,), 2.9), (None, 2.9)):
+        _, expectation = choose(config(thresholds=thresholds), source)
         assert expectation.point.flops_speedup == speedup
     for other in ((0.4, 0.2), (0.3,)):
         assert choose(config(thresholds=other), source)[1] is None
