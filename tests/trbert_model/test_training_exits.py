@@ -1,6 +1,5 @@
 """Training exits: by the recipe of each system, on a finished TR-BERT too."""
 
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
