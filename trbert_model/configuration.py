@@ -16,7 +16,10 @@ class TRBertConfig(BertConfig):
     Configuration of a TR-BERT (Ye et al., NAACL 2021): a BERT with a token selector in front of some of its layers.
 
     Args:
-        backbone (`str`): family of the layers: `"bert"` (also for DistilBERT) or `"roberta"` (also for XLM-R).
+        backbone (`str`): family of the layers: `"bert"` (also for DistilBERT), `"roberta"` (also for XLM-R) or
+            `"modernbert"`.
+        layer_config (`dict`, *optional*): what the layers have and BERT's don't, by the names of the backbone's own
+            configuration in transformers: for ModernBERT `ModernBertConfig`'s.
         reduction_layers (`list[int]`, *optional*):
             Increasing zero-based layer indices. The selector of layer `i` decides from the input of layer `i` which
             tokens to keep; 0 selects on the embeddings. Default: the paper's `[1, num_hidden_layers // 2]`. An empty
@@ -29,19 +32,23 @@ class TRBertConfig(BertConfig):
             token, and whether the token is of the kind it asks for (`QuestionTokenSelector`). Not in the original.
         question_layers (`int`, *optional*): with `question_aware`, selectors before this layer always keep the
             question's tokens; later ones judge them like others. Default: two thirds of the layers.
+        classifier_pooling (`str`): what represents a sequence for a classifier: `"cls"`, the state of its first token,
+            or `"mean"`, the mean of its tokens' states. The mean is over the tokens that no reduction dropped: the
+            states of the others are those of an earlier layer, which the classifier did not learn to use.
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
         exits (`dict`, *optional*): the fields of `ExitOptions`; without them nothing leaves before the last layer.
         gates (`dict`, *optional*): the fields of `GateOptions`; without them every layer is computed.
 
     Raises:
-        ConfigurationError: an unknown backbone or pooler activation, layers out of range or out of order, thresholds
-            that do not match them, more question layers than layers, a decoder, or a chunked feed-forward (it does not
-            work on batches without padding).
+        ConfigurationError: an unknown backbone, pooling or pooler activation, layers out of range or out of order,
+            thresholds that do not match them, more question layers than layers, a decoder, or a chunked feed-forward
+            (it does not work on batches without padding).
     """
 
     model_type = "trbert"
 
     backbone: str = "bert"
+    layer_config: dict | None = None
     selector_size: int = 32
     if TYPE_CHECKING:  # never None once __post_init__ has run
         question_layers: int
@@ -52,6 +59,7 @@ class TRBertConfig(BertConfig):
         selector_thresholds: list[float] | None = None
         question_layers: int | None = None
     question_aware: bool = False
+    classifier_pooling: str = "cls"
     pooler_activation: str = "tanh"
     exits: dict[str, Any] | None = None
     gates: dict[str, Any] | None = None
@@ -84,12 +92,15 @@ class TRBertConfig(BertConfig):
             )
         if self.pooler_activation not in ("tanh", "relu"):
             raise ConfigurationError(f"pooler_activation {self.pooler_activation!r} is neither 'tanh' nor 'relu'")
+        if self.classifier_pooling not in ("cls", "mean"):
+            raise ConfigurationError(f"classifier_pooling {self.classifier_pooling!r} is neither 'cls' nor 'mean'")
         if self.exit_options is not None:
             self.exit_options.check(depth)
         if self.is_decoder or self.add_cross_attention:
             raise ConfigurationError("TR-BERT is an encoder: is_decoder and add_cross_attention must be false")
         if self.chunk_size_feed_forward != 0:
             raise ConfigurationError("chunk_size_feed_forward must be 0: batches are not padded to its multiple")
+        BACKBONES[self.backbone].complete(self)
 
     @property
     def exit_options(self) -> ExitOptions | None:

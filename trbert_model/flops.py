@@ -15,14 +15,15 @@ from .reduction.selectors import selector_class
 from .reduction.trace import ATTENDED, COMPUTED, ENTERING, PRESENT
 
 
-def layer_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
-    """FLOPs of one layer on sequences with these numbers of tokens, (sequences,) → float64 (sequences,)."""
-    return BACKBONES[config.backbone].layer_flops(config, tokens)
+def first_layers_flops(config: TRBertConfig, layers: int, tokens: np.ndarray) -> np.ndarray:
+    """FLOPs of the first `layers` layers on whole sequences, (sequences,) → float64 (sequences,)."""
+    layer_flops = BACKBONES[config.backbone].layer_flops
+    return sum((layer_flops(config, layer, tokens) for layer in range(layers)), np.zeros(len(tokens)))
 
 
 def dense_flops(config: TRBertConfig, tokens: np.ndarray) -> np.ndarray:
     """FLOPs of the dense model on sequences with these numbers of tokens, (sequences,) → (sequences,)."""
-    return config.num_hidden_layers * layer_flops(config, tokens)
+    return first_layers_flops(config, config.num_hidden_layers, tokens)
 
 
 def reduced_flops(config: TRBertConfig, tokens: np.ndarray, kept_tokens: np.ndarray) -> np.ndarray:
@@ -71,7 +72,7 @@ def flops_by_layer(config: TRBertConfig, counts: np.ndarray, gated: Sequence[int
             flops[:, layer] += selector * counts[ENTERING, :, layer]
         if layer in gated:
             flops[:, layer] += Gate.flops(config, counts[PRESENT, :, layer])
-        flops[:, layer] += layer_flops_of(config, counts[COMPUTED, :, layer], counts[ATTENDED, :, layer])
+        flops[:, layer] += layer_flops_of(config, layer, counts[COMPUTED, :, layer], counts[ATTENDED, :, layer])
     return flops
 
 

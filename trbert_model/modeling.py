@@ -4,7 +4,9 @@ A `Backbone` provides the layers. This module runs the token selectors and their
 2021, section 3; thunlp/TR-BERT's AUTOBert classes).
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from .reduction.question import question_match
 from .reduction.selectors import selector_class
 from .reduction.state import Candidates, Selection, SelectionPolicy, TokenState
 from .reduction.trace import Trace
-from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in, sequence_of, truncated
+from .varlen import ATTENTION_NAME, VarlenBatch, first_tokens, positions_in, sequence_of, sequence_sums, truncated
 
 transformers_logger = logging.get_logger("transformers")
 
@@ -37,13 +39,14 @@ class TRBertModelOutput(ModelOutput):
         last_hidden_state: (total tokens, hidden), or (batch, length, hidden) with zeros at masked positions for padded
             input; None if `token_states=False`. A dropped token has the state that it had when it was dropped.
         cls_hidden_state: (sequences, hidden).
+        pooled_state: (sequences, hidden), the pooler's input: see `TRBertConfig.classifier_pooling`.
         pooler_output: (sequences, hidden).
         kept_tokens: for each reduction layer, the number of tokens kept, int64 (sequences,); 0 for sequences that had
             left before.
         trace: how many tokens each layer computed.
         exits: what left early; None without exits.
-        remaining: int64 (sequences that did not leave,), their indices: those of `cls_hidden_state` and
-            `pooler_output`.
+        remaining: int64 (sequences that did not leave,), their indices: those of `cls_hidden_state`,
+            `pooled_state` and `pooler_output`.
         hidden_states: the input of every layer that ran and the output of the last, each (kept tokens, hidden), on
             request.
         selections: one `Selection` per reduction layer, on request.
@@ -51,6 +54,7 @@ class TRBertModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     cls_hidden_state: Tensor | None = None
+    pooled_state: Tensor | None = None
     pooler_output: Tensor | None = None
     kept_tokens: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -80,6 +84,7 @@ class TRBertEncoder(nn.Module):
         super().__init__()
         self.config, self.backbone = config, BACKBONES[config.backbone]
         self.layer = nn.ModuleList([self.backbone.layer(config, i) for i in range(config.num_hidden_layers)])
+        self.final_norm = self.backbone.final_norm(config)
         self.selectors = nn.ModuleList([selector_class(config)(config) for _ in config.reduction_layers])
         options = config.exit_options
         heads = [] if options is None else [EXIT_HEADS[options.head](config) for _ in options.layers]
@@ -120,6 +125,7 @@ class TRBertEncoder(nn.Module):
             trace.reduced(state)
             if output_hidden_states:
                 hidden_states.append(state.states)
+            state = self._prepared(state)
             ran = self._running(state, exit_policy, trace)
             trace.computes(state, ran)
             before_norm = None
@@ -131,9 +137,11 @@ class TRBertEncoder(nn.Module):
                 state = self.after_layer(state, ran)
             if exits is not None:
                 state = exits.after(state, before_norm, ran)
+        first = self.final_norm(state.first_states())
         return TRBertModelOutput(
-            last_hidden_state=state.all_states() if token_states else None,
-            cls_hidden_state=state.first_states(),
+            last_hidden_state=self.final_norm(state.all_states()) if token_states else None,
+            cls_hidden_state=first,
+            pooled_state=first if self.config.classifier_pooling == "cls" else self._mean_states(state),
             kept_tokens=tuple(trace.present(layer) for layer in reductions),
             hidden_states=(*hidden_states, state.states) if output_hidden_states else None,
             selections=tuple(selections) if output_selections else None,
@@ -186,13 +194,26 @@ class TRBertEncoder(nn.Module):
         skipped = policy.skips(state.layer, self.gates[state.layer](state), state.sequences)
         return ~skipped if bool(skipped.any()) else None
 
+    def _mean_states(self, state: TokenState) -> Tensor:
+        """The mean of the final states of each sequence's tokens, without dropped ones, (sequences, hidden)."""
+        states = self.final_norm(state.states)
+        sums = sequence_sums(states.float(), state.cu_seqlens)
+        return (sums / state.cu_seqlens.diff()[:, None]).to(states.dtype)
+
+    def _prepared(self, state: TokenState) -> TokenState:
+        """The state with the backbone's geometry."""
+        if state.geometry is not None:
+            return state
+        return dataclasses.replace(state, geometry=self.backbone.geometry(self.config, state))
+
     def after_layer(self, state: TokenState, ran: Tensor | None = None) -> TokenState:
         """Run one layer; ran: bool (sequences,), those that do not pass over it."""
+        state = self._prepared(state)
         if ran is None:
             return self._after(state, self._layer(state))
         if not bool(ran.any()):
             return state.after(state.hidden)
-        part = state.of_sequences(ran, remember=False)
+        part = self._prepared(state.of_sequences(ran, remember=False))
         own = ran[sequence_of(state.cu_seqlens, len(state.token_indices))].nonzero().squeeze(1)
         rows = own if state.layout is None else state.layout.rows[own]
         done = self._after(part, self._layer(part))
@@ -203,14 +224,16 @@ class TRBertEncoder(nn.Module):
         layer = self.layer[state.layer]
         if isinstance(layer, FusedLayer):
             return layer(state, normalised=normalised)
-        hidden, positions, cu_seqlens, active = state.hidden, state.positions, state.cu_seqlens, None
+        hidden, cu_seqlens, active = state.hidden, state.cu_seqlens, None
         if state.halted is not None:  # transformers' layer has a query for every key
             indices = torch.cat([state.token_indices, state.halted.token_indices])
             order = indices.argsort()
             hidden = torch.cat([hidden, state.halted.hidden])[order]
             cu_seqlens = cu_seqlens + state.halted.cu_seqlens
-            positions, active = state.all_positions[indices[order]], order.argsort()[: len(state.token_indices)]
-        output = self.backbone.run_layer(layer, hidden, positions, cu_seqlens, state.max_keys, normalised=normalised)
+            active = order.argsort()[: len(state.token_indices)]
+        output = self.backbone.run_layer(
+            layer, hidden, state.geometry, cu_seqlens, state.max_keys, normalised=normalised
+        )
         return output if active is None else output[active]
 
     def _after(self, state: TokenState, hidden: Tensor) -> TokenState:
@@ -226,18 +249,6 @@ def exit_thresholds(config: TRBertConfig) -> ExitThresholds:
     """The policy of a configuration."""
     exits, gates = config.exit_options, config.gate_options
     return ExitThresholds(exits.thresholds if exits else (), gates.threshold if gates else NO_SKIPPING)
-
-
-class TRBertPooler(nn.Module):
-    """BERT's pooler, or DistilBERT's `pre_classifier`: the same layer with a different activation."""
-
-    def __init__(self, config: TRBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = {"tanh": torch.tanh, "relu": torch.relu}[config.pooler_activation]
-
-    def forward(self, cls_hidden_state: Tensor) -> Tensor:
-        return self.activation(self.dense(cls_hidden_state))
 
 
 class TRBertPreTrainedModel(BertPreTrainedModel):
@@ -285,14 +296,23 @@ class TRBertModel(TRBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = BACKBONES[config.backbone].embeddings(config)
         self.encoder = TRBertEncoder(config)
-        self.pooler = TRBertPooler(config) if add_pooling_layer else None
+        self.pooler = self.encoder.backbone.pooler(config) if add_pooling_layer else None
         self.post_init()
 
+    @classmethod
+    def for_tokens(cls, config: TRBertConfig) -> "TRBertModel":
+        """The model below a head that reads `token_features`."""
+        return cls(config, add_pooling_layer=BACKBONES[config.backbone].token_head)
+
+    def token_features(self, states: Tensor) -> Tensor:
+        """What a head for tokens reads of their last hidden states: with `Backbone.token_head` the pooler's output."""
+        return self.pooler(states) if self.encoder.backbone.token_head and self.pooler is not None else states
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
+        return getattr(self.embeddings, self.encoder.backbone.token_table)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
+        setattr(self.embeddings, self.encoder.backbone.token_table, value)
 
     def forward(
         self,
@@ -366,7 +386,7 @@ class TRBertModel(TRBertPreTrainedModel):
             output_layers=output_layers,
         )
         if self.pooler is not None:
-            output.pooler_output = self.pooler(output.cls_hidden_state)
+            output.pooler_output = self.pooler(output.pooled_state)
         if padded_indices is not None and input_ids is not None and output.last_hidden_state is not None:
             output.last_hidden_state = _unpack(output.last_hidden_state, padded_indices, input_ids.shape, 0.0)
         return output
@@ -376,7 +396,7 @@ class TRBertModel(TRBertPreTrainedModel):
         hidden = self.encoder.backbone.embed(self.embeddings, batch)
         match = None
         if self.config.question_aware and reduce:
-            words = self.embeddings.word_embeddings.weight
+            words: Any = self.get_input_embeddings().weight
             match = question_match(batch.input_ids, batch.token_type_ids, batch.cu_seqlens, words)
         token_indices = torch.arange(len(hidden), device=hidden.device)
         positions = positions_in(batch.cu_seqlens, len(hidden))

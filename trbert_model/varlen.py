@@ -7,6 +7,7 @@ tensor.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .backbones.local_attention import LocalAttention
 
 ATTENTION_NAME = "trbert_varlen"
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -139,8 +143,8 @@ def positions_in(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The sum of each sequence's values, (tokens,) → (sequences,)."""
-    sums = torch.zeros(len(cu_seqlens) - 1, dtype=values.dtype, device=values.device)
+    """The sum of each sequence's values, (tokens, ...) → (sequences, ...)."""
+    sums = torch.zeros(len(cu_seqlens) - 1, *values.shape[1:], dtype=values.dtype, device=values.device)
     return sums.index_add(0, sequence_of(cu_seqlens, len(values)), values)
 
 
@@ -168,6 +172,8 @@ def varlen_attention(
     max_keys: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    local: "LocalAttention | None" = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of a varlen batch, as a transformers attention function.
@@ -179,22 +185,28 @@ def varlen_attention(
         query, key, value: (1, heads, total tokens, head size).
         key_cu_seqlens, max_keys: of the keys and values, where they are more than the queries; `max_keys` may be more
             than the longest sequence has.
+        sliding_window: set by transformers' layers that attend only to tokens at nearby positions.
+        local: computes such a layer.
 
     Returns:
         (1, total tokens, heads, head size), and None for the attention weights.
 
     Raises:
-        InputError: an attention mask, or a padded batch.
+        InputError: an attention mask, a padded batch, or a sliding window without `local`.
     """
     if attention_mask is not None or query.shape[0] != 1:
         raise InputError(
             "varlen attention takes one unpadded batch without a mask; padded tensors must be packed first"
         )
+    if local is not None:
+        return local(query, key, value, scaling, dropout), None
+    if sliding_window is not None:
+        raise InputError("a layer with a sliding window needs the batch's windows (Backbone.geometry)")
     if key_cu_seqlens is None or max_keys is None:
         key_cu_seqlens, max_keys = cu_seqlens, max_seqlen
     if query.is_cuda and query.dtype in HALF_PRECISION and dropout == 0.0:
         lengths = (cu_seqlens, key_cu_seqlens, max_seqlen, max_keys)
-        return _flash_varlen(query, key, value, lengths, scaling), None
+        return flash_varlen(query, key, value, lengths, scaling), None
     return _attention(query, key, value, cu_seqlens, key_cu_seqlens, scaling, dropout), None
 
 
@@ -225,24 +237,26 @@ def _attention(
     return torch.cat(pieces, dim=1) if output is None else output
 
 
-def _flash_varlen(
+def flash_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     lengths: tuple[Tensor, Tensor, int, int],
     scaling: float | None,
+    window: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """Run torch's flash-attention varlen kernel; same shapes as `varlen_attention`.
 
     Args:
         lengths: `cu_seqlens` of queries and of keys, and the longest sequence's tokens of each.
+        window: number of tokens before and after each token to attend to; -1 for all.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     # num_splits=1: otherwise the number of splits depends on the longest sequence, and a document's result on the rest
     # of the batch (torch documents bitwise batch invariance for 1).
-    output = varlen_attn(q, k, v, *lengths, scale=scaling, num_splits=1)
+    output = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=window, num_splits=1)
     assert isinstance(output, Tensor)  # no auxiliary output was requested
     return output.unsqueeze(0)
 

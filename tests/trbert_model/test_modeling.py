@@ -319,7 +319,7 @@ def test_configurations_that_cannot_work_are_refused():
         ({"reduction_layers": [2, 1]}, "increasing"),
         ({"reduction_layers": [4]}, "from 0 to 3"),
         ({"selector_thresholds": [0.5]}, "one threshold for each"),
-        ({"backbone": "electra"}, "backbone 'electra' is none of bert, roberta"),
+        ({"backbone": "electra"}, "backbone 'electra' is none of bert, roberta, modernbert"),
         ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward"),
         ({"is_decoder": True}, "encoder"),
         ({"pooler_activation": "gelu"}, "pooler_activation"),
@@ -469,4 +469,4 @@ def test_half_precision_on_cuda_takes_the_varlen_kernel(monkeypatch):
         output, _ = varlen_attention(None, *qkv, None, cu_seqlens=cu_seqlens, max_seqlen=6, scaling=0.5)
     assert output.shape == (1, 10, 4, 8)
     # num_splits=1 is what makes the kernel's result independent of the batch.
-    assert calls == [((10, 4, 8), torch.int32, 6, {"scale": 0.5, "num_splits": 1})]
+    assert calls == [((10, 4, 8), torch.int32, 6, {"scale": 0.5, "window_size": (-1, -1), "num_splits": 1})]

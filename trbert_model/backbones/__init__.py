@@ -2,8 +2,13 @@
 
 from .base import Backbone
 from .bert import BertBackbone
+from .modernbert import ModernBertBackbone
 from .roberta import RobertaBackbone
 
-BACKBONES: dict[str, Backbone] = {"bert": BertBackbone(), "roberta": RobertaBackbone()}
+BACKBONES: dict[str, Backbone] = {
+    "bert": BertBackbone(),
+    "roberta": RobertaBackbone(),
+    "modernbert": ModernBertBackbone(),
+}
 
 __all__ = ["BACKBONES", "Backbone"]

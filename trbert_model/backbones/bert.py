@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 from ..varlen import VarlenBatch
-from .fused import FusedLayer
+from .fused import FusedBertLayer, FusedLayer
 
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
+    from ..reduction.state import TokenState
 
 # DistilBERT's names inside a layer → BERT's. The original TR-BERT's checkpoints use the names of either family.
 _DISTILBERT_LAYER = {
@@ -37,6 +38,18 @@ _DISTILBERT_FIELDS = {
 }
 
 
+class BertPooler(nn.Module):
+    """BERT's pooler, or DistilBERT's `pre_classifier`: the same layer with a different activation."""
+
+    def __init__(self, config: "TRBertConfig"):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = {"tanh": torch.tanh, "relu": torch.relu}[config.pooler_activation]
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.activation(self.dense(states))
+
+
 class BertBackbone:
     """See `Backbone`."""
 
@@ -45,9 +58,14 @@ class BertBackbone:
     pad_token_id = 0
     ignored = re.compile(r"^(cls\.|vocab_|bert\.embeddings\.(position_ids|token_type_ids)$)")
     lora_targets = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"
+    token_table = "word_embeddings"
+    token_head = False
 
     def position_offset(self, pad_token_id: int) -> int:
         return 0
+
+    def complete(self, config: "TRBertConfig") -> None:
+        pass
 
     def embeddings(self, config: "TRBertConfig") -> Any:
         return BertEmbeddings(config)
@@ -62,11 +80,23 @@ class BertBackbone:
     def layer(self, config: "TRBertConfig", index: int) -> nn.Module:
         return BertLayer(config, layer_idx=index)
 
+    def final_norm(self, config: "TRBertConfig") -> nn.Module:
+        return nn.Identity()
+
+    def pooler(self, config: "TRBertConfig") -> nn.Module:
+        return BertPooler(config)
+
+    def set_attention_dropout(self, layer: Any, probability: float) -> None:
+        layer.attention.self.dropout.p = probability
+
+    def geometry(self, config: "TRBertConfig", state: "TokenState") -> None:
+        return None
+
     def run_layer(
         self,
         layer: Any,
         hidden: Tensor,
-        positions: Tensor,
+        geometry: None,
         cu_seqlens: Tensor,
         max_seqlen: int,
         *,
@@ -80,10 +110,12 @@ class BertBackbone:
         return (output.dropout(output.dense(layer.intermediate(hidden))) + hidden).squeeze(0)
 
     def output_norm(self, layer: Any) -> nn.Module:
-        return layer.output_norm if isinstance(layer, FusedLayer) else layer.output.LayerNorm
+        return layer.output_norm if isinstance(layer, FusedBertLayer) else layer.output.LayerNorm
 
-    def layer_flops(self, config: "TRBertConfig", tokens: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
-        """FLOPs of one layer: projections 4·H²·n, feed-forward 2·H·I·n and attention 2·H·n² multiply-adds.
+    def layer_flops(
+        self, config: "TRBertConfig", layer: int, tokens: np.ndarray, keys: np.ndarray | None = None
+    ) -> np.ndarray:
+        """FLOPs of a layer: projections 4·H²·n, feed-forward 2·H·I·n and attention 2·H·n² multiply-adds.
 
         Halted tokens need two of the projections, for their keys and values.
         """
@@ -93,9 +125,9 @@ class BertBackbone:
         return 2 * ((2 * hidden**2 + 2 * hidden * intermediate) * n + 2 * hidden**2 * k + 2 * hidden * n * k)
 
     def fused(self, layer: nn.Module, *, packed: bool, halts: bool) -> FusedLayer:
-        return FusedLayer(layer, packed=packed, halts=halts)
+        return FusedBertLayer(layer, packed=packed, halts=halts)
 
-    def tensor_name(self, name: str) -> str:
+    def tensor_name(self, name: str, raw: dict[str, Any]) -> str:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         name = name.replace("distilbert.transformer.", "bert.encoder.").replace("distilbert.", "bert.")
         name = re.sub(r"^transformer\.layer\.", "bert.encoder.layer.", name)

@@ -5,6 +5,7 @@ computes the attention of a whole class. Where oneDNN is fast in bfloat16, its w
 on few fixed numbers of rows: oneDNN prepares itself for each number that it has not seen, and results can depend on it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,7 +171,8 @@ class FusedLinear(nn.Module):
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.packed, self.activation = packed, activation
         self.weight = nn.Buffer(torch.ops.mkldnn._reorder_linear_weight(weight, SEGMENT_ROWS) if packed else weight)
-        self.bias = nn.Buffer(torch.cat([linear.bias.detach() for linear in linears]))
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias: Tensor | None = nn.Buffer(torch.cat(biases)) if biases else None
 
     def forward(self, values: Tensor, residual: Tensor | None = None) -> Tensor:
         """(rows, in), and (rows, out) to add → (rows, out)."""
@@ -191,21 +193,36 @@ def _as_it_is(values: Tensor) -> Tensor:
     return values
 
 
-class FusedLayer(nn.Module):
+class FusedLayer(nn.Module, ABC):
+    """A layer for inference; packed: let oneDNN lay out the weights for itself (`packs_weights`)."""
+
+    def __init__(self, *, packed: bool):
+        super().__init__()
+        self.packed = packed
+
+    @abstractmethod
+    def forward(self, state: "TokenState", *, normalised: bool = True) -> Tensor:
+        """(rows, hidden) → (rows, hidden): the rows of a layout, or without one the tokens of a varlen batch.
+
+        Args:
+            normalised: False leaves out the last normalisation, `Backbone.output_norm`.
+        """
+
+
+class FusedBertLayer(FusedLayer):
     """A BERT layer for inference.
 
     Args:
         layer: transformers' `BertLayer`.
-        packed: let oneDNN lay out the weights for itself (`packs_weights`).
+        packed: see `FusedLayer`.
         halts: whether tokens can be halted, which takes keys and values by themselves.
     """
 
     def __init__(self, layer: Any, *, packed: bool, halts: bool = False):
-        super().__init__()
+        super().__init__(packed=packed)
         attention, output = layer.attention.self, layer.attention.output
         self.heads: int = attention.num_attention_heads
         self.scaling: float = attention.scaling
-        self.packed = packed
         self.qkv = FusedLinear(attention.query, attention.key, attention.value, packed=packed)
         self.key_value = FusedLinear(attention.key, attention.value, packed=packed) if halts else None
         self.out = FusedLinear(output.dense, packed=packed)
@@ -216,11 +233,6 @@ class FusedLayer(nn.Module):
         self.output_norm = layer.output.LayerNorm
 
     def forward(self, state: "TokenState", *, normalised: bool = True) -> Tensor:
-        """(rows, hidden) → (rows, hidden): the rows of a layout, or without one the tokens of a varlen batch.
-
-        Args:
-            normalised: False leaves out the last normalisation, `output_norm`.
-        """
         norm = self.output_norm if normalised else _as_it_is
         hidden, halted = state.hidden, None if state.halted is None else state.halted.hidden
         if state.layout is None:

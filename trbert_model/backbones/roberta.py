@@ -34,7 +34,7 @@ class RobertaBackbone(BertBackbone):
             position_ids=positions.unsqueeze(0),
         ).squeeze(0)
 
-    def tensor_name(self, name: str) -> str:
-        name = super().tensor_name(name.removeprefix("roberta."))
+    def tensor_name(self, name: str, raw: dict[str, Any]) -> str:
+        name = super().tensor_name(name.removeprefix("roberta."), raw)
         name = re.sub(r"^classifier\.dense\.", "bert.pooler.dense.", name)
         return re.sub(r"^classifier\.out_proj\.", "classifier.", name)

@@ -1,4 +1,4 @@
-"""Conversion of BERT, DistilBERT, RoBERTa, XLM-R and original TR-BERT checkpoints to TR-BERT models.
+"""Conversion of BERT, DistilBERT, RoBERTa, XLM-R, ModernBERT and original TR-BERT checkpoints to TR-BERT models.
 
 The tensors determine a checkpoint's head, because the original's checkpoints and old transformers ones name their
 classes inconsistently. Weights are read from safetensors only, nothing is unpickled.
@@ -57,9 +57,9 @@ def convert_checkpoint(
     keep every token, so that the outputs are those of the source model until the selectors are trained.
 
     Args:
-        src: a directory with config.json and safetensors weights: transformers BERT, DistilBERT, RoBERTa or XLM-R, or
-            the original TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a model saved by
-            this package, whose selectors are replaced by new ones, unless `keep_selectors`.
+        src: a directory with config.json and safetensors weights: transformers BERT, DistilBERT, RoBERTa, XLM-R or
+            ModernBERT, or the original TR-BERT (BERT classification, BERT span QA, DistilBERT classification), or a
+            model saved by this package, whose selectors are replaced by new ones, unless `keep_selectors`.
         task: one of `KINDS`. Default: the task of the checkpoint's head. A single output means regression, unless the
             checkpoint's class is a multiple-choice model.
         head: configuration fields of a new head for the task (`Task.learnt_head`), which replaces the checkpoint's.
@@ -69,7 +69,8 @@ def convert_checkpoint(
         question_aware: new selectors use the question (`TRBertConfig.question_aware`).
         max_positions: extend the position table to this many positions. New ones are initialised with copies of the
             existing ones, in order, as in Longformer. The model must then be trained: until then it cannot tell a new
-            position from the one that it was copied from.
+            position from the one that it was copied from. ModernBERT has no table and computes any position, but its
+            layers have not seen greater distances either.
         keep_selectors: keep the selectors of a model saved by this package, with their thresholds, unless other
             `reduction_layers` are given.
         exits, gates: as for `with_exits`.
@@ -109,7 +110,8 @@ def _converted(
     backbone = _backbone(raw_config, kind)
     if backbone is None:  # other architectures may use the same tensor names differently
         raise CheckpointError(
-            f"{src}: a {kind} checkpoint, not a BERT, DistilBERT, RoBERTa, XLM-R or original TR-BERT to convert"
+            f"{src}: a {kind} checkpoint, not a BERT, DistilBERT, RoBERTa, XLM-R, ModernBERT or original TR-BERT to "
+            "convert"
         )
     family = BACKBONES[backbone]
     kept: dict[str, Any] = {}
@@ -125,14 +127,12 @@ def _converted(
     selectors_stored = any(".linear_1." in name for name in tensors)
     if selectors_stored and reduction_layers is not None:
         raise CheckpointError(f"{src}: its selectors belong to its own layers; reduction_layers cannot be chosen")
-    state = _state(tensors, family, src)
+    state = _state(tensors, family, raw_config, src)
     if not any(name.startswith("bert.encoder.layer.") for name in state):
         raise CheckpointError(f"{src}: no {backbone} encoder among its tensors (first: {sorted(tensors)[:3]})")
 
     if max_positions is not None:
-        pad = raw_config.get("pad_token_id")
-        offset = family.position_offset(family.pad_token_id if pad is None else pad)
-        _extend_positions(state, max_positions, offset, src)
+        _extend_positions(state, raw_config, family, max_positions, src)
     asked, own_task = task, _task_of_head(raw_config, state, tensors, asked=task)
     if head is not None:
         raw_config = {name: value for name, value in raw_config.items() if name not in ("exits", "gates")}
@@ -232,12 +232,12 @@ def _read(src: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def _state(tensors: dict[str, Tensor], family: Backbone, src: Path) -> dict[str, Tensor]:
+def _state(tensors: dict[str, Tensor], family: Backbone, raw: dict[str, Any], src: Path) -> dict[str, Tensor]:
     """The tensors by TR-BERT's names, without those that it does not use."""
     state: dict[str, Tensor] = {}
     # Poolers first: RoBERTa's classifier has a layer of its own in this place, and does not use the encoder's.
     for name in sorted(tensors, key=lambda name: "pooler." not in name):
-        new = family.tensor_name(name)
+        new = family.tensor_name(name, raw)
         if family.ignored.match(new):
             continue
         if new in state and not new.startswith("bert.pooler."):
@@ -315,13 +315,21 @@ def _model_class(task: str) -> type[TRBertPreTrainedModel]:
     return TRBertForMultipleChoice if task == MULTIPLE_CHOICE else TRBertModel
 
 
-def _extend_positions(state: dict[str, Tensor], positions: int, offset: int, src: Path) -> None:
-    """Extend the position table in `state` by repeating it; offset: rows before the row of the first position."""
+def _extend_positions(
+    state: dict[str, Tensor], raw: dict[str, Any], family: Backbone, positions: int, src: Path
+) -> None:
+    """Extend the position table in `state` by repeating it; without a table, the number of positions in `raw`."""
     name = "bert.embeddings.position_embeddings.weight"
-    head, table = state[name][:offset], state[name][offset:]
-    if positions < len(table):
-        raise ConfigurationError(f"max_positions {positions}: {src} has {len(table)} positions already")
-    state[name] = torch.cat([head, table.repeat(-(-positions // len(table)), 1)[:positions]])
+    pad = raw.get("pad_token_id")
+    offset = family.position_offset(family.pad_token_id if pad is None else pad)
+    present = len(state[name]) - offset if name in state else raw.get("max_position_embeddings", 0)
+    if positions < present:
+        raise ConfigurationError(f"max_positions {positions}: {src} has {present} positions already")
+    if name in state:
+        head, table = state[name][:offset], state[name][offset:]
+        state[name] = torch.cat([head, table.repeat(-(-positions // len(table)), 1)[:positions]])
+    else:
+        raw["max_position_embeddings"] = positions
 
 
 def _config(

@@ -11,9 +11,12 @@ from ..errors import CheckpointError
 
 # Modules around a model whose state was saved: DistributedDataParallel, Lightning and other trainers, torch.compile.
 _WRAPPERS = {"module", "model", "_orig_mod"}
-# Names of the encoder within transformers' models, and the `model_type` that each tells.
-_ENCODERS = {"bert": "bert", "roberta": "roberta", "distilbert": "distilbert"}
-_FIRST = "embeddings.word_embeddings.weight"
+# Names of the encoder within transformers' models, and the `model_type` that each tells; by the name of the encoder's
+# token table, which every checkpoint has.
+_ENCODERS: dict[str, dict[str, str | None]] = {
+    "embeddings.word_embeddings.weight": {"bert": "bert", "roberta": "roberta", "distilbert": "distilbert"},
+    "embeddings.tok_embeddings.weight": {"model": "modernbert", "bert": None},  # "bert": of a TR-BERT
+}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -48,15 +51,20 @@ def without_wrappers(tensors: dict[str, Tensor], src: Path) -> tuple[dict[str, T
     Raises:
         CheckpointError: there are several encoders.
     """
-    known = _WRAPPERS | _ENCODERS.keys()
-    paths = [name.removesuffix(_FIRST).split(".")[:-1] for name in tensors if name.endswith(_FIRST)]
-    paths = [path for path in paths if known.issuperset(path)]
-    if len(paths) > 1:
-        raise CheckpointError(f"{src}: several encoders among its tensors: {sorted('.'.join(path) for path in paths)}")
-    if not paths:
+    found = [
+        (name.removesuffix(table).split(".")[:-1], encoders)
+        for name in tensors
+        for table, encoders in _ENCODERS.items()
+        if name.endswith(table)
+    ]
+    found = [(path, encoders) for path, encoders in found if (_WRAPPERS | encoders.keys()).issuperset(path)]
+    if len(found) > 1:
+        paths = sorted(".".join(path) for path, _ in found)
+        raise CheckpointError(f"{src}: several encoders among its tensors: {paths}")
+    if not found:
         return tensors, None
-    path = paths[0]
-    encoder = path.pop() if path and path[-1] in _ENCODERS else None
+    path, encoders = found[0]
+    encoder = path.pop() if path and path[-1] in encoders else None
     outer = "".join(f"{name}." for name in path)
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -64,4 +72,4 @@ def without_wrappers(tensors: dict[str, Tensor], src: Path) -> tuple[dict[str, T
         if new in renamed:
             raise CheckpointError(f"{src}: two tensors for {new}, one of them {name}")
         renamed[new] = value
-    return renamed, encoder and _ENCODERS[encoder]
+    return renamed, encoder and encoders[encoder]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,8 @@ class TokenState:
         dropped: `token_indices` and states of the dropped tokens, one pair per reduction that dropped any.
         layout: the rows that the tokens lie in, for fused layers on CPUs.
         halted: None if no token is halted.
+        complete: no token has left.
+        geometry: from `Backbone.geometry`, for these tokens; None until a layer needs it.
     """
 
     layer: int
@@ -115,6 +117,8 @@ class TokenState:
     dropped: tuple[tuple[Tensor, Tensor], ...] = ()
     layout: Layout | None = None
     halted: Halted | None = None
+    complete: bool = True
+    geometry: Any = None
 
     def arranged(self, *, packed: bool) -> "TokenState":
         """The state with its tokens in a layout; packed: see `arrange`."""
@@ -227,6 +231,8 @@ class TokenState:
             sequences=sequences,
             dropped=dropped,
             halted=halted,
+            complete=False,
+            geometry=None,
         )
 
     def repeated(self, times: int) -> "TokenState":
@@ -244,6 +250,7 @@ class TokenState:
             cu_seqlens=_summed(self.cu_seqlens.diff().repeat(times)),
             sequences=torch.arange(times * len(self.sequences), device=self.sequences.device),
             match=self.match and self.match.repeated(times),
+            geometry=None,
         )
 
     def first_states(self) -> Tensor:

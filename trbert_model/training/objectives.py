@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..configuration import TRBertConfig
 from ..exits.policies import NO_EXITS
-from ..flops import dense_flops, layer_flops, reduced_flops, spent_flops
+from ..flops import dense_flops, first_layers_flops, reduced_flops, spent_flops
 from ..losses import TaskLosses
 from ..modeling import TRBertModel
 from ..reduction.policies import TopTokensPolicy, keep_all
@@ -57,7 +57,7 @@ class Objective(nn.Module):
         """FLOPs of a pass with these kept tokens, (samples · sequences, reductions), relative to the dense pass."""
         config, tokens = self.model.config, lengths.cpu().numpy()
         spent = reduced_flops(config, np.tile(tokens, samples), kept.cpu().numpy()).sum()
-        shared = config.reduction_layers[0] * layer_flops(config, tokens).sum() * (samples - 1)
+        shared = first_layers_flops(config, config.reduction_layers[0], tokens).sum() * (samples - 1)
         return float((spent - shared) / dense_flops(config, tokens).sum())
 
 

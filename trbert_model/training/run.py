@@ -130,8 +130,9 @@ def _model(config: TrainingConfig) -> AnyModel:
     elif config.epochs("exits"):
         raise ConfigurationError("exits_epochs: the model has no exits; exits names the kind of new ones")
     model.config.attention_probs_dropout_prob = config.attention_dropout
+    backbone = model.bert.encoder.backbone
     for layer in model.bert.encoder.layer:
-        layer.attention.self.dropout.p = config.attention_dropout
+        backbone.set_attention_dropout(layer, config.attention_dropout)
     below = deep_layer(model.config)
     if config.epochs("imitation") and model.config.reduction_layers and model.config.reduction_layers[-1] >= below:
         raise ConfigurationError(

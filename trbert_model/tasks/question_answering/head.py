@@ -47,7 +47,7 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
 
     def __init__(self, config: TRBertConfig):
         super().__init__(config)
-        self.bert = TRBertModel(config, add_pooling_layer=False)
+        self.bert = TRBertModel.for_tokens(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -74,7 +74,7 @@ class TRBertForQuestionAnswering(TRBertPreTrainedModel):
             cu_seqlens=cu_seqlens,
             **{**kwargs, "token_states": True},
         )
-        logits = self.qa_outputs(output.last_hidden_state)
+        logits = self.qa_outputs(self.bert.token_features(output.last_hidden_state))
         if cu_seqlens is None and attention_mask is not None:
             logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)

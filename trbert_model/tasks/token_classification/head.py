@@ -44,7 +44,7 @@ class TRBertForTokenClassification(TRBertPreTrainedModel):
 
     def __init__(self, config: TRBertConfig):
         super().__init__(config)
-        self.bert = TRBertModel(config, add_pooling_layer=False)
+        self.bert = TRBertModel.for_tokens(config)
         self.dropout = head_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -63,7 +63,7 @@ class TRBertForTokenClassification(TRBertPreTrainedModel):
             attention_mask = self.truncated_mask(input_ids, attention_mask)
             kwargs["exit_policy"] = NO_EXITS
         output = self.bert(input_ids, attention_mask, *args, cu_seqlens=cu_seqlens, **{**kwargs, "token_states": True})
-        logits = self.classifier(self.dropout(output.last_hidden_state))
+        logits = self.classifier(self.dropout(self.bert.token_features(output.last_hidden_state)))
         if cu_seqlens is not None:
             logits = output.answered(logits)
         return TRBertTokenClassifierOutput(
