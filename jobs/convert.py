@@ -1,4 +1,5 @@
-"""Convert a checkpoint to a TR-BERT: transformers BERT, DistilBERT, RoBERTa or XLM-R, or the original TR-BERT's format.
+"""Convert a checkpoint to a TR-BERT: transformers BERT, DistilBERT, RoBERTa, XLM-R or ModernBERT, or the
+original TR-BERT's format.
 
     python jobs/convert.py path/to/checkpoint path/to/trbert
     python jobs/convert.py path/to/backbone path/to/trbert --adapter path/to/adapter

@@ -1,4 +1,4 @@
-"""Train a TR-BERT from a BERT, DistilBERT, RoBERTa or XLM-R checkpoint and labelled documents.
+"""Train a TR-BERT from a BERT, DistilBERT, RoBERTa, XLM-R or ModernBERT checkpoint and labelled documents.
 
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 

@@ -54,6 +54,8 @@ _SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "initializer_range", "pad_token_id"),
 )
+# The defaults are ModernBERT's vocabulary's.
+_NO_TOKENS = dict.fromkeys(f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep"))
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class ModernBertBackbone:
         words = tensors["bert.embeddings.tok_embeddings.weight"]
         kept = [*_RENAMED.values(), "layer_config", "classifier_pooling", "classifier_dropout", *_SHARED_FIELDS]
         if raw["model_type"] in self.names:
-            own = ModernBertConfig.from_dict(dict(raw))
+            own = ModernBertConfig.from_dict(_NO_TOKENS | raw)
             raw = {name: getattr(own, name) for name in (*_SHARED_FIELDS, "classifier_pooling", "classifier_dropout")}
             raw |= {bert: getattr(own, name) for name, bert in _RENAMED.items()}
             raw["layer_config"] = {name: getattr(own, name) for name in _LAYER_FIELDS}
@@ -210,7 +212,7 @@ def own_config(config: "TRBertConfig") -> ModernBertConfig:
     return ModernBertConfig(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **{name: getattr(config, bert) for name, bert in _RENAMED.items()},
-        **{"bos_token_id": None, "eos_token_id": None, "cls_token_id": None, "sep_token_id": None},
+        **{name: value for name, value in _NO_TOKENS.items() if name != "pad_token_id"},
         **copy.deepcopy(config.layer_config or {}),
         attn_implementation=ATTENTION_NAME,
     )
