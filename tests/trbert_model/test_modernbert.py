@@ -511,3 +511,30 @@ def test_answered(tmp_path):
     span = TEXT[answer.spans[0].start : answer.spans[0].end]
     assert span
     assert span == span.strip()
+
+
+# --- early exits ----------------------------------------------------------------------------------------------------
+
+
+def test_documents_leave_and_skip_layers_beside_the_reduction(tmp_path):
+    """Alone and among others the same, in the plain and in the fused model."""
+    source(ModernBertForSequenceClassification, tmp_path, classifier_pooling="mean", num_labels=3)
+    exits = {"head": "first", "layers": (1, 3), "thresholds": (0.8, 0.8)}
+    model = convert_checkpoint(tmp_path, reduction_layers=[1, 3], exits=exits, gates={"threshold": 0.5})
+    for parameter in (*model.bert.encoder.exits.parameters(), *model.bert.encoder.gates.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    sequences = texts([300, 1, 40, 90, 130, 7, 200, 64])
+    with torch.inference_mode():
+        for each in (choosing(model), fused(model, packed=False)):
+            together = each(**model_inputs(sequences))
+            assert 0 < (together.exits.layers > 0).sum() < len(sequences)
+            for i, sequence in enumerate(sequences):
+                alone = each(**model_inputs([sequence]))
+                torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-4, rtol=0)
+                assert together.exits.layers[i] == alone.exits.layers[0]
+
+
+def test_single_words_cannot_be_halted(tmp_path):
+    source(ModernBertForTokenClassification, tmp_path, num_labels=3)
+    with pytest.raises(ConfigurationError, match="ModernBERT's layers cannot halt single words"):
+        convert_checkpoint(tmp_path, exits={"head": "words", "layers": (1,), "unit": "word"})

@@ -101,7 +101,8 @@ def with_exits(
     if exits is not None:
         for head in new.base_model.encoder.exits:
             if config.exits["head"] == "first":
-                head.dense.load_state_dict(new.base_model.pooler.dense.state_dict())
+                bias = {"bias": torch.zeros_like(head.dense.bias)}  # ModernBERT's has none
+                head.dense.load_state_dict(bias | new.base_model.pooler.dense.state_dict())
             if config.exits["head"] in ("first", "words"):
                 head.classifier.load_state_dict(new.classifier.state_dict())
     return new.eval()
