@@ -126,7 +126,7 @@ class TRBertEncoder(nn.Module):
             if output_hidden_states:
                 hidden_states.append(state.states)
             state = self._prepared(state)
-            ran = self._running(state, exit_policy, trace)
+            ran, mixed = self._running(state, exit_policy, trace)
             trace.computes(state, ran)
             before_norm = None
             if exits is not None and exits.keeps_before_norm(state.layer):
@@ -134,7 +134,10 @@ class TRBertEncoder(nn.Module):
                 norm = self.backbone.output_norm(self.layer[state.layer])
                 state = self._after(state, norm(before_norm))
             else:
-                state = self.after_layer(state, ran)
+                before, state = state, self.after_layer(state, ran)
+                if mixed is not None:
+                    weights = mixed[sequence_of(state.cu_seqlens, len(state.token_indices))].unsqueeze(-1)
+                    state = dataclasses.replace(state, hidden=torch.lerp(state.hidden, before.hidden, weights))
             if exits is not None:
                 state = exits.after(state, before_norm, ran)
         first = self.final_norm(state.first_states())
@@ -186,13 +189,20 @@ class TRBertEncoder(nn.Module):
             places = Words.of(words, state.cu_seqlens, len(state.token_indices), options.window)
         return ExitPass(self.config, self.exits, policy or NO_EXITS, state, places, remember=remember, record=record)
 
-    def _running(self, state: TokenState, policy: ExitPolicy | None, trace: Trace) -> Tensor | None:
-        """The sequences that do not skip the next layer, bool (sequences,); None if all run."""
+    def _running(
+        self, state: TokenState, policy: ExitPolicy | None, trace: Trace
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The sequences that do not skip the next layer, bool (sequences,); None if all run.
+
+        And, in training, the weights to mix the layer's input with its output, (sequences,).
+        """
         if policy is None or not self.gates or not policy.asks_gate(state.layer):
-            return None
+            return None, None
         trace.gated.append(state.layer)
         skipped = policy.skips(state.layer, self.gates[state.layer](state), state.sequences)
-        return ~skipped if bool(skipped.any()) else None
+        if skipped.is_floating_point():
+            return None, skipped
+        return (~skipped if bool(skipped.any()) else None), None
 
     def _mean_states(self, state: TokenState) -> Tensor:
         """The mean of the final states of each sequence's tokens, without dropped ones, (sequences, hidden)."""

@@ -7,13 +7,17 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from tests.conftest import TINY, tiny_tokenizer
+from tests.conftest import TAGS, TINY, tiny_classifier, tiny_tagger, tiny_tokenizer
 from trbert_model import ConfigurationError, TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.checkpoints.conversion import convert_checkpoint
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
+from trbert_model.exits.policies import ExitThresholds, uncertainty
+from trbert_model.exits.training import MixingGates, PlannedExits, planned_exits
+from trbert_model.reduction.policies import keep_all
 from trbert_model.training import TrainingConfig, train
-from trbert_model.training.objectives import Exits
+from trbert_model.training.objectives import Exits, Gates, SelfSampling
+from trbert_model.varlen import model_inputs
 
 NONE = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
 
@@ -151,3 +155,145 @@ def test_exits_where_they_make_no_sense_are_refused(corpus, tmp_path):
     TRBertForQuestionAnswering(TRBertConfig(**TINY)).save_pretrained(tmp_path / "answers")
     with pytest.raises(ConfigurationError, match="question-answering, which has no exits"):
         convert_checkpoint(tmp_path / "answers", exits={"head": "first"})
+    with pytest.raises(ConfigurationError, match="gates: they skip layers of whole documents"):
+        options(corpus, task="token-classification", exits="words", gates=True)
+    with pytest.raises(ConfigurationError, match="no exits that halt words"):
+        train(options(corpus, halting_epochs=1.0, **NONE))
+
+
+def test_gates_learn_with_the_layers_and_the_exits_after_them(corpus, monkeypatch):
+    """SmartBERT's recipe, from a fine-tuned model."""
+    skipped, forward = [], Gates.forward
+
+    def recorded(self, **batch):
+        measured = forward(self, **batch)
+        skipped.append(float(measured["skipped"]))
+        return measured
+
+    monkeypatch.setattr(Gates, "forward", recorded)
+    config = options(
+        corpus,
+        exits="attention",
+        gates=True,
+        gate_penalty=4.0,
+        reduction_layers=(),
+        fine_tune_epochs=8.0,
+        gates_epochs=10.0,
+        exits_epochs=2.0,
+        distillation=False,
+        joint_learning_rate=1e-3,
+    )
+    measured = train(config)["stages"]
+    assert set(measured) == {"fine_tune", "gates", "exits", "exits_at_0.2"}
+    assert len(skipped) == 40
+    assert np.mean(skipped[-5:]) > 0.5, "a high price of layers"
+    model, _ = load_model(corpus / "model")
+    assert model.config.gate_options.threshold == 0.5
+    fresh = convert_checkpoint(corpus / "model", gates={}).state_dict()
+    learnt = {name: value for name, value in model.state_dict().items() if ".gates." in name}
+    assert learnt
+    assert not any(torch.equal(value, fresh[name]) for name, value in learnt.items())
+    assert scored(corpus / "model").exit_layers.tolist() == [4.0, 4.0], "exits have no thresholds yet"
+
+
+def test_gates_that_are_sure_skip_as_inference_does():
+    """Mixed by 0 or 1, layers are run or skipped; by less, their gates have gradients. Hard ones have them too."""
+    model = tiny_classifier(gates={}, reduction_layers=[])
+    inputs = model_inputs([[2, 5, 6, 3], [2, 7, 8, 9, 10, 3], [2, 6, 3]])
+    for gate in model.bert.encoder.gates:
+        torch.nn.init.normal_(gate.linear.weight, std=3.0)
+    hard = model(**inputs, exit_policy=MixingGates(hard=True))
+    skipping = ExitThresholds(gate=0.5)
+    with torch.no_grad():
+        expected = model(**inputs, exit_policy=skipping)
+    assert 0 < int((expected.trace.counts[2] == 0).sum()) < 12
+    torch.testing.assert_close(hard.logits, expected.logits)
+    for policy in (MixingGates(hard=True), MixingGates(hard=False)):
+        model.zero_grad()
+        model(**inputs, exit_policy=policy).logits.sum().backward()
+        assert all(gate.linear.weight.grad.abs().sum() > 0 for gate in model.bert.encoder.gates)
+
+
+def words_tagger(**exits):
+    """A tagger in whose layers no token sees another, and normalisation changes nothing: halting changes no state."""
+    model = tiny_tagger(exits={"head": "words", "layers": [0, 1, 2], "unit": "word"} | exits, reduction_layers=[])
+    for layer in model.bert.encoder.layer:
+        for dense in (layer.attention.output.dense, layer.output.dense):
+            torch.nn.init.zeros_(dense.weight)
+            torch.nn.init.zeros_(dense.bias)
+    for head in model.bert.encoder.exits:
+        torch.nn.init.normal_(head.classifier.weight, std=0.6)
+    return model
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_words_are_planned_to_leave_where_thresholds_let_them_leave(window):
+    model = words_tagger(window=window)
+    rng = np.random.default_rng(1)
+    lengths = [3, 9, 17, 30, 12, 2]
+    sequences = [[2, *rng.integers(5, 20, length - 2).tolist(), 3] for length in lengths]
+    # Words of one or two tokens.
+    words = [np.pad(np.arange(length - 2) * 2 // 3, 1, constant_values=-1) for length in lengths]
+    inputs = model_inputs(sequences) | {"words": torch.from_numpy(np.concatenate(words)).long()}
+    with torch.no_grad():
+        dense = model(**inputs, reduce=False, output_exits=True).exits.logits
+        for thresholds in ((0.5, 0.6, 0.7), (0.75, 0.75, 0.8), (0.0, 0.9, 0.95)):
+            output = model(**inputs, selection_policy=keep_all, exit_policy=ExitThresholds(thresholds))
+            uncertainties = torch.stack([uncertainty(logits) for logits in dense], 1)
+            windows = torch.full((6,), window)
+            each = torch.tensor([thresholds]).repeat(6, 1)
+            plan = planned_exits(uncertainties, inputs["words"], inputs["cu_seqlens"], windows, each)
+            expected = torch.where(output.exits.layers > 0, output.exits.layers - 1, 3)
+            assert torch.equal(plan, expected)
+            assert 0 < int((plan < 3).sum()) < 50
+            planned = model(**inputs, selection_policy=keep_all, exit_policy=PlannedExits(plan))
+            torch.testing.assert_close(planned.logits, output.logits)
+
+
+@pytest.fixture
+def tagged(corpus):
+    rng, names = np.random.default_rng(0), {"good": "B-PER", "bad": "B-LOC"}
+    rows = []
+    for _ in range(48):
+        tokens = rng.choice(["the", "news", "good", "bad", "game", "and"], rng.integers(4, 20)).tolist()
+        rows.append({"tokens": tokens, "tags": [names.get(token, "O") for token in tokens]})
+    pq.write_table(pa.Table.from_pylist(rows), corpus / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:16]), corpus / "evaluation.parquet")
+    return corpus
+
+
+def test_words_learn_to_be_halted(tagged, monkeypatch):
+    """TOKEE's recipe: classifiers of all layers with the fine-tune, then halted words by plan."""
+    halted, forward = [], SelfSampling.forward
+
+    def recorded(self, **batch):
+        measured = forward(self, **batch)
+        halted.append(float(measured["halted"]))
+        assert float(measured["dense_passes"]) < 3.2
+        return measured
+
+    monkeypatch.setattr(SelfSampling, "forward", recorded)
+    settings = {"task": "token-classification", "exits": "words", "exit_unit": "word", "exit_window": 3}
+    config = options(tagged, **settings, reduction_layers=(), fine_tune_epochs=60.0, halting_epochs=2.0)
+    measured = train(config)["stages"]
+    assert set(measured) == {"fine_tune", "halting", "halting_at_0.2"}
+    assert len(halted) == 6
+    assert 0.1 < np.mean(halted) < 0.9
+    assert measured["halting_at_0.2"]["accuracy"] > 0.9
+    assert measured["halting_at_0.2"]["flops_speedup"] > 1.1
+    assert train(config)["stages"]["halting_at_0.2"] == measured["halting_at_0.2"]
+
+
+def test_exits_that_read_words_are_added_to_a_reduced_model(tagged):
+    """On frozen layers, and each exit learns from the words that are still there."""
+    torch.manual_seed(0)
+    tiny_tagger(tags=TAGS).save_pretrained(tagged / "finished")
+    tiny_tokenizer().save_pretrained(tagged / "finished")
+    settings = {"task": "token-classification", "exits": "words", "fine_tune_epochs": 0.0, "exits_epochs": 2.0}
+    train(options(tagged, **NONE, **settings, backbone=str(tagged / "finished"), evaluation=None))
+    own, model = load_model(tagged / "finished")[0].state_dict(), load_model(tagged / "model")[0]
+    changed = {
+        name for name, value in model.state_dict().items() if name not in own or not torch.equal(value, own[name])
+    }
+    assert changed == {name for name, _ in model.named_parameters() if ".exits." in name}
+    assert not torch.equal(model.bert.encoder.exits[0].classifier.weight, model.classifier.weight)

@@ -43,6 +43,9 @@ class ExitPolicy(Protocol):
     def skips(self, layer: int, probability: Tensor, sequences: Tensor, /) -> Tensor:
         """The sequences that skip a layer, bool (sequences,).
 
+        In training also fp32 (sequences,): the weight, from 0 to 1, of the layer's input in a mean of its input and its
+        output.
+
         Args:
             probability: fp32 (sequences,), of the layer's gate.
             sequences: int64 (sequences,), their indices in the batch.

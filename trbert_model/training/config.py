@@ -12,7 +12,7 @@ from ..tasks.registry import TASKS, task_named
 if TYPE_CHECKING:
     import torch
 
-STAGES = ("fine_tune", "imitation", "selectors", "joint", "exits")
+STAGES = ("fine_tune", "imitation", "selectors", "joint", "gates", "exits", "halting")
 REDUCTION_STAGES = STAGES[1:4]  # those that train selectors
 
 
@@ -92,6 +92,8 @@ class TrainingConfig(LabelledColumns):
         "sequence", "with exits that read words: sequence if all words leave together, word if each is halted by itself"
     )
     exit_window: int = option(5, "with exit_unit word: number of words around and with a word that must be sure too")
+    gates: bool = option(False, "new gates, with which documents skip layers (SmartBERT; classification)")
+    gate_penalty: float = option(0.04, "λ of the gates: the price of computing every layer")
     adapter_rank: int | None = option(
         None, "train a low-rank adapter of this rank, saved apart too, and no full weights"
     )
@@ -102,11 +104,17 @@ class TrainingConfig(LabelledColumns):
     imitation_epochs: float = option(0.5, "epochs of the selectors' imitation of the guide")
     selectors_epochs: float = option(0.5, "epochs of the selectors' reinforcement")
     joint_epochs: float = option(1.0, "epochs of everything together")
-    exits_epochs: float | None = option(None, "epochs of the exits (default: 3 with `exits`, otherwise 0)")
+    gates_epochs: float | None = option(None, "epochs of the gates with all layers (default: 5 with `gates`)")
+    exits_epochs: float | None = option(
+        None, "epochs of the exits (default: 3 with `exits`, but 0 if they have just learnt words with the fine-tune)"
+    )
+    halting_epochs: float | None = option(
+        None, "epochs of everything with halted words (default: 3 with `exit_unit` word)"
+    )
     learning_rate: float = option(1e-4, "of the dense fine-tune")
-    joint_learning_rate: float = option(5e-5, "of everything but the selectors in the joint stage")
+    joint_learning_rate: float = option(5e-5, "of the layers in the stages joint, gates and halting")
     selector_learning_rate: float = option(1e-3, "of the selectors")
-    exit_learning_rate: float = option(5e-4, "of the exits")
+    exit_learning_rate: float = option(5e-4, "of exits and gates")
     warmup: float = option(0.1, "share of a stage's steps in which the learning rate rises")
     attention_dropout: float = option(0.0, "torch's CPU flash attention knows none; more than 0 trains slower")
     teacher_cache: str | None = option(
@@ -148,6 +156,7 @@ class TrainingConfig(LabelledColumns):
             "samples": 0,
             "length_penalty": 0,
             "joint_length_penalty": 0,
+            "gate_penalty": 0,
             "guide_rate": 0,
         }
         values = {name: getattr(self, name) for name in least} | {
@@ -174,9 +183,15 @@ class TrainingConfig(LabelledColumns):
         if stage in REDUCTION_STAGES and self.reduction_layers == ():
             return 0.0
         epochs = getattr(self, f"{stage}_epochs")
-        if epochs is None:
-            return 3.0 if self.exits else 0.0
-        return epochs
+        return self._usual_epochs(stage) if epochs is None else epochs
+
+    def _usual_epochs(self, stage: str) -> float:
+        if stage == "gates":
+            return 5.0 if self.gates else 0.0
+        if stage == "halting":
+            return 3.0 if self.exit_unit == "word" else 0.0
+        trained = self.exits == "words" and self.fine_tune_epochs and not self.epochs("joint")
+        return 3.0 if self.exits and not trained else 0.0
 
     @property
     def exit_fields(self) -> dict[str, Any] | None:
@@ -194,5 +209,7 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError(f"exit_layers and exit_unit need exits: one of {', '.join(HEADS)}")
         if self.exit_fields is not None:
             ExitOptions(**{"layers": ()} | self.exit_fields)  # refuses what does not fit together
-        if self.adapter_rank and (self.exits or self.exits_epochs):
-            raise ConfigurationError("exits: an adapter has none; leave adapter_rank out")
+        if self.gates and not task_named(self.task).labels_whole_documents:
+            raise ConfigurationError(f"gates: they skip layers of whole documents, not for {self.task}")
+        if self.adapter_rank and (self.gates or self.exits or self.epochs("exits")):
+            raise ConfigurationError("exits and gates: an adapter has none; leave adapter_rank out")

@@ -16,13 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration import TRBertConfig
-from ..exits.policies import NO_EXITS
+from ..exits.options import NO_SKIPPING
+from ..exits.policies import ExitThresholds
+from ..exits.training import MixingGates, PlannedExits, planned_exits
 from ..flops import dense_flops, first_layers_flops, reduced_flops, spent_flops
 from ..losses import TaskLosses
 from ..modeling import TRBertModel
 from ..reduction.policies import TopTokensPolicy, keep_all
 from ..reduction.sampling import SamplingPolicy
 from ..reduction.state import SelectionPolicy
+from ..tasks.token_classification.losses import IGNORED, word_losses
 from ..varlen import sequence_sums
 from .teacher import extra_inputs_of, inputs_of, tokens_of
 
@@ -314,6 +317,8 @@ class Joint(Reinforcement):
 class Exits(Objective):
     """Trains the exits on the states that inference has, with the sum of their losses (DeeBERT, SmartBERT).
 
+    With gates, documents skip layers as in inference, and the exit of a layer learns nothing from those that skip it.
+
     Only the exits may have trainable parameters: the layers then keep nothing for a backward pass, and a step costs one
     forward pass. Dropout is off in the layers, unlike in DeeBERT's training, so that exits judge the states of
     inference; their own is on.
@@ -330,10 +335,11 @@ class Exits(Objective):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         self.model.eval()
         self.trunk.encoder.exits.train(self.training)
+        gates = self.model.config.gate_options
         output = self.model(
             **inputs_of(batch),
             selection_policy=_selection_at(self.points, batch),
-            exit_policy=NO_EXITS,
+            exit_policy=ExitThresholds(gate=gates.threshold if gates else NO_SKIPPING),
             output_exits=True,
         )
         losses = self.losses.of_exits(output.exits, batch, distilled=self.distillation)
@@ -342,6 +348,121 @@ class Exits(Objective):
             "exit_loss": losses.detach().mean(),
             "dense_passes": torch.tensor(_spent(self.model.config, output, batch)),
         }
+
+
+class Gates(Objective):
+    """Trains gates and layers: each layer's output is mixed with its input, by the gate (SmartBERT's first stage).
+
+    The loss is the task's plus λ over the sum of the gates' mean probabilities to skip. SmartBERT's contrast between
+    adjacent layers, of a weight of 0.01, is left out.
+
+    Args:
+        points, distillation: as for `Exits`.
+        penalty: λ.
+        soft_steps: for this many steps the gates mix; after them, layers are skipped or not, as in inference.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        losses: TaskLosses,
+        points: OperatingPoints | None,
+        *,
+        distillation: bool,
+        penalty: float,
+        soft_steps: int,
+    ):
+        super().__init__(model, losses)
+        self.points, self.distillation, self.penalty, self.soft_steps = points, distillation, penalty, soft_steps
+        self.step = nn.Buffer(torch.zeros((), dtype=torch.int64))
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        gates = MixingGates(hard=bool(self.step >= self.soft_steps))
+        if self.training:
+            self.step.add_(1)
+        output = self.model(**inputs_of(batch), selection_policy=_selection_at(self.points, batch), exit_policy=gates)
+        loss = (self.losses.distilled if self.distillation else self.losses.labelled)(output, batch).mean()
+        skipped = torch.stack(gates.probabilities).mean(1)
+        return {
+            "loss": loss + self.penalty / skipped.sum().clamp(min=1e-3),
+            "task_loss": loss.detach(),
+            "skipped": (torch.stack(gates.probabilities) >= gates.threshold).float().mean(),
+            "dense_passes": torch.tensor(3 * _spent(self.model.config, output, batch)),
+        }
+
+
+class SelfSampling(Objective):
+    """Trains everything with halted words (TOKEE's second stage).
+
+    For each window of a batch, a window of words and a threshold are drawn. They say which words would be halted where,
+    by the uncertainties of the model before this stage. In the pass these words are halted there, whatever the exits
+    say now. Every exit learns from all words that have got so far, halted ones included, and the final classifier too,
+    weighted with their layers. The loss of a word is the distance to its loss before this stage (flooding).
+
+    Batches have `teacher` from `teacher.exit_signals`.
+
+    Args:
+        points: as for `Exits`.
+    """
+
+    WINDOWS = (5, 7, 9, 11, 13, 15)
+    THRESHOLDS = (
+        0.01,
+        0.03,
+        0.05,
+        0.1,
+        0.15,
+        0.2,
+        0.25,
+    )  # doubled in the upper half of the layers, up to HIGHEST
+    HIGHEST = 0.5
+    WHOLE = 0.4  # share of the windows without halted words
+
+    def __init__(self, model: Any, losses: TaskLosses, points: OperatingPoints | None):
+        super().__init__(model, losses)
+        self.points = points
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        config, options, inputs = self.model.config, self.model.config.exit_options, inputs_of(batch)
+        exits = len(options.layers)
+        uncertainties, floods = batch["teacher"].split([exits, exits + 1], 1)
+        plan = planned_exits(uncertainties, inputs["words"], batch["cu_seqlens"], *self._drawn(batch))
+        selection = _selection_at(self.points, batch)
+        output = self.trunk(**inputs, selection_policy=selection, exit_policy=PlannedExits(plan), output_exits=True)
+
+        labels, sequences = batch["labels"], batch["cu_seqlens"].diff().long()
+        stayed = torch.zeros_like(sequences, dtype=torch.bool).index_fill(0, output.remaining, True)
+        final = self.model.classifier(self.model.dropout(output.last_hidden_state))
+        layers = [
+            *zip(options.layers, floods.T, output.exits.logits, output.exits.judged),
+            (config.num_hidden_layers - 1, floods[:, -1], final, stayed.repeat_interleave(sequences)),
+        ]
+        total = torch.zeros((), device=labels.device)
+        for layer, flood, logits, judged in layers:
+            counted = judged & (labels != IGNORED)
+            distances = (word_losses(logits, labels) - flood).abs()[counted]
+            total = total + (layer + 1) * distances.sum() / counted.sum().clamp(min=1)
+        loss = total / (sum(options.layers) + exits + config.num_hidden_layers)
+        answers = batch["answers"]
+        return {
+            "loss": loss,
+            "exit_loss": loss.detach(),
+            "halted": (plan[answers] < exits).float().mean(),
+            "dense_passes": torch.tensor(3 * _spent(config, output, batch)),
+        }
+
+    def _drawn(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A window of words, (sequences,), and thresholds, (sequences, exits), for each sequence."""
+        sequences, device = len(batch["example"]), batch["example"].device
+        options, half = self.model.config.exit_options, self.model.config.num_hidden_layers / 2
+        windows = torch.tensor(self.WINDOWS, device=device)[
+            torch.randint(len(self.WINDOWS), (sequences,), device=device)
+        ]
+        choices = torch.tensor(self.THRESHOLDS, device=device)
+        thresholds = choices[torch.randint(len(choices), (sequences,), device=device)]
+        thresholds[torch.rand(sequences, device=device) < self.WHOLE] = 0.0
+        factors = torch.tensor([1.0 if layer < half else 2.0 for layer in options.layers], device=device)
+        return windows, (thresholds[:, None] * factors).clamp(max=self.HIGHEST)
 
 
 def _by_depth(config: TRBertConfig, exits: Tensor, final: Tensor) -> Tensor:
@@ -360,7 +481,7 @@ def _selection_at(points: OperatingPoints | None, batch: dict[str, Tensor]) -> S
 
 def _spent(config: TRBertConfig, output: Any, batch: dict[str, Tensor]) -> float:
     """FLOPs of a pass relative to the dense model's."""
-    trace, asked = output.trace, output.exits.asked.cpu().numpy()
+    trace, asked = output.trace, None if output.exits is None else output.exits.asked.cpu().numpy()
     spent = spent_flops(config, trace.counts.cpu().numpy(), asked, trace.gated).sum()
     return float(spent / dense_flops(config, batch["cu_seqlens"].diff().cpu().numpy()).sum())
 

@@ -6,7 +6,9 @@
    whole corpus before this stage (`teacher`).
 3. `selectors`: only the selectors are trained, by reinforcement (Ye et al., section 3.3).
 4. `joint`: everything is trained, with the task loss of the reduced model against the dense model's outputs.
-5. `exits`: only the exits are trained, on the states that the reduced model has (DeeBERT, section 3).
+5. `gates`: layers and gates are trained, with layers that are skipped in part (SmartBERT).
+6. `exits`: only the exits are trained, on the states that the reduced model has (DeeBERT).
+7. `halting`: everything is trained, with halted words (TOKEE's self-sampling).
 
 With `speed_range`, each document of a step is reduced for a speed-up drawn from the range. One model then serves all of
 them, and its thresholds set the speed (`calibration`). With only `speedup`, all documents are reduced for that one.
@@ -45,9 +47,19 @@ from ..tasks.registry import task_named
 from ..terminal import get_logger
 from .adapters import AnyModel, merged_copy, with_adapter
 from .config import REDUCTION_STAGES, STAGES, TrainingConfig
-from .objectives import Exits, FineTune, Imitation, Joint, Objective, OperatingPoints, Reinforcement
+from .objectives import (
+    Exits,
+    FineTune,
+    Gates,
+    Imitation,
+    Joint,
+    Objective,
+    OperatingPoints,
+    Reinforcement,
+    SelfSampling,
+)
 from .processes import is_main_process, replicas, world_size
-from .teacher import TeacherSignals, deep_layer, signals_digest, teacher_signals
+from .teacher import Compute, TeacherSignals, deep_layer, exit_signals, outputs, signals_digest, teacher_signals
 from .trainer import StageTrainer
 
 logger = get_logger(__name__)
@@ -124,11 +136,19 @@ def _model(config: TrainingConfig) -> AnyModel:
         max_positions=config.max_positions,
         keep_selectors=not any(config.epochs(stage) for stage in ("fine_tune", *REDUCTION_STAGES)),
         exits=config.exit_fields,
+        gates={} if config.gates else None,
     )
     if model.config.exits is not None:  # thresholds of exits that are trained, or whose layers are, mean nothing
         model.config.exits = {name: value for name, value in model.config.exits.items() if name != "thresholds"}
-    elif config.epochs("exits"):
+    exits, gates = model.config.exit_options, model.config.gate_options
+    if exits is None and config.epochs("exits"):
         raise ConfigurationError("exits_epochs: the model has no exits; exits names the kind of new ones")
+    if gates is None and config.epochs("gates"):
+        raise ConfigurationError("gates_epochs: the model has no gates; the option gates adds them")
+    if config.epochs("halting") and not (exits is not None and exits.halts):
+        raise ConfigurationError("halting_epochs: the model has no exits that halt words: exits words, exit_unit word")
+    if config.feature_distillation and exits is not None and exits.answers_all:
+        raise ConfigurationError("feature_distillation: the model's classifier is an exit, which has no such input")
     model.config.attention_probs_dropout_prob = config.attention_dropout
     backbone = model.bert.encoder.backbone
     for layer in model.bert.encoder.layer:
@@ -176,10 +196,10 @@ class _Run:
         if config.unlabelled:
             self.learn_from(self.corpus.with_unlabelled(config.unlabelled, config))
         losses = self.dataset.losses
-        joint, exits = config.epochs("joint"), config.epochs("exits")
+        joint, gates, exits = (config.epochs(stage) for stage in ("joint", "gates", "exits"))
         guided = config.epochs("imitation") or (joint and config.joint_imitation)
         guided = bool(guided or (config.epochs("selectors") and config.guide_rate))
-        if (guided and losses.guided_by_saliency) or ((joint or exits) and config.distillation):
+        if (guided and losses.guided_by_saliency) or ((joint or gates or exits) and config.distillation):
             self.dataset.teacher = self.teacher(guided=guided)
         if config.epochs("imitation"):
             targets, _ = self.fractions()
@@ -220,11 +240,24 @@ class _Run:
             self.set_thresholds()
             self.evaluate("joint", policy=selection_policy)
             self.evaluate("joint_without_reduction", reduce=False)
+        self.dataset.crops = 0.0
+        if gates:
+            soft = round(0.6 * self.steps(gates))
+            distillation, penalty = config.distillation, config.gate_penalty
+            mixing = Gates(
+                model, losses, self.exit_points(), distillation=distillation, penalty=penalty, soft_steps=soft
+            )
+            self.stage("gates", mixing)
+            model.config.gates = {**model.config.gates, "threshold": 0.5}
+            self.evaluate("gates")
         if exits:
-            self.dataset.crops = 0.0
             self.stage("exits", Exits(model, losses, self.exit_points(), distillation=config.distillation))
             # As it is saved nothing leaves, as before this stage.
             self.evaluate(f"exits_at_{_MEASURED_UNCERTAINTY}", thresholds=self.exiting_at(_MEASURED_UNCERTAINTY))
+        if config.epochs("halting"):
+            self.dataset.teacher = self.signals("exits", exit_signals)
+            self.stage("halting", SelfSampling(model, losses, self.exit_points()))
+            self.evaluate(f"halting_at_{_MEASURED_UNCERTAINTY}", thresholds=self.exiting_at(_MEASURED_UNCERTAINTY))
 
     def sample(self, tokens: int) -> list[Any]:
         """A sample of the training documents, of about this many tokens in total."""
@@ -304,16 +337,20 @@ class _Run:
             logger.info("%s: %s", name, measured)
 
     def teacher(self, *, guided: bool) -> TeacherSignals:
-        """The dense model's signals, computed once per dense model and corpus and then read from a file."""
+        """The dense model's signals; guided: also the guide, if the task has one, which takes a backward pass."""
+        if guided or not self.dataset.losses.guided_by_saliency:
+            return self.signals("teacher", None)
+        return self.signals("outputs", outputs)
+
+    def signals(self, name: str, compute: Compute | None) -> TeacherSignals:
+        """Signals of the model, computed once per model and corpus and then read from a file; name: its first part."""
         cache = Path(self.config.teacher_cache or Path(self.config.output) / "stages")
         autocast = self.config.autocast
-        name = f"{signals_digest(self.model, self.dataset, autocast=autocast)}.safetensors"
-        path = cache / f"teacher-{name}"
-        if not guided and self.dataset.losses.guided_by_saliency and not path.is_file():
-            path = cache / f"outputs-{name}"
+        digest = signals_digest(self.model, self.dataset, autocast=autocast, with_exits=compute is exit_signals)
+        path = cache / f"{name}-{digest}.safetensors"
         if not path.is_file() and is_main_process():
             self.model.requires_grad_(False)
-            teacher_signals(self.model, self.dataset, autocast=autocast, guided=guided).save(path)
+            teacher_signals(self.model, self.dataset, autocast=autocast, compute=compute).save(path)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return TeacherSignals.load(path)
@@ -331,13 +368,13 @@ class _Run:
         self.model.requires_grad_(False)
         for parameter in _trainable(self.model, name, adapter=bool(config.adapter_rank)):
             parameter.requires_grad_(True)
+        rates = {"fine_tune": config.learning_rate}
+        rates |= dict.fromkeys(REDUCTION_STAGES, config.selector_learning_rate)
         arguments = TrainingArguments(
             output_dir=str(directory),
             per_device_train_batch_size=config.batch_size // world_size(),
             num_train_epochs=config.epochs(name),
-            learning_rate={"fine_tune": config.learning_rate, "exits": config.exit_learning_rate}.get(
-                name, config.selector_learning_rate
-            ),
+            learning_rate=rates.get(name, config.exit_learning_rate),
             warmup_steps=config.warmup,
             max_grad_norm=1.0,
             bf16=config.autocast is torch.bfloat16,
@@ -363,7 +400,7 @@ class _Run:
                 args=arguments,
                 train_dataset=self.dataset,
                 data_collator=self.dataset.collate,
-                joint_learning_rate=config.joint_learning_rate if name == "joint" else None,
+                joint_learning_rate=config.joint_learning_rate if name in ("joint", "gates", "halting") else None,
             )
         except (RuntimeError, ValueError) as error:
             if not config.report_to:
@@ -412,23 +449,25 @@ def evaluate(engine: Engine, corpus: LabelledCorpus, policy: SelectionPolicy | N
 def _trainable(model: AnyModel, stage: str, adapter: bool) -> Iterator[nn.Parameter]:
     """The parameters that a stage trains.
 
-    The fine-tune trains everything but the selectors, the joint stage also these, the others only selectors or exits.
-    Exits that read words learn with the layers, and not in the joint stage.
+    The layers learn in the stages in `beside`, which names the modules of selectors, exits and gates that learn with
+    them. Exits that read words learn with the layers in the fine-tune too.
     """
+    beside = {"fine_tune": (), "joint": ("selectors",), "gates": ("gates",), "halting": ("exits",)}
+    alone = {"imitation": "selectors", "selectors": "selectors", "exits": "exits"}
     options = model.config.exit_options
     answering = f".exits.{len(options.layers) - 1}." if options is not None and options.answers_all else None
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # peft's frozen copy of a module that is trained in full
             continue
-        selector = ".selectors." in name
         adapted = not adapter or "lora_" in name or ".modules_to_save." in name
-        of_exit = ".exits." in name and not (answering and answering in name)
-        if of_exit:
-            trained = stage == "exits" or (stage == "fine_tune" and options.head == "words")
-        elif stage == "exits":
-            trained = False
+        kind = next((kind for kind in ("selectors", "exits", "gates") if f".{kind}." in name), None)
+        if kind == "exits" and answering and answering in name:
+            kind = None  # it is the model's classifier
+        if stage in alone:
+            trained = kind == alone[stage]
         else:
-            trained = stage == "joint" or selector == (stage != "fine_tune")
+            with_words = stage == "fine_tune" and options is not None and options.head == "words"
+            trained = kind is None or kind in beside[stage] or (kind == "exits" and with_words)
         if adapted and trained:
             yield parameter
 

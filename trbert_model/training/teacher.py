@@ -6,7 +6,7 @@ runs with the same dense model can reuse them.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configuration import TRBertConfig
+from ..exits.policies import uncertainty
 from ..labelled import EXTRA_INPUT
 from ..losses import TaskLosses
+from ..tasks.token_classification.losses import word_losses
 from ..terminal import get_logger
 
 logger = get_logger(__name__)
+
+Compute = Callable[[Any, dict[str, Tensor], TaskLosses], tuple[Tensor, Tensor]]
 
 
 class TeacherSignals:
@@ -63,16 +67,19 @@ def teacher_signals(
     tokens_per_batch: int = 4096,
     *,
     autocast: torch.dtype | None = None,
-    guided: bool = True,
+    compute: "Compute | None" = None,
 ) -> TeacherSignals:
     """Run the dense model over all windows of a `labelled.WindowDataset`.
 
     Args:
         model: a task's model, or peft's wrapper.
-        guided: False leaves out the guide, which takes a backward pass.
+        compute: computes signals and guide of a batch: `guide`, `outputs` or `exit_signals`. Default: `guide` for tasks
+            that use saliency, otherwise `outputs`.
     """
     was_training, losses = model.training, dataset.losses
-    guided = guided and losses.guided_by_saliency
+    if compute is None:
+        compute = guide if losses.guided_by_saliency else outputs
+    guided = compute is guide
     model.eval()
     if guided:
         model.enable_input_require_grads()  # the guide's gradient must pass through layers with frozen weights
@@ -87,7 +94,7 @@ def teacher_signals(
         batch = dataset.collate([[index] for index in range(start, end)])
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             batch = {name: value.to(device) for name, value in batch.items()}
-            signals, scores = guide(model, batch, losses) if guided else _outputs(model, batch, losses)
+            signals, scores = compute(model, batch, losses)
         lengths = batch["cu_seqlens"].diff().tolist()
         # Divided by the window's maximum: only the order matters, and raw saliencies would underflow in fp16.
         parts = [part / part.amax(1, keepdim=True).clamp(min=1e-30) for part in scores.cpu().split(lengths, dim=1)]
@@ -103,11 +110,26 @@ def teacher_signals(
     return TeacherSignals(torch.cat(targets), target_bounds, torch.cat(guides, dim=1), bounds)
 
 
-def _outputs(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+def outputs(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
     """The dense model's outputs, and a guide without layers."""
     with torch.no_grad():
         signals = losses.signals(model(**inputs_of(batch), reduce=False))
     return signals, torch.empty(0, len(batch["input_ids"]))
+
+
+def exit_signals(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """What words look like at the exits of a model in which nothing leaves, and a guide without layers.
+
+    Returns:
+        fp32 (total tokens, 2 · exits + 1), for words at their first tokens: the uncertainty at each exit, and the loss
+            at each exit and in the end.
+    """
+    with torch.no_grad():
+        output = model(**inputs_of(batch), reduce=False, output_exits=True)
+    exits, labels = output.exits.logits, batch["labels"]
+    columns = [uncertainty(logits) for logits in exits]
+    columns += [word_losses(logits, labels) for logits in (*exits, output.logits)]
+    return torch.stack(columns, 1), torch.empty(0, len(labels))
 
 
 def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
@@ -152,11 +174,16 @@ def deep_layer(config: TRBertConfig) -> int:
     return min(math.ceil(config.num_hidden_layers * 3 / 4), config.num_hidden_layers - 1)
 
 
-def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None) -> str:
-    """A hash that identifies the signals of a dense model on a corpus, in one precision."""
+def signals_digest(model: Any, dataset: Any, *, autocast: torch.dtype | None = None, with_exits: bool = False) -> str:
+    """A hash that identifies the signals of a dense model on a corpus, in one precision.
+
+    Args:
+        with_exits: the signals depend on the exits.
+    """
     digest = hashlib.sha256(f"2;{autocast};".encode())  # 2: version of the file format
     exits = model.config.exit_options
-    unused = [".selectors.", ".gates."] + ([] if exits is not None and exits.answers_all else [".exits."])
+    with_exits = with_exits or (exits is not None and exits.answers_all)
+    unused = [".selectors.", ".gates."] + ([] if with_exits else [".exits."])
     for name, weight in sorted(model.state_dict().items()):
         if not any(part in name for part in unused):
             digest.update(f"{name} {tuple(weight.shape)}".encode())

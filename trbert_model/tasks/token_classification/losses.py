@@ -30,7 +30,7 @@ class WordLosses(SaliencyGuided):
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         labels = batch["labels"].repeat(repeats)
-        return _means(_to_labels(output.logits, labels), labels != IGNORED, batch, repeats)
+        return _means(word_losses(output.logits, labels), labels != IGNORED, batch, repeats)
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         answers, teacher = batch["answers"].repeat(repeats), batch["teacher"].repeat(repeats, 1)
@@ -40,7 +40,7 @@ class WordLosses(SaliencyGuided):
         counted = batch["answers"] if distilled else batch["labels"] != IGNORED
         means = []
         for logits, judged in exits.recorded():
-            losses = _to_logits(logits, batch["teacher"]) if distilled else _to_labels(logits, batch["labels"])
+            losses = _to_logits(logits, batch["teacher"]) if distilled else word_losses(logits, batch["labels"])
             means.append(_means(losses, counted & judged, batch, 1).mean())
         return torch.stack(means)
 
@@ -54,7 +54,8 @@ class WordLosses(SaliencyGuided):
         return batch
 
 
-def _to_labels(logits: Tensor, labels: Tensor) -> Tensor:
+def word_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each word at its first token, (total tokens,), 0 elsewhere; labels: as in the batches."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
 
 
