@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 import pyarrow as pa
 
-from ...errors import ConfigurationError
-from ..base import DEFAULTS, Task, TaskOptions, lists
-from ..text import (
-    BareTokenizer,
-    encode_apart,
-    spans_of,
-    token_ids,
-    token_offsets,
-    whole_characters,
-    without_spaces,
-)
+from ..asking import AskingTask, QuestionWindow, shared_objects
+from ..base import DEFAULTS, TaskOptions, lists
+from ..text import BareTokenizer, spans_of, token_ids, token_offsets, whole_characters, without_spaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +23,6 @@ if TYPE_CHECKING:
     from ...options import LabelledColumns
     from .labelled import LabelledQuestions
 
-# Least number of context tokens that must fit in a window beside the question.
-_LEAST_CONTEXT_TOKENS = 16
 # Fields of a context in the Arrow column.
 _CONTEXT = ("text", "ids", "starts", "ends")
 _SPAN = pa.struct(
@@ -55,6 +45,11 @@ class EncodedContext:
     starts: np.ndarray
     ends: np.ndarray
 
+    @classmethod
+    def of(cls, text: str, tokenizer: BareTokenizer) -> "EncodedContext":
+        ids, offsets = token_offsets(tokenizer, text)
+        return cls(text, ids, offsets[:, 0], offsets[:, 1])
+
     def tokens(self, start: int, end: int) -> tuple[int, int] | None:
         """First and last token of the characters `text[start:end]`; None if they have no token."""
         first = int(np.searchsorted(self.ends, start, side="right"))
@@ -68,26 +63,6 @@ class EncodedQuestion:
 
     ids: np.ndarray
     context: EncodedContext
-
-
-@dataclass(frozen=True)
-class QuestionWindow:
-    """[CLS] question [SEP] passage [SEP], with a second [SEP] before the passage for RoBERTa.
-
-    Attributes:
-        input_ids, token_type_ids: int32 (tokens,).
-        passage: index of the passage's first token in the window.
-        first: index of the passage's first token in the context.
-        count: number of tokens in the passage.
-        new_tokens: number of tokens in the passage that no earlier window has; at least 1.
-    """
-
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    passage: int
-    first: int
-    count: int
-    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +89,7 @@ class Answer:
 
 
 @dataclass
-class QuestionAnsweringTask(Task):
+class QuestionAnsweringTask(AskingTask):
     """Turns questions into windows, and the windows' outputs into answers.
 
     Args:
@@ -134,22 +109,14 @@ class QuestionAnsweringTask(Task):
     text_options = ("question_column", "context_column")
     head_modules = ("qa_outputs",)
     labels_whole_documents = False
-    asks = True
 
     @classmethod
     def of(cls, tokenizer: Any, config: "TRBertConfig", options: TaskOptions) -> "QuestionAnsweringTask":
         return cls(tokenizer, config.usable_positions, options.bare(), config.pair_separators)
 
     def __post_init__(self):
-        self.overflow, self.stride = self.options.overflow, self.options.stride
         self.max_answer_tokens, self.n_best = self.options.max_answer_tokens, self.options.n_best
         self.tokenizer = BareTokenizer.of(self.tokenizer)
-
-    def encode(self, questions: Sequence[str], contexts: Sequence[str]) -> list[EncodedQuestion]:
-        """Tokenise questions and contexts. Equal contexts are tokenised once and shared."""
-        known = {context: self._encode_context(context) for context in dict.fromkeys(contexts)}
-        ids = self._encode_questions(questions)
-        return [EncodedQuestion(question, known[context]) for question, context in zip(ids, contexts)]
 
     def _encode_questions(self, questions: Sequence[str]) -> list[np.ndarray]:
         return token_ids(self.tokenizer, [self._as_encoded(question) for question in questions])
@@ -161,89 +128,27 @@ class QuestionAnsweringTask(Task):
         return f" {question.lstrip()}" if question.strip() else ""
 
     def _encode_context(self, text: str) -> EncodedContext:
-        ids, offsets = token_offsets(self.tokenizer, text)
-        return EncodedContext(text, ids, offsets[:, 0], offsets[:, 1])
+        return EncodedContext.of(text, self.tokenizer)
 
-    def encode_rows(self, rows: Sequence[tuple[str, ...]]) -> tuple[list[EncodedQuestion], dict[int, str]]:
-        """As `Task.encode_rows`; each row is a question and a context."""
-        contexts = list(dict.fromkeys(context for _, context in rows))
-        encoded, bad_contexts = encode_apart(lambda some: [self._encode_context(text) for text in some], contexts)
-        ids, bad_questions = encode_apart(self._encode_questions, [question for question, _ in rows])
-        index_of = {context: index for index, context in enumerate(contexts)}
-        documents, failures = [], {}
-        for row, (question, (_, text)) in enumerate(zip(ids, rows)):
-            context = encoded[index_of[text]]
-            if question is None or context is None:
-                failures[row] = bad_questions.get(row) or bad_contexts[index_of[text]]
-                documents.append(self.nothing())
-            else:
-                documents.append(EncodedQuestion(question, context))
-        return documents, failures
+    def _encode_texts(self, texts: Sequence[str]) -> list[EncodedContext]:
+        return [self._encode_context(text) for text in texts]
+
+    def _document(self, question: np.ndarray, text: EncodedContext) -> EncodedQuestion:
+        return EncodedQuestion(question, text)
+
+    def _text_ids(self, document: EncodedQuestion) -> np.ndarray:
+        return document.context.ids
 
     def nothing(self) -> EncodedQuestion:
         """A question without tokens about a context without tokens."""
         none = np.zeros(0, np.int32)
         return EncodedQuestion(none, EncodedContext("", none, none, none))
 
-    def problem(self, document: EncodedQuestion) -> tuple[str, str] | None:
-        """Why a question cannot be answered, as a reason and a sentence; None if it can be answered."""
-        if not len(document.ids) or not len(document.context.ids):
-            what = "context" if len(document.ids) else "question"
-            return "no_tokens", f"the tokenizer finds no token in the {what}"
-        if self.room(document) <= self._shared(document):
-            return "question_too_long", (
-                f"the question's {len(document.ids)} tokens leave too little of {self.max_positions} positions for the "
-                "context"
-            )
-        return None
-
-    def _shared(self, question: EncodedQuestion) -> int:
-        """Number of context tokens that consecutive windows of a question share."""
-        return min(128, self.room(question) // 4) if self.stride is None else self.stride
-
-    def room(self, question: EncodedQuestion) -> int:
-        """Number of context tokens that fit in a window with the question; 0 if the question is too long."""
-        room = self.max_positions - 2 - self.pair_separators - len(question.ids)
-        return room if room >= min(_LEAST_CONTEXT_TOKENS, self.max_positions // 4) else 0
-
-    def windows(self, question: EncodedQuestion) -> Iterator[QuestionWindow]:
-        """Split a question's context into windows.
-
-        Raises:
-            ConfigurationError: the question leaves no room for a passage, or the stride is not less than the room.
-        """
-        room = self.room(question)
-        shared = self._shared(question)
-        if room < 1 or shared >= room:
-            raise ConfigurationError(
-                f"a question of {len(question.ids)} tokens leaves {max(room, 0)} of {self.max_positions} positions for "
-                f"the context, with a stride of {shared}"
-            )
-        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        head = np.concatenate([[cls], question.ids, [sep] * self.pair_separators])
-        total, start = len(question.context.ids), 0
-        while True:
-            end = min(start + room, total)
-            ids = np.concatenate([head, question.context.ids[start:end], [sep]]).astype(np.int32)
-            types = np.zeros(len(ids), np.int32)
-            types[len(head) :] = 1
-            new = end - start - (shared if start else 0)
-            yield QuestionWindow(ids, types, len(head), start, end - start, max(new, 1))
-            if end == total or self.overflow == "truncate":
-                return
-            start = end - shared
-
     def to_column(self, documents: Sequence[EncodedQuestion]) -> pa.Array:
         """struct<question, context>; a context that several questions share is stored once."""
-        index_of: dict[int, int] = {}
-        contexts: list[EncodedContext] = []
-        for document in documents:
-            if id(document.context) not in index_of:
-                index_of[id(document.context)] = len(contexts)
-                contexts.append(document.context)
+        contexts, indices = shared_objects([document.context for document in documents])
         columns = [pa.array([context.text for context in contexts], pa.large_string())]
         columns += [lists([getattr(context, name) for context in contexts]) for name in _CONTEXT[1:]]
-        indices = pa.array([index_of[id(document.context)] for document in documents], pa.int32())
         shared = pa.DictionaryArray.from_arrays(indices, pa.StructArray.from_arrays(columns, names=list(_CONTEXT)))
         questions = lists([document.ids for document in documents])
         return pa.StructArray.from_arrays([questions, shared], names=["question", "context"])
@@ -267,18 +172,6 @@ class QuestionAnsweringTask(Task):
         ends = np.where(document.context.ends <= len(context), document.context.ends, document.context.starts)
         told = np.stack([np.ones_like(ends), document.context.starts, ends], 1)
         return np.concatenate([asked, told])
-
-    def window_tokens(self, document: EncodedQuestion, window: QuestionWindow) -> np.ndarray:
-        tokens = np.full(len(window.input_ids), -1, np.int32)
-        asked = len(document.ids)
-        tokens[1 : 1 + asked] = np.arange(asked)
-        first = asked + window.first
-        tokens[window.passage : window.passage + window.count] = np.arange(first, first + window.count)
-        return tokens
-
-    def token_types(self, windows: Sequence[QuestionWindow]) -> list[np.ndarray]:
-        """Each window's token type ids, int32 (tokens,)."""
-        return [window.token_type_ids for window in windows]
 
     def window_outputs(self, output: Any, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Split a model output into each window's start and end logits, float32 (tokens,)."""
