@@ -3,6 +3,7 @@ original TR-BERT's format.
 
     python jobs/convert.py path/to/checkpoint path/to/trbert
     python jobs/convert.py path/to/backbone path/to/trbert --adapter path/to/adapter
+    python jobs/convert.py path/to/inference-classifier path/to/trbert --pairs
 
 New selectors keep every token, so the converted model predicts the same as its source; jobs/train.py trains them. With
 --adapter, the backbone and an adapter saved by jobs/train.py --adapter-rank become the trained classifier.
@@ -31,14 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("src", help="checkpoint directory or URI")
     parser.add_argument("dst", help="directory or URI for the TR-BERT model")
     parser.add_argument("--task", choices=KINDS, help="default: its head's")
+    parser.add_argument(
+        "--pairs", action="store_true", help="its classifier was fine-tuned on pairs of texts, as for inference"
+    )
     parser.add_argument("--max-positions", type=int, help="extend the position table, to be trained then")
     parser.add_argument("--reduction-layers", help="comma-separated zero-based layers (default: the paper's)")
     parser.add_argument("--adapter", type=Path, help="adapter directory to apply to SRC")
     options = parser.parse_args(arguments)
-    if options.adapter and (options.task or options.reduction_layers or options.max_positions):
+    if options.adapter and (options.task or options.reduction_layers or options.max_positions or options.pairs):
         raise ConfigurationError(
-            "an adapter brings its own task, reduction layers and positions: leave --task, --reduction-layers and "
-            "--max-positions out with --adapter"
+            "an adapter brings its own task, reduction layers and positions: leave --task, --pairs, --reduction-layers "
+            "and --max-positions out with --adapter"
         )
     if not options.src or not options.dst:
         raise UsageError("SRC and DST must not be empty")
@@ -63,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task=options.task,
             reduction_layers=_layers(options.reduction_layers),
             max_positions=options.max_positions,
+            text_pairs=options.pairs,
         )
     tokenizer = read_tokenizer(src, model.config)
     with _written_to(dst, replaced=(*TOKENIZER_FILES, INDEX)) as directory:

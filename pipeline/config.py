@@ -9,7 +9,8 @@ from typing import Any
 from trbert_model.calibration.table import CONFIDENCE
 from trbert_model.engine.options import EngineOptions
 from trbert_model.errors import ConfigurationError
-from trbert_model.options import option
+from trbert_model.options import QUESTIONS, option
+from trbert_model.tasks.base import Task
 
 from .errors import UsageError
 from .stopping import StopRequest
@@ -37,7 +38,9 @@ class ScoreConfig:
     output: str = option("", "prefix that the results go to")
     model: str = option("", "directory of a TR-BERT model (jobs/train.py, jobs/convert.py); local or URI")
     text_column: str = option("text", "column with the documents", identity=True)
-    question_column: str = option("question", "column with the questions, for question answering", identity=True)
+    question_column: str | None = option(
+        None, "column with the questions, for models that read them (default: question)", identity=True
+    )
     context_column: str = option("context", "column with the texts that the questions are about", identity=True)
     id_column: str | None = option(None, "column that names the documents; passed through as it is", identity=True)
     keep_columns: tuple[str, ...] = option((), "further columns to pass through", identity=True)
@@ -104,8 +107,9 @@ class ScoreConfig:
     dry_run: bool = option(False, "show what would be read and what is done; start nothing")
 
     def __post_init__(self):
-        for name in ("input", "output", "model", "text_column", "question_column", "context_column"):
-            if not getattr(self, name):
+        required = {name: getattr(self, name) for name in ("input", "output", "model", "text_column", "context_column")}
+        for name, value in {**required, "question_column": self.questions}.items():
+            if not value:
                 raise UsageError(f"{name} is required")
         least_values = {"split_bytes": 1, "num_actors": 1, "threads_per_actor": 1, "progress_interval": 0}
         for name, least in {**least_values, "max_answer_tokens": 1, "n_best": 1, "no_answer_threshold": -1}.items():
@@ -161,6 +165,19 @@ class ScoreConfig:
             raise UsageError(f"{name} and finish_by cannot go together: each of them decides the speed")
 
     @property
+    def questions(self) -> str:
+        """Name of the column with the questions."""
+        return QUESTIONS if self.question_column is None else self.question_column
+
+    def text_columns(self, task: Task) -> tuple[str, ...]:
+        """The columns with the texts that a task reads, in its order.
+
+        Raises:
+            UsageError: `question_column` is set, and the task reads no questions.
+        """
+        return text_columns(task, self.text_column, self.question_column, self.context_column)
+
+    @property
     def passed_columns(self) -> list[str]:
         """Columns that are copied from the input to the results, `id_column` first."""
         return [*([self.id_column] if self.id_column else []), *self.keep_columns]
@@ -209,10 +226,20 @@ class ScoreConfig:
         fields = dataclasses.fields(self)
         values = {field.name: getattr(self, field.name) for field in fields if field.metadata.get("identity")}
         lists = {"keep_columns": list(self.keep_columns), "thresholds": self.thresholds and list(self.thresholds)}
-        return values | lists
+        return values | lists | {"question_column": self.questions}
 
 
 def identity_defaults() -> dict[str, Any]:
     """Defaults of the options that affect the results, for outputs of older versions that do not record all of them."""
     fields = [field for field in dataclasses.fields(ScoreConfig) if field.metadata.get("identity")]
-    return {field.name: field.default for field in fields}
+    return {field.name: field.default for field in fields} | {"question_column": QUESTIONS}
+
+
+def text_columns(task: Task, text: str, question: str | None, context: str) -> tuple[str, ...]:
+    """The columns with the texts that a task reads, in its order; see `ScoreConfig.text_columns`."""
+    if question is not None and "question_column" not in task.text_options:
+        raise UsageError(
+            f"question_column {question!r}: the model reads no questions; leave it out, or train a model on pairs"
+        )
+    names = {"text_column": text, "question_column": question or QUESTIONS, "context_column": context}
+    return tuple(names[option] for option in task.text_options)

@@ -150,7 +150,7 @@ class Job:
         return EncodeOptions(
             input=self.input,
             task=task,
-            text_columns=tuple(getattr(config, name) for name in task.text_options),
+            text_columns=config.text_columns(task),
             id_column=config.id_column,
             passed_columns=config.passed_columns,
             partitions=self.partitions.typed(self.types),
@@ -191,7 +191,7 @@ def make_job(config: ScoreConfig, stop: StopRequest | None = None, start: Callab
         raise UsageError(f"output {config.output} and input {config.input} lie inside each other; keep them apart")
     directory = fetch_model(config.model)
     recorded = output_identity(output)
-    texts = (config.text_column, config.question_column, config.context_column)  # whichever the model's task reads
+    texts = (config.text_column, config.questions, config.context_column)  # whichever the model's task reads
     corpus = read_corpus(location, (*texts, *config.passed_columns))
     stop.check()
     if recorded is None or output.listed(SUCCESS) is None:
@@ -246,6 +246,7 @@ def _load(config: ScoreConfig, directory: Path) -> tuple[ModelSource, float]:
         loaded, tokenizer, digest = load_checkpoint(directory)
         task = task_of(loaded.config).of(tokenizer, loaded.config, config.engine_options())
         config.check_names((*task.result_names, *([EXIT_LAYER] if loaded.config.exits is not None else [])))
+        config.text_columns(task)  # refuses one that it does not read
         if config.thresholds is not None:
             check_thresholds(loaded.config, config.thresholds)
     except TRBertError as error:

@@ -23,7 +23,7 @@ from trbert_model.terminal import get_logger
 
 from .choice import pick, thresholds_version
 from .commit import VERSION
-from .config import EXIT_LAYER, THRESHOLDS_VERSION
+from .config import EXIT_LAYER, THRESHOLDS_VERSION, text_columns
 from .encode import TOKENIZER_FAILED, as_binary, check_text, killed_row, printed, rejected_table
 from .errors import PipelineError, UsageError
 from .highlights import explain_samples, first_rejects
@@ -90,7 +90,8 @@ class TRBertPredictor:
     Args:
         model: directory or URI of a TR-BERT model.
         text_column: the column with the documents, for classification and token classification.
-        question_column, context_column: the columns with questions and contexts, for question answering.
+        question_column: the column with the questions, for models that read them; default: question.
+        context_column: the column with the contexts, for question answering.
         threads: torch threads; default: torch's own.
         speedup, max_drop, max_drop_confidence: take the thresholds from the model's calibration table, as jobs/score.py
             does.
@@ -100,8 +101,8 @@ class TRBertPredictor:
             `tags`, …).
 
     Raises:
-        UsageError: there is no such model, its calibration table does not fit, a batch lacks a column with texts, or
-            one of its columns is named like a result column.
+        UsageError: there is no such model, it reads no questions but `question_column` is given, its calibration table
+            does not fit, a batch lacks a column with texts, or one of its columns is named like a result column.
         StorageError: the model cannot be read.
     """
 
@@ -109,7 +110,7 @@ class TRBertPredictor:
         self,
         model: str,
         text_column: str = "text",
-        question_column: str = "question",
+        question_column: str | None = None,
         context_column: str = "context",
         threads: int | None = None,
         speedup: float | None = None,
@@ -141,8 +142,7 @@ class TRBertPredictor:
             self._policies = self.engine.policies(self.expectation.point.thresholds)
             logger.info("%s", self.expectation)
         self.task = self.engine.task
-        names = {"text_column": text_column, "question_column": question_column, "context_column": context_column}
-        self.text_columns = tuple(names[option] for option in self.task.text_options)
+        self.text_columns = text_columns(self.task, text_column, question_column, context_column)
         self.prefix = prefix
         self.loaded_seconds = time.perf_counter() - started
 

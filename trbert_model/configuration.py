@@ -38,6 +38,9 @@ class TRBertConfig(BertConfig):
         pooler_activation (`str`): `"tanh"` (BERT) or `"relu"` (DistilBERT's `pre_classifier`).
         exits (`dict`, *optional*): the fields of `ExitOptions`; without them nothing leaves before the last layer.
         gates (`dict`, *optional*): the fields of `GateOptions`; without them every layer is computed.
+        text_pairs (`bool`): a classifier of pairs: segment 0 is a question (or claim, or premise), segment 1 the text.
+        window_pooling (`str`): how a classifier joins the logits of a document's windows: `"mean"`, weighted by their
+            tokens, or `"log-sum-exp"`, for which one window suffices that is sure.
 
     Raises:
         ConfigurationError: an unknown backbone, pooling or pooler activation, layers out of range or out of order,
@@ -63,6 +66,8 @@ class TRBertConfig(BertConfig):
     pooler_activation: str = "tanh"
     exits: dict[str, Any] | None = None
     gates: dict[str, Any] | None = None
+    text_pairs: bool = False
+    window_pooling: str = "mean"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -84,6 +85,15 @@ class LabelledCorpus(ABC):
     def measure(self, results: DocumentResults) -> dict[str, float]:
         """The mean score by every metric, over the documents that it applies to."""
         return {name: float(np.nanmean(scores)) for name, scores in self.all_scores(results).items()}
+
+    def with_evidence(self, uri: str, columns: LabelledColumns) -> "LabelledCorpus":
+        """The corpus with the pieces of its texts that show the labels; uri: the files that it was read from.
+
+        Raises:
+            ConfigurationError: not a corpus of questions to be classified with their texts.
+            InputError: the files cannot be read, or a piece of evidence is not at its position.
+        """
+        raise ConfigurationError(f"{uri}: evidence is for the classification of questions with their texts")
 
     @abstractmethod
     def dataset(self, classifier_input_weight: float = 0.0) -> "WindowDataset":
@@ -189,11 +199,13 @@ class WindowDataset(Dataset, ABC):
         teacher: the dense model's outputs for the windows, once they are computed.
         crops: share of examples that show only a random piece of the window, if the task supports it. `teacher` is not
             used then, because it describes whole windows.
+        most_windows: windows of an example at most; 1 for tasks that learn from one at a time.
     """
 
     losses: TaskLosses
     teacher: "TeacherSignals | None" = None
     crops: float = 0.0
+    most_windows: int = 1
 
     def __init__(self, documents: Sequence[Any], task: Any):
         self.task = task
@@ -205,6 +217,19 @@ class WindowDataset(Dataset, ABC):
 
     def __len__(self) -> int:
         return len(self.first_window) - 1
+
+    def drawn(self, index: int, holds: Callable[[int], bool]) -> list[int]:
+        """Draw at most `most_windows` windows of a document: one for which `holds` is true, if any is, and others.
+
+        Returns:
+            Their indices, in order.
+        """
+        indices = list(range(self.first_window[index], self.first_window[index + 1]))
+        holding = [i for i in indices if holds(i)]
+        generator = random.Random(int(torch.randint(2**31, ())))
+        chosen = generator.sample(holding, 1) if holding else []
+        others = [i for i in indices if i not in chosen]
+        return sorted(chosen + generator.sample(others, min(self.most_windows - len(chosen), len(others))))
 
     def shown(self, window: Any) -> Any:
         """The part of a window that training uses."""

@@ -1,12 +1,13 @@
 """The tasks' training losses: per example of a batch, against its labels and against the dense model's outputs.
 
-An example is one window for classification. For question answering it is several windows of one question, which share
-one softmax. If the batch was repeated (`TokenState.repeated`), `repeats` is the number of copies, and the losses are
-in the same order: all examples of the first copy, then those of the second, and so on.
+An example is one window for classification by the mean. For classification by log-sum-exp and for question answering
+it is several windows of one document, which share one softmax. If the batch was repeated (`TokenState.repeated`),
+`repeats` is the number of copies, and the losses are in the same order: all examples of the first copy, then those of
+the second, and so on.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,11 @@ if TYPE_CHECKING:
 
 
 class TaskLosses(Protocol):
-    """The losses that a training objective needs from a task.
+    """The losses that a training objective needs from a task."""
 
-    Attributes:
-        guided_by_saliency: whether the guide is the dense model's saliency (`teacher.guide`), in `batch["guide"]`.
-    """
-
-    guided_by_saliency: ClassVar[bool]
+    @property
+    def guided_by_saliency(self) -> bool:
+        """Whether the guide is the dense model's saliency (`teacher.guide`), in `batch["guide"]`."""
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         """The loss against the labels, (repeats · examples,)."""
@@ -74,7 +73,9 @@ class TaskLosses(Protocol):
 class SaliencyGuided:
     """The part of `TaskLosses` about selectors, for tasks whose guide is the dense model's saliency."""
 
-    guided_by_saliency: ClassVar[bool] = True
+    @property
+    def guided_by_saliency(self) -> bool:
+        return True
 
     def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
         known = len(batch["guide"])
@@ -96,6 +97,22 @@ class SaliencyGuided:
 def mean_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     entropies = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return entropies.sum() / max(len(entropies), 1)  # there may be no tokens to judge
+
+
+def nearness(right: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """The nearness of each token to a right one of its window: 1 there, e times less every `scale` tokens.
+
+    Args:
+        right: bool (total tokens,).
+    """
+    distance = torch.zeros(len(right), device=right.device).masked_fill(~right, -torch.inf)
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:]):
+        peaks, ramp = distance[start:end], torch.arange(end - start, device=right.device) / scale
+        before = (peaks + ramp).cummax(0).values - ramp
+        after = (peaks - ramp).flip(0).cummax(0).values.flip(0) + ramp
+        distance[start:end] = torch.maximum(before, after)
+    return distance.exp()
 
 
 def log_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -15,6 +15,8 @@ from .errors import ConfigurationError
 
 Options = TypeVar("Options")
 
+QUESTIONS = "question"  # the default name of the column with the questions
+
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with a default and the help text for its command-line option.
@@ -31,15 +33,22 @@ class LabelledColumns:
 
     text_column: str = option("text", "column with the documents")
     label_column: str = option("label", "column with the labels")
-    question_column: str = option(
-        "question", "column with the questions; beside it `answers` and, unless they hold it, `answer_start`"
+    question_column: str | None = option(
+        None,
+        "column with the questions (default: question). For question answering, `answers` stand beside it and, unless "
+        "they hold it, `answer_start`. For classification, naming it makes pairs: a question and its text",
     )
-    context_column: str = option("context", "column with the texts that the questions are about")
+    context_column: str = option("context", "for question answering, column with the texts that questions are about")
     tokens_column: str = option("tokens", "column with lists of words; if their `starts` are beside it, in the text")
     tags_column: str = option("tags", "column with the words' tags; if there is none, `ner_tags`")
     spans_column: str = option(
         "spans", "column with the texts' entities, if words have no tags; if there is none, `entities`"
     )
+
+    @property
+    def questions(self) -> str:
+        """Name of the column with the questions."""
+        return self.question_column or QUESTIONS
 
 
 def parse_options(cls: type[Options], arguments: Sequence[str] | None, description: str) -> Options:

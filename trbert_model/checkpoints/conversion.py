@@ -47,6 +47,7 @@ def convert_checkpoint(
     selector_size: int | None = None,
     question_aware: bool = False,
     max_positions: int | None = None,
+    text_pairs: bool = False,
     keep_selectors: bool = False,
     exits: dict[str, Any] | None = None,
     gates: dict[str, Any] | None = None,
@@ -71,19 +72,22 @@ def convert_checkpoint(
             existing ones, in order, as in Longformer. The model must then be trained: until then it cannot tell a new
             position from the one that it was copied from. ModernBERT has no table and computes any position, but its
             layers have not seen greater distances either.
+        text_pairs: the checkpoint's classifier was fine-tuned on pairs of texts (`TRBertConfig.text_pairs`), which
+            nothing in a transformers checkpoint says.
         keep_selectors: keep the selectors of a model saved by this package, with their thresholds, unless other
             `reduction_layers` are given.
         exits, gates: as for `with_exits`.
 
     Raises:
-        ConfigurationError: `max_positions` is less than the checkpoint has, or an option is invalid.
+        ConfigurationError: `max_positions` is less than the checkpoint has, `text_pairs` for another task, or an option
+            is invalid.
         CheckpointError: no safetensors weights, another architecture, a damaged configuration or one that does not fit
             the weights, missing or unexpected tensors, or a task that the checkpoint has no head for.
     """
     src = Path(src)
     try:
         model = _converted(
-            src, task, head, reduction_layers, selector_size, question_aware, max_positions, keep_selectors
+            src, task, head, reduction_layers, selector_size, question_aware, max_positions, text_pairs, keep_selectors
         )
         return model if exits is None and gates is None else with_exits(model, exits, gates)
     except TRBertError:
@@ -103,6 +107,7 @@ def _converted(
     selector_size: int | None,
     question_aware: bool,
     max_positions: int | None,
+    text_pairs: bool,
     keep_selectors: bool,
 ) -> TRBertPreTrainedModel:
     raw_config, tensors = _read(src)
@@ -152,6 +157,10 @@ def _converted(
             "jobs/train.py, which gives it a fresh one"
         )
 
+    if text_pairs and task != ClassificationTask.name:
+        raise ConfigurationError(f"{src}: text_pairs is for {ClassificationTask.name}; the task is {task}")
+    if text_pairs:
+        raw_config["text_pairs"] = True
     try:
         config = _config(raw_config, state, backbone, task, head, {"reduction_layers": reduction_layers} | kept)
     except ConfigurationError as error:

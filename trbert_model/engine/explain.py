@@ -30,8 +30,8 @@ def explain(
     Raises:
         CheckpointError: the model cannot be loaded.
         ConfigurationError: an option does not fit the model.
-        InputError: the text cannot be scored, or there is a context for a model that does not answer questions, or none
-            for one that does.
+        InputError: the text cannot be scored, or there is a context for a model that reads no questions, or none for
+            one that does.
     """
     if isinstance(model, Engine):
         if options is not None:

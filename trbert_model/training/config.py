@@ -45,6 +45,19 @@ class TrainingConfig(LabelledColumns):
     question_aware: bool = option(
         True, "the selectors know the question, and its tokens stay for two thirds of the layers; not so in the paper"
     )
+    window_pooling: str | None = option(
+        None,
+        "how a classifier joins the windows of a document: mean, or log-sum-exp, for labels that one place of a long "
+        "text shows (default: mean, or as the fine-tuned backbone does)",
+    )
+    example_windows: int | None = option(
+        None, "windows of a document in a training example, with log-sum-exp (default: 4) and for answers (default: 2)"
+    )
+    evidence: bool = option(
+        False,
+        "for pairs, with log-sum-exp: `answers` and `answer_start` are pieces of the text that show the label; an "
+        "example has a window with one, and the selectors imitate nearness to them",
+    )
     max_positions: int | None = option(None, "extend the backbone's position table, for longer windows")
     speedup: float | None = option(
         3.0, "FLOPs speed-up over the dense model that the saved thresholds give; none: 0.5, as in the paper"
@@ -145,6 +158,10 @@ class TrainingConfig(LabelledColumns):
         for name in ("crops", "unlabelled", "feature_distillation"):
             if getattr(self, name) and not (task.labels_whole_documents and self.distillation):
                 raise ConfigurationError(f"{name} {getattr(self, name)}: only for classification with distillation")
+        if self.window_pooling is not None and self.task != ClassificationTask.name:
+            raise ConfigurationError(f"window_pooling {self.window_pooling}: only for classification")
+        if self.evidence and not self.pairs:
+            raise ConfigurationError("evidence: only for classification of pairs, which need question_column")
         if self.crops and self.joint_imitation:
             raise ConfigurationError(f"joint_imitation {self.joint_imitation}: not with crops, which have no guide")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -159,6 +176,8 @@ class TrainingConfig(LabelledColumns):
             "gate_penalty": 0,
             "guide_rate": 0,
         }
+        if self.example_windows is not None and self.example_windows < 1:
+            raise ConfigurationError(f"example_windows {self.example_windows} must be at least 1")
         values = {name: getattr(self, name) for name in least} | {
             f"{each}_epochs": self.epochs(each) for each in STAGES
         }
@@ -168,6 +187,11 @@ class TrainingConfig(LabelledColumns):
         self._check_exits()
         if self.selectors_epochs and self.samples < 2:
             raise ConfigurationError(f"samples {self.samples}: reinforcement compares at least 2 (selectors_epochs 0?)")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a classifier of pairs is trained."""
+        return self.task == ClassificationTask.name and self.question_column is not None
 
     @property
     def autocast(self) -> "torch.dtype | None":

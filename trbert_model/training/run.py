@@ -43,6 +43,7 @@ from ..errors import CheckpointError, ConfigurationError, TrainingError
 from ..labelled import LabelledCorpus
 from ..reduction.state import SelectionPolicy
 from ..tasks.base import TaskOptions
+from ..tasks.classification.task import LOG_SUM_EXP
 from ..tasks.registry import task_named
 from ..terminal import get_logger
 from .adapters import AnyModel, merged_copy, with_adapter
@@ -107,6 +108,8 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
         _bind_stages(output / "stages", config)
     task = task_named(config.task).of(tokenizer, model.config, TaskOptions())
     corpus = task.read_corpus(config.train, config)
+    if config.evidence:
+        corpus = corpus.with_evidence(config.train, config)
     evaluation = task.read_corpus(config.evaluation, config) if config.evaluation else None
     if config.adapter_rank:
         model = with_adapter(model, config)
@@ -132,8 +135,9 @@ def _model(config: TrainingConfig) -> AnyModel:
         head=learnt if config.fine_tune_epochs else None,
         reduction_layers=layers,
         selector_size=config.selector_size,
-        question_aware=config.question_aware and task.asks,
+        question_aware=config.question_aware and (task.asks or config.pairs),
         max_positions=config.max_positions,
+        text_pairs=config.pairs,
         keep_selectors=not any(config.epochs(stage) for stage in ("fine_tune", *REDUCTION_STAGES)),
         exits=config.exit_fields,
         gates={} if config.gates else None,
@@ -149,6 +153,16 @@ def _model(config: TrainingConfig) -> AnyModel:
         raise ConfigurationError("halting_epochs: the model has no exits that halt words: exits words, exit_unit word")
     if config.feature_distillation and exits is not None and exits.answers_all:
         raise ConfigurationError("feature_distillation: the model's classifier is an exit, which has no such input")
+    if model.config.text_pairs and not config.pairs:
+        raise ConfigurationError(
+            f"{config.backbone}: it classifies questions with their texts; name the column of the questions with "
+            "question_column"
+        )
+    if config.window_pooling is not None:
+        model.config.window_pooling = config.window_pooling
+        task.check(model.config)
+    if config.evidence and model.config.window_pooling != LOG_SUM_EXP:
+        raise ConfigurationError(f"evidence: only with window_pooling {LOG_SUM_EXP}")
     model.config.attention_probs_dropout_prob = config.attention_dropout
     backbone = model.bert.encoder.backbone
     for layer in model.bert.encoder.layer:
@@ -181,6 +195,8 @@ class _Run:
     def learn_from(self, corpus: LabelledCorpus) -> None:
         """Use this corpus for training from now on."""
         self.corpus, self.dataset = corpus, corpus.dataset(self.config.feature_distillation)
+        if self.config.example_windows is not None and self.dataset.most_windows > 1:
+            self.dataset.most_windows = self.config.example_windows
         self.documents = corpus.documents
         self.lengths = np.array([len(window.input_ids) for window in self.dataset.windows])
 
@@ -424,8 +440,12 @@ def _bind_stages(stages: Path, config: TrainingConfig) -> None:
     """Record the options of the stages; raise ConfigurationError if existing stages were trained with others."""
     shown = {"report_to", "push_to_hub"}  # these do not change what is trained
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in shown}
+    # As versions without pairs recorded it.
+    options |= {"question_column": config.questions, "pairs": config.pairs}
     record, options = stages / "config.json", json.loads(json.dumps(options))
-    if record.is_file() and json.loads(record.read_text()) != options:
+    defaults = {field.name: field.default for field in dataclasses.fields(config)} | {"pairs": False}
+    known = json.loads(json.dumps({name: defaults[name] for name in options}))  # for options that were added later
+    if record.is_file() and known | json.loads(record.read_text()) != options:
         raise ConfigurationError(
             f"{stages}: trained with other options; remove it, or choose another output, to train anew"
         )

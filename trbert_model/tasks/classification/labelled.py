@@ -1,7 +1,8 @@
 """Labelled documents, for training and evaluation."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import ConfigurationError, InputError
 from ...labelled import LabelledCorpus, WindowDataset, class_names, is_text, read_table, read_texts
 from ...options import LabelledColumns
 from ..base import DocumentResults
+from ..question_answering.labelled import read_questions
+from ..question_answering.task import EncodedContext
 from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, sigmoid
 from .losses import LOSSES, UNLABELLED, RegressionLosses
-from .task import ClassificationTask, Window
+from .task import LOG_SUM_EXP, ClassificationTask
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class RawTexts:
         class_ids: per text, its labels as integers, if the label column has integers; otherwise None.
         class_names: names of the class ids, as the `datasets` library writes them into a file; empty if there are none.
         flags: number of classes, if each text has a 0 or 1 for each of them instead of labels; otherwise None.
+        questions: the question about each text, for pairs; otherwise empty.
     """
 
     uri: str
@@ -38,12 +42,16 @@ class RawTexts:
     class_ids: list[list[int]] | None = None
     class_names: tuple[str, ...] = ()
     flags: int | None = None
+    questions: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, uri: str, columns: LabelledColumns, problem_type: str | None = None) -> "RawTexts":
+    def read(
+        cls, uri: str, columns: LabelledColumns, problem_type: str | None = None, *, pairs: bool = False
+    ) -> "RawTexts":
         """Read the files.
 
         Args:
+            pairs: read the questions too.
             problem_type: default: by the label column. Lists of labels, or with a 0 or 1 for each class, are
                 multi-label, other floating-point numbers and lists of them are regression, and everything else is
                 single-label.
@@ -52,8 +60,18 @@ class RawTexts:
             InputError: a file cannot be read, a column is missing, a text or label is null, or the labels do not fit
                 the problem type.
         """
-        table = read_table(uri, [columns.text_column, columns.label_column])
-        column, texts = table[columns.label_column], read_texts(table, columns.text_column, uri)
+        asked = [columns.questions] if pairs else []
+        table = read_table(uri, [columns.text_column, columns.label_column, *asked])
+        texts = read_texts(table, columns.text_column, uri)
+        values = cls._values(uri, table, texts, columns, problem_type)
+        return dataclasses.replace(values, questions=read_texts(table, columns.questions, uri)) if pairs else values
+
+    @classmethod
+    def _values(
+        cls, uri: str, table: pa.Table, texts: list[str], columns: LabelledColumns, problem_type: str | None
+    ) -> "RawTexts":
+        """The texts with their labels; see `read`."""
+        column = table[columns.label_column]
         where = f"{uri}: column {columns.label_column!r}"
         names = class_names(table.schema, columns.label_column)
         flags = None if problem_type == REGRESSION else _flags(column)
@@ -86,6 +104,10 @@ class RawTexts:
             rows = [[names[i] for i in each] for each in ids]
         values = [[_name(label) for label in row] for row in rows]
         return cls(uri, texts, values if kind == MULTI_LABEL else [v for (v,) in values], problem_type, ids, names)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The texts of each row, in the order of `Task.text_options`."""
+        return list(zip(self.questions, self.texts)) if self.questions else [(text,) for text in self.texts]
 
     def names(self, column: str) -> list[str]:
         """The labels: class names, or else those that occur, sorted. For regression, names for this column's numbers.
@@ -205,15 +227,18 @@ class LabelledTexts(LabelledCorpus):
     """Tokenised documents and their targets.
 
     Attributes:
-        documents: token ids, int32 (tokens,) each.
+        documents: encoded as the task does.
         targets: as from `RawTexts.targets`; UNLABELLED or NaN for unlabelled documents.
         metric: "accuracy" for one label; "f1" for several labels, of each document; "r2" for numbers, the share of
             their variance that is explained.
+        evidence: of each document, the first and last tokens of the pieces of its text that show the label; None if
+            that is not known.
     """
 
-    documents: list[np.ndarray]
+    documents: list[Any]
     targets: np.ndarray
     task: ClassificationTask
+    evidence: list[list[tuple[int, int]]] | None = None
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -224,10 +249,16 @@ class LabelledTexts(LabelledCorpus):
         """Read and tokenise labelled Parquet files.
 
         Raises:
-            InputError: as in `RawTexts.read` and `RawTexts.targets`.
+            InputError: as in `RawTexts.read` and `RawTexts.targets`, a question is named for a model that reads none,
+                or a question leaves no room for its text.
         """
-        raw = RawTexts.read(uri, columns, task.labelling.problem_type)
-        return cls(task.tokenize(raw.texts), raw.targets(task.labels), task)
+        if columns.question_column is not None and not task.asks:
+            raise InputError(
+                f"{uri}: question column {columns.question_column!r}: the model classifies texts without questions; "
+                "leave the column out, or train on pairs with it"
+            )
+        raw = RawTexts.read(uri, columns, task.labelling.problem_type, pairs=task.asks)
+        return cls(_documents(uri, task, raw.rows()), raw.targets(task.labels), task)
 
     def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
         outputs, right = results.outputs, self.targets
@@ -243,23 +274,69 @@ class LabelledTexts(LabelledCorpus):
         return {"r2": (1 - errors / np.maximum(right.astype(np.float64).var(0), 1e-12)).mean(1)}
 
     def with_unlabelled(self, uri: str, columns: LabelledColumns) -> "LabelledTexts":
-        texts = read_texts(read_table(uri, [columns.text_column]), columns.text_column, uri)
+        names = [columns.questions, columns.text_column] if self.task.asks else [columns.text_column]
+        table = read_table(uri, names)
+        rows = list(zip(*(read_texts(table, name, uri) for name in names)))
         unknown = UNLABELLED if self.targets.dtype == np.int64 else np.nan
-        none = np.full((len(texts), *self.targets.shape[1:]), unknown, self.targets.dtype)
-        documents = self.documents + self.task.tokenize(texts)
-        return LabelledTexts(documents, np.concatenate([self.targets, none]), self.task)
+        none = np.full((len(rows), *self.targets.shape[1:]), unknown, self.targets.dtype)
+        documents = self.documents + _documents(uri, self.task, rows)
+        evidence = None if self.evidence is None else self.evidence + [[] for _ in rows]
+        return LabelledTexts(documents, np.concatenate([self.targets, none]), self.task, evidence)
+
+    def with_evidence(self, uri: str, columns: LabelledColumns) -> "LabelledTexts":
+        if not self.task.asks:
+            raise ConfigurationError(f"{uri}: evidence is for the classification of questions with their texts")
+        rows = read_questions(uri, columns.questions, columns.text_column)
+        contexts = {row["context"]: EncodedContext.of(row["context"], self.task.tokenizer) for row in rows}
+        evidence = [
+            [
+                span
+                for piece, start in zip(row["answers"], row["starts"])
+                if (span := contexts[row["context"]].tokens(start, start + len(piece))) is not None
+            ]
+            for row in rows
+        ]
+        return dataclasses.replace(self, evidence=evidence)
 
     def dataset(self, classifier_input_weight: float = 0.0) -> "WindowDataset":
         return TextWindows(self, classifier_input_weight)
 
 
+def _documents(uri: str, task: ClassificationTask, rows: list[tuple[str, ...]]) -> list[Any]:
+    """Tokenise rows. A text without tokens is a document, but a question needs room for its text.
+
+    Raises:
+        InputError: there is a pair that the model cannot read.
+    """
+    documents = task.encode_all(rows)
+    if task.asks:
+        for row, document in enumerate(documents):
+            if problem := task.problem(document):
+                raise InputError(f"{uri}, row {row}: {problem[1]}")
+    return documents
+
+
 class TextWindows(WindowDataset):
-    """Draws one random window of each document."""
+    """Draws random windows of each document: one, or several if they are pooled by log-sum-exp.
+
+    One of several has evidence, if it is known and there is any.
+
+    Attributes:
+        evidence: of each window, which tokens are evidence, bool (tokens,); None if that is not known.
+    """
+
+    evidence: list[np.ndarray] | None = None
 
     def __init__(self, corpus: LabelledTexts, classifier_input_weight: float = 0.0):
         super().__init__(corpus.documents, corpus.task)
+        if corpus.task.window_pooling == LOG_SUM_EXP:
+            self.most_windows = 4
+        if corpus.evidence is not None:
+            self.evidence = self._evidence(corpus.evidence)
         labelling = corpus.task.labelling
-        self.losses = LOSSES[labelling.problem_type](len(labelling.labels), classifier_input_weight)
+        self.losses = LOSSES[labelling.problem_type](
+            len(labelling.labels), classifier_input_weight, self.evidence is not None
+        )
         if isinstance(self.losses, RegressionLosses):
             variance = np.nanvar(corpus.targets, axis=0)
             self.losses.scale = torch.from_numpy(np.where(variance > 0, variance, 1.0).astype(np.float32))
@@ -268,19 +345,41 @@ class TextWindows(WindowDataset):
     def target(self, index: int) -> Any:
         return self.labels[index].tolist()
 
-    def shown(self, window: Window) -> Window:
+    def shown(self, window: Any) -> Any:
         """The window, or with probability `crops` a random piece of it with at least about a fifth of its tokens."""
-        tokens = len(window.input_ids) - 2  # [CLS] and [SEP] stay
+        before = window.passage
+        tokens = len(window.input_ids) - before - 1  # what is before the text, and the last [SEP], stay
         if not self.crops or tokens < 2 or float(torch.rand(())) >= self.crops:
             return window
         count = int(tokens * (0.2 + 0.8 * float(torch.rand(())))) or 1
-        start = 1 + int(torch.randint(tokens - count + 1, ()))
-        ids = window.input_ids
-        return Window(np.concatenate([ids[:1], ids[start : start + count], ids[-1:]]), count)
+        start = before + int(torch.randint(tokens - count + 1, ()))
+        kept = np.r_[:before, start : start + count, len(window.input_ids) - 1]
+        pieces = {name: value[kept] for name, value in vars(window).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(window, **pieces)
 
     def __getitem__(self, index: int) -> list[int]:
+        if self.most_windows > 1 or self.evidence is not None:
+            return self.drawn(index, lambda window: self.evidence is not None and bool(self.evidence[window].any()))
         first, end = self.first_window[index], self.first_window[index + 1]
         return [first + int(torch.randint(end - first, ()))]
 
     def targets(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        return {"labels": torch.from_numpy(self.labels[[index for (index,) in examples]])}
+        found = {"labels": torch.from_numpy(self.labels[[example[0] for example in examples]])}
+        if self.evidence is not None and not self.crops:
+            masks = [self.evidence[index] for example in examples for index in example]
+            found["evidence"] = torch.from_numpy(np.concatenate(masks))
+        return found
+
+    def _evidence(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[np.ndarray]:
+        """See `evidence`. A window has a piece of a text if it has half of it."""
+        masks = []
+        for i, pieces in enumerate(spans):
+            for window in self.windows[self.first_window[i] : self.first_window[i + 1]]:
+                mask = np.zeros(len(window.input_ids), bool)
+                for first, last in pieces:
+                    start, end = max(first, window.first), min(last + 1, window.first + window.count)
+                    if 2 * (end - start) >= last + 1 - first:
+                        shift = window.passage - window.first
+                        mask[start + shift : end + shift] = True
+                masks.append(mask)
+        return masks

@@ -1,14 +1,15 @@
 """Training losses of classification, one class per problem type."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...losses import SaliencyGuided
+from ...losses import SaliencyGuided, log_sums, nearness
 from .labellings import MULTI_LABEL, REGRESSION, SINGLE_LABEL, problem_type_of
 
 if TYPE_CHECKING:
@@ -23,16 +24,28 @@ UNLABELLED = -1
 class ClassificationLosses(SaliencyGuided, ABC):
     """Base class of the losses.
 
-    Batches have `labels`, described in the subclasses, and `teacher`, float32 (windows, labels + hidden): the dense
-    model's logits and the input of its classifier.
+    An example's windows are pooled by log-sum-exp before its logits are compared, as in decoding. Models that take the
+    mean learn from one window of a document at a time.
+
+    Batches have `labels`, one for each example and described in the subclasses, and `teacher`, float32
+    (windows, labels + hidden): the dense model's logits and the input of its classifier. Without `example`, each window
+    is an example.
 
     Args:
         classifier_input_weight: weight in `distilled` of the difference to the input of the dense model's classifier:
             squared distance over squared norm. The logits of a few labels carry much less information about a document.
+        evidence: batches also have `evidence`, bool (total tokens,), the tokens that show the label. The guide is then
+            the nearness to them, not the dense model's saliency, as for answers.
     """
 
+    NEAR: ClassVar[float] = 12.0
     num_labels: int
     classifier_input_weight: float = 0.0
+    evidence: bool = False
+
+    @property
+    def guided_by_saliency(self) -> bool:
+        return not self.evidence
 
     @abstractmethod
     def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -48,16 +61,22 @@ class ClassificationLosses(SaliencyGuided, ABC):
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         labels = batch["labels"]
-        return self.to_labels(output.logits, labels.repeat(repeats, *[1] * (labels.dim() - 1)))
+        return self.to_labels(_pooled(output.logits, batch, repeats), labels.repeat(repeats, *[1] * (labels.dim() - 1)))
 
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         logits, classifier_inputs = batch["teacher"].tensor_split([self.num_labels], dim=1)
-        loss = self.to_logits(output.logits, logits.repeat(repeats, 1))
+        loss = self.to_logits(
+            _pooled(output.logits, batch, repeats), _pooled(logits.repeat(repeats, 1), batch, repeats)
+        )
         if not self.classifier_input_weight:
             return loss
         distance = (output.pooler_output.float() - classifier_inputs.repeat(repeats, 1)).square().sum(-1)
         norm = classifier_inputs.square().sum(-1).clamp(min=1e-6)
-        return loss + self.classifier_input_weight * distance / norm.repeat(repeats)
+        distance = distance / norm.repeat(repeats)
+        if (several := _examples(batch, repeats)) is not None:
+            example, windows = several
+            distance = torch.zeros_like(loss).index_add(0, example, distance) / windows
+        return loss + self.classifier_input_weight * distance
 
     def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
         means = []
@@ -78,8 +97,39 @@ class ClassificationLosses(SaliencyGuided, ABC):
     def rows(self, lengths: Tensor) -> Tensor:
         return torch.ones_like(lengths, dtype=torch.int64)
 
+    def guide(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
+        if not self.evidence:
+            return super().guide(batch, layers)
+        return nearness(batch["evidence"], batch["cu_seqlens"], self.NEAR).expand(len(layers), -1)
+
+    def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
+        # Independent of the counts: a window without evidence has nothing to keep.
+        return self.guide(batch, layers) if self.evidence else super().keep_targets(batch, layers, counts)
+
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
-        return {**batch, "labels": self.where_missing(batch["labels"], signals[:, : self.num_labels])}
+        logits = _pooled(signals[:, : self.num_labels], batch)
+        return {**batch, "labels": self.where_missing(batch["labels"], logits)}
+
+
+def _examples(batch: dict[str, Tensor], repeats: int) -> tuple[Tensor, Tensor] | None:
+    """The example of each window, int64 (repeats · windows,), and the windows of each example; None: one of each."""
+    example = batch.get("example")
+    if example is None or int(example.max()) + 1 == len(example):
+        return None
+    windows = example.bincount()
+    example = torch.cat([example + len(windows) * repeat for repeat in range(repeats)])
+    return example, windows.repeat(repeats)
+
+
+def _pooled(logits: Tensor, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
+    """Pool windows by the log-sum-exp of the mean: (repeats · windows, labels) → (repeats · examples, labels)."""
+    if (several := _examples(batch, repeats)) is None:
+        return logits
+    example, windows = several
+    labels = logits.shape[1]
+    group = example[:, None] * labels + torch.arange(labels, device=logits.device)
+    sums = log_sums(logits.float().flatten(), group.flatten(), len(windows) * labels)
+    return sums.view(-1, labels) - windows.log()[:, None]
 
 
 class SingleLabelLosses(ClassificationLosses):

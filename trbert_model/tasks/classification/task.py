@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ from ...errors import ConfigurationError
 from ..base import DEFAULTS, Task, TaskOptions, lists
 from ..labels import check_label_names, label_names, saved_label_names
 from ..text import BareTokenizer, encode_apart, pieces, spans_of, token_ids, token_offsets
-from .labellings import SINGLE_LABEL, Labelling, check_problem_type, labelling_of, problem_type_of
+from .labellings import REGRESSION, SINGLE_LABEL, Labelling, check_problem_type, labelling_of, problem_type_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from ...options import LabelledColumns
     from .labelled import LabelledTexts
 
+# How the logits of a document's windows become the document's (`TRBertConfig.window_pooling`).
+MEAN, LOG_SUM_EXP = POOLINGS = ("mean", "log-sum-exp")
+# Fields of a configuration that say what a model reads and how it joins it.
+_READING = ("text_pairs", "window_pooling")
+
 
 @dataclass
 class Window:
@@ -31,7 +36,10 @@ class Window:
         input_ids: int32 (tokens,), with [CLS] and [SEP].
         new_tokens: number of tokens that no earlier window has, at least 1: the weight of the window's logits.
         first: index of the window's first token, after [CLS], in the document.
+        passage: index of the text's first token in the window.
     """
+
+    passage: ClassVar[int] = 1
 
     input_ids: np.ndarray
     new_tokens: int
@@ -42,21 +50,25 @@ class Window:
 class ClassificationTask(Task):
     """Turns documents into windows, and the windows' logits into document logits.
 
+    A document is its text's token ids, int32 (tokens,). `PairClassificationTask` has others.
+
     Args:
         tokenizer: a fast tokenizer, kept as a `BareTokenizer`.
         max_positions: maximum tokens of a sequence, with [CLS] and [SEP].
         labelling: converts logits to result columns.
         options: the default `stride` is an eighth of a window.
+        window_pooling: one of `POOLINGS`.
     """
 
     tokenizer: Union["PreTrainedTokenizerBase", BareTokenizer]
     max_positions: int
     labelling: Labelling
     options: TaskOptions = DEFAULTS
+    window_pooling: str = MEAN
 
     name = "classification"
     architecture = "TRBertForSequenceClassification"
-    text_options = ("text_column",)
+    text_options: ClassVar[tuple[str, ...]] = ("text_column",)
     head_modules = ("classifier",)
     labels_whole_documents = True
     asks = False
@@ -65,7 +77,12 @@ class ClassificationTask(Task):
     @classmethod
     def of(cls, tokenizer: Any, config: "TRBertConfig", options: TaskOptions) -> "ClassificationTask":
         options = options.bare()
-        return cls(tokenizer, config.usable_positions, labelling_of(config, options), options)
+        settings = (tokenizer, config.usable_positions, labelling_of(config, options), options, config.window_pooling)
+        if not config.text_pairs:
+            return cls(*settings)
+        from .pairs import PairClassificationTask
+
+        return PairClassificationTask(*settings, pair_separators=config.pair_separators)
 
     @classmethod
     def check(cls, config: "TRBertConfig") -> None:
@@ -76,6 +93,15 @@ class ClassificationTask(Task):
             raise ConfigurationError(
                 f"exits and gates need one label per document, whose entropy is an uncertainty; not "
                 f"{problem_type_of(config)}"
+            )
+        if config.window_pooling not in POOLINGS:
+            raise ConfigurationError(f"window_pooling {config.window_pooling!r} is none of {', '.join(POOLINGS)}")
+        if config.window_pooling == LOG_SUM_EXP and problem_type_of(config) == REGRESSION:
+            raise ConfigurationError(f"window_pooling {LOG_SUM_EXP!r} is for labels: numbers have no softmax")
+        if config.window_pooling == LOG_SUM_EXP and config.exits is not None:
+            raise ConfigurationError(
+                f"exits: not with window_pooling {LOG_SUM_EXP!r}, which compares the logits of a document's windows; "
+                "different exits have no common scale"
             )
 
     def __post_init__(self):
@@ -111,8 +137,9 @@ class ClassificationTask(Task):
                 documents[i] = np.concatenate([documents[i], *token_ids(self.tokenizer, [piece])])
         return [ids[:capacity] for ids in documents]
 
-    def windows(self, tokens: np.ndarray) -> Iterator[Window]:
-        """Split a document's token ids into windows."""
+    def windows(self, document: Any) -> Iterator[Any]:
+        """Split a document into windows."""
+        tokens: np.ndarray = document
         capacity = self.max_positions - 2
         cls, sep = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
         start = 0
@@ -129,32 +156,36 @@ class ClassificationTask(Task):
         documents, failures = encode_apart(self.tokenize, [text for (text,) in rows])
         return [self.nothing() if document is None else document for document in documents], failures
 
-    def nothing(self) -> np.ndarray:
+    def encode_all(self, rows: Sequence[tuple[str, ...]]) -> list[Any]:
+        """The documents of rows on none of which the tokenizer fails."""
+        return self.tokenize([text for (text,) in rows])
+
+    def nothing(self) -> Any:
         """A document without tokens."""
         return np.zeros(0, np.int32)
 
-    def problem(self, document: np.ndarray) -> tuple[str, str] | None:
+    def problem(self, document: Any) -> tuple[str, str] | None:
         """Why a document cannot be scored, as a reason and a sentence; None if it can be scored."""
         return None if len(document) else ("no_tokens", "the tokenizer finds no token in the text")
 
-    def to_column(self, documents: Sequence[np.ndarray]) -> pa.Array:
+    def to_column(self, documents: Sequence[Any]) -> pa.Array:
         """list<int32>."""
         return lists(documents)
 
-    def from_column(self, column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    def from_column(self, column: pa.ChunkedArray) -> Iterator[Any]:
         for chunk in column.chunks:
             for document in chunk:
                 yield document.values.to_numpy()
 
-    def token_spans(self, texts: tuple[str, ...], document: np.ndarray) -> np.ndarray:
+    def token_spans(self, texts: tuple[str, ...], document: Any) -> np.ndarray:
         (text,) = texts
         return spans_of(0, document, *token_offsets(self.tokenizer, text))
 
-    def window_tokens(self, document: np.ndarray, window: Window) -> np.ndarray:
+    def window_tokens(self, document: Any, window: Any) -> np.ndarray:
         count = len(window.input_ids) - 2
         return np.concatenate([[-1], np.arange(window.first, window.first + count), [-1]]).astype(np.int32)
 
-    def token_types(self, windows: Sequence[Window]) -> None:
+    def token_types(self, windows: Sequence[Any]) -> list[np.ndarray] | None:
         """None: all token types are 0."""
         return None
 
@@ -162,13 +193,19 @@ class ClassificationTask(Task):
         """Split a model output into each window's logits, float32 (labels,)."""
         return list(output.logits.float().cpu().numpy())
 
-    def combine(self, document: np.ndarray, windows: Sequence[Window], outputs: Sequence[np.ndarray]) -> np.ndarray:
-        """The windows' mean logits, weighted by their new tokens, float64 (labels,).
+    def combine(self, document: Any, windows: Sequence[Any], outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The windows' logits pooled, float64 (labels,).
 
-        This is also right for several labels: in training each window has all labels of its document, so its logits
-        already describe the whole document.
+        The mean is weighted by the windows' new tokens. It is also right for several labels: in training each window
+        has all labels of its document, so its logits already describe the whole document.
+
+        The log-sum-exp is that of the mean (Pinheiro and Collobert, CVPR 2015, with r = 1), so that it does not grow
+        with the number of windows. For one label, it makes a single softmax over the logits of all windows.
         """
-        return np.average(np.asarray(outputs, np.float64), axis=0, weights=[window.new_tokens for window in windows])
+        logits = np.asarray(outputs, np.float64)
+        if self.window_pooling == LOG_SUM_EXP:
+            return np.logaddexp.reduce(logits, axis=0) - np.log(len(logits))
+        return np.average(logits, axis=0, weights=[window.new_tokens for window in windows])
 
     def gathered(self, combined: list[np.ndarray]) -> np.ndarray:
         """The documents' logits, float32 (documents, labels)."""
@@ -178,7 +215,7 @@ class ClassificationTask(Task):
     def result_names(self) -> tuple[str, ...]:
         return self.labelling.names
 
-    def result_columns(self, outputs: np.ndarray, documents: Iterable[np.ndarray]) -> dict[str, pa.Array]:
+    def result_columns(self, outputs: np.ndarray, documents: Iterable[Any]) -> dict[str, pa.Array]:
         return self.labelling.columns(outputs)
 
     def outcome(self, columns: dict[str, pa.Array], index: int) -> dict[str, Any]:
@@ -198,21 +235,22 @@ class ClassificationTask(Task):
 
     @classmethod
     def fresh_head(cls, config: "TRBertConfig") -> dict[str, Any]:
-        return {"id2label": config.id2label, "label2id": config.label2id, "problem_type": problem_type_of(config)}
+        fields = {name: getattr(config, name) for name in ("id2label", "label2id", *_READING)}
+        return fields | {"problem_type": problem_type_of(config)}
 
     @classmethod
     def saved_head(cls, raw: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
-        return {
-            **saved_label_names(raw, weights["classifier.weight"].shape[0]),
-            "problem_type": raw.get("problem_type"),
-        }
+        fields = {name: raw[name] for name in _READING if name in raw} | {"problem_type": raw.get("problem_type")}
+        return fields | saved_label_names(raw, weights["classifier.weight"].shape[0])
 
     @classmethod
     def learnt_head(cls, uri: str, columns: "LabelledColumns", problem_type: str | None) -> dict[str, Any]:
         from .labelled import RawTexts
 
-        raw = RawTexts.read(uri, columns, problem_type)
-        return {**label_names(raw.names(columns.label_column)), "problem_type": raw.problem_type}
+        pairs = columns.question_column is not None
+        raw = RawTexts.read(uri, columns, problem_type, pairs=pairs)
+        names = label_names(raw.names(columns.label_column))
+        return names | {"problem_type": raw.problem_type, "text_pairs": pairs}
 
     def read_corpus(self, uri: str, columns: "LabelledColumns") -> "LabelledTexts":
         from .labelled import LabelledTexts

@@ -1,7 +1,6 @@
 """Questions with their correct answers, for training and evaluation."""
 
 import json
-import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +47,7 @@ class LabelledQuestions(LabelledCorpus):
         Raises:
             InputError: as in `read_questions`, or a question leaves no room for its context.
         """
-        rows = read_questions(uri, columns.question_column, columns.context_column)
+        rows = read_questions(uri, columns.questions, columns.context_column)
         documents = task.encode([row["question"] for row in rows], [row["context"] for row in rows])
         for row, document in zip(rows, documents):
             if problem := task.problem(document):
@@ -219,7 +218,7 @@ class QuestionWindows(WindowDataset):
     """Draws at most two windows of each question: one that contains the answer, if there is one, and others."""
 
     losses = AnswerLosses()
-    WINDOWS = 2
+    most_windows = 2
 
     def __init__(self, corpus: LabelledQuestions):
         super().__init__(corpus.documents, corpus.task)
@@ -238,12 +237,7 @@ class QuestionWindows(WindowDataset):
         return self.spans[index]
 
     def __getitem__(self, index: int) -> list[int]:
-        indices = list(range(self.first_window[index], self.first_window[index + 1]))
-        holding = [i for i in indices if self.spans[i]]
-        drawn = random.Random(int(torch.randint(2**31, ())))
-        chosen = drawn.sample(holding, 1) if holding else []
-        others = [i for i in indices if i not in chosen]
-        return sorted(chosen + drawn.sample(others, min(self.WINDOWS - len(chosen), len(others))))
+        return self.drawn(index, lambda window: bool(self.spans[window]))
 
     def targets(self, examples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {"scored": [], "start_targets": [], "end_targets": []}

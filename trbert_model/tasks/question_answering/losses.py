@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...losses import log_sums, mean_entropy
+from ...losses import log_sums, mean_entropy, nearness
 from ...varlen import first_tokens
 
 
@@ -60,14 +60,7 @@ class AnswerLosses:
         """
         right = batch["start_targets"] | batch["end_targets"]
         right[first_tokens(batch["cu_seqlens"])] = False  # a first token is the target for no answer
-        distance = torch.zeros(len(right), device=right.device).masked_fill(~right, -torch.inf)
-        bounds = batch["cu_seqlens"].tolist()
-        for start, end in zip(bounds, bounds[1:]):
-            peaks, ramp = distance[start:end], torch.arange(end - start, device=right.device) / self.NEAR
-            before = (peaks + ramp).cummax(0).values - ramp
-            after = (peaks - ramp).flip(0).cummax(0).values.flip(0) + ramp
-            distance[start:end] = torch.maximum(before, after)
-        return distance.exp().expand(len(layers), -1)
+        return nearness(right, batch["cu_seqlens"], self.NEAR).expand(len(layers), -1)
 
     def keep_targets(self, batch: dict[str, Tensor], layers: Sequence[int], counts: Tensor) -> Tensor:
         # Independent of the counts: a window without an answer has nothing to keep, and logits that express this are
