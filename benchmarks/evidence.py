@@ -60,7 +60,7 @@ DEV_ARTICLES = 60
 WINDOW = 512
 MAX_ANSWER_TOKENS = 100  # of a piece of evidence
 BLOCK = 8  # questions per turn
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 _WORD = re.compile(r"\w+")
 
 
