@@ -56,7 +56,9 @@ from trbert_model.training import train
 
 LABEL, SPAN = JOBS = ("evidence_label", "evidence_span")
 SPEEDUPS = (2.0, 4.0, 8.0)
-DEV_ARTICLES = 60
+# Speed-ups of the calibration tables that thresholds are chosen from. The speed reached is not quite the one asked for.
+TABLE_SPEEDUPS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
+DEV_ARTICLES = 40
 WINDOW = 512
 MAX_ANSWER_TOKENS = 100  # of a piece of evidence
 BLOCK = 8  # questions per turn
@@ -286,7 +288,7 @@ class Bench:
         key = calibration_key(model_digest(directory), self.workshop.dtype, engine.config.usable_positions)
         if (table := read_calibration(directory, key)) is None:
             corpus = self.workshop.read(self.job, "dev", engine)
-            table = calibrate(engine, corpus, key=key, name=f"{self.job} dev", speedups=SPEEDUPS)
+            table = calibrate(engine, corpus, key=key, name=f"{self.job} dev", speedups=TABLE_SPEEDUPS)
             (directory / FILE).write_bytes(with_table(directory, table))
         policies: dict[float, SelectionPolicy] = {}
         for speedup in SPEEDUPS:
