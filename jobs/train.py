@@ -3,8 +3,9 @@
     python jobs/train.py --train corpus/train.parquet --backbone path/to/bert --output model --speedup 3
 
 Fine-tunes the dense model, trains the token selectors by imitation and by reinforcement learning, then trains both
-together. If training was interrupted, run it again to resume. With --num-workers N it is data-parallel, through Ray
-Train. Pass the model directory to jobs/score.py --model.
+together. With --exits, documents or words learn to leave before the last layer. If training was interrupted, run it
+again to resume. With --num-workers N it is data-parallel, through Ray Train. Pass the model directory to jobs/score.py
+--model.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The model card of a trained model: the README.md that the Hugging Face Hub shows, made from the model's own files."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ def write_card(directory: Path) -> bool:
 def _card(directory: Path) -> str:
     config, training = _json(directory / "config.json"), _json(directory / "training.json")
     options, stages = training.get("config", {}), training.get("stages", {})
-    layers = ", ".join(map(str, config.get("reduction_layers", [])))
     lines = [
         "---",
         "library_name: transformers",
@@ -38,7 +38,7 @@ def _card(directory: Path) -> str:
         f"# {directory.resolve().name}",
         "",
         f"A TR-BERT ([Ye et al., NAACL 2021](https://arxiv.org/abs/2105.11618)) of {config.get('num_hidden_layers')} "
-        f"layers that drops tokens before layers {layers}: {config.get('architectures', ['?'])[0]}.",
+        f"layers that {'; '.join(_savings(config)) or 'computes all tokens'}: {config.get('architectures', ['?'])[0]}.",
         "",
         "```bash",
         "python jobs/score.py --input CORPUS --output SCORES --model THIS_DIRECTORY",
@@ -74,6 +74,18 @@ def _card(directory: Path) -> str:
         given = {name: value for name, value in options.items() if value is not None and not _is_place(name)}
         lines += ["", "## Options", "", "```json", json.dumps(given, indent=1), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _savings(config: dict[str, Any]) -> Iterator[str]:
+    """What the model leaves out, as predicates of a sentence."""
+    exits = config.get("exits")
+    if config.get("reduction_layers"):
+        yield f"drops tokens before layers {', '.join(map(str, config['reduction_layers']))}"
+    if config.get("gates") is not None:
+        yield "skips layers"
+    if exits:
+        who = "halts words" if exits.get("unit") == "word" else "lets documents leave"
+        yield f"{who} after layers {', '.join(map(str, exits['layers']))}"
 
 
 def _is_place(option: str) -> bool:

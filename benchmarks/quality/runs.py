@@ -99,13 +99,7 @@ RUNS: dict[str, Run] = {
             (
                 "tokee",
                 "words halted (TOKEE)",
-                {
-                    **_WORDS,
-                    "exit_unit": "word",
-                    "fine_tune_epochs": epochs,
-                    "exits_epochs": 0.0,
-                    "halting_epochs": epochs,
-                },
+                {**_WORDS, "exit_unit": "word", "fine_tune_epochs": epochs, "halting_epochs": epochs},
                 None,
             ),
             (

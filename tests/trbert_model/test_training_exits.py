@@ -281,6 +281,7 @@ def test_words_learn_to_be_halted(tagged, monkeypatch):
     assert 0.1 < np.mean(halted) < 0.9
     assert measured["halting_at_0.2"]["accuracy"] > 0.9
     assert measured["halting_at_0.2"]["flops_speedup"] > 1.1
+    assert " of 4 layers that halts words after layers 0, 1, 2: " in (tagged / "model/README.md").read_text()
     assert train(config)["stages"]["halting_at_0.2"] == measured["halting_at_0.2"]
 
 

@@ -406,17 +406,9 @@ class SelfSampling(Objective):
     """
 
     WINDOWS = (5, 7, 9, 11, 13, 15)
-    THRESHOLDS = (
-        0.01,
-        0.03,
-        0.05,
-        0.1,
-        0.15,
-        0.2,
-        0.25,
-    )  # doubled in the upper half of the layers, up to HIGHEST
-    HIGHEST = 0.5
-    WHOLE = 0.4  # share of the windows without halted words
+    THRESHOLDS = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
+    HIGHEST = 0.5  # in the upper half of the layers, where thresholds are doubled
+    WHOLE = 0.4  # share of the windows without halted words, besides a batch's first
 
     def __init__(self, model: Any, losses: TaskLosses, points: OperatingPoints | None):
         super().__init__(model, losses)
@@ -455,12 +447,14 @@ class SelfSampling(Objective):
         """A window of words, (sequences,), and thresholds, (sequences, exits), for each sequence."""
         sequences, device = len(batch["example"]), batch["example"].device
         options, half = self.model.config.exit_options, self.model.config.num_hidden_layers / 2
-        windows = torch.tensor(self.WINDOWS, device=device)[
-            torch.randint(len(self.WINDOWS), (sequences,), device=device)
-        ]
-        choices = torch.tensor(self.THRESHOLDS, device=device)
-        thresholds = choices[torch.randint(len(choices), (sequences,), device=device)]
-        thresholds[torch.rand(sequences, device=device) < self.WHOLE] = 0.0
+
+        def drawn(choices: Sequence[float]) -> Tensor:
+            return torch.tensor(choices, device=device)[torch.randint(len(choices), (sequences,), device=device)]
+
+        windows, thresholds = drawn(self.WINDOWS), drawn(self.THRESHOLDS)
+        whole = torch.rand(sequences, device=device) < self.WHOLE
+        whole[0] = True  # so that every exit learns in every step
+        thresholds[whole] = 0.0
         factors = torch.tensor([1.0 if layer < half else 2.0 for layer in options.layers], device=device)
         return windows, (thresholds[:, None] * factors).clamp(max=self.HIGHEST)
 
