@@ -117,7 +117,7 @@ GAUGES = (
 PROGRESS = {
     "trbert_run_progress_ratio": "Share of the run's bytes that is done",
     "trbert_run_eta_seconds": "Remaining time at the speed so far",
-    "trbert_run_deadline_timestamp_seconds": "When the run will be stopped",
+    "trbert_run_deadline_timestamp_seconds": "When the run should end or will be stopped",
 }
 ENDED = {
     "trbert_last_run_exit_code": "Exit code of the last run",
@@ -175,7 +175,7 @@ class RunMetrics:
         Args:
             statistics: of the run.
             progress: how far it is.
-            deadline: when it will be stopped, in seconds since the epoch.
+            deadline: when it should end or will be stopped, in seconds since the epoch.
         """
         gauges = {metric.name: metric.values(statistics).get("") for metric in GAUGES}
         if progress is not None:

@@ -347,8 +347,10 @@ class _Run:
             written.result()
 
     def _observe(self, progress: Progress | None = None) -> None:
-        deadline = self.stop.deadline
-        self.metrics.update(self.statistics, progress, deadline[0] if deadline else None)
+        deadlines = [self.stop.deadline[0]] if self.stop.deadline else []
+        if self.finish_by is not None:
+            deadlines.append(self.finish_by.control.deadline)
+        self.metrics.update(self.statistics, progress, min(deadlines, default=None))
 
     def _take(self, row: dict[str, Any]) -> None:
         """Record a row that left the pipeline, and write its shard's marker if the shard is now complete."""
