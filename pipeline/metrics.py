@@ -90,6 +90,7 @@ COUNTERS = (
     Metric("trbert_rejects_total", "Rows quarantined", lambda run: run.total.bad_rows, "reason"),
     Metric("trbert_tokens_total", "Tokens the model was given", lambda run: run.total.tokens),
     Metric("trbert_kept_tokens_total", "Tokens kept by a reduction", _by_reduction, "reduction"),
+    Metric("trbert_exits_total", "Documents that left a model with exits", lambda run: run.total.exit_layers, "layer"),
     Metric("trbert_windows_total", "Windows that documents were cut into", lambda run: run.total.windows),
     Metric("trbert_text_bytes_total", "Bytes of the documents' texts", lambda run: run.total.text_bytes),
     Metric("trbert_result_bytes_total", "Bytes of the results objects written", lambda run: run.total.result_bytes),

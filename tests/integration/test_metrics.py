@@ -32,6 +32,7 @@ def everything_once(output: str) -> None:
         bad_rows={"null": 1},
         tokens=10,
         kept_tokens=[5],
+        exit_layers={"6": 3},
         windows=1,
         text_bytes=1,
         result_bytes=1,

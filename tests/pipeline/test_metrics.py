@@ -53,6 +53,7 @@ splits = st.builds(
     tokens=counts,
     windows=counts,
     kept_tokens=st.lists(counts, min_size=2, max_size=2),
+    exit_layers=st.dictionaries(st.sampled_from(["1", "6", "12"]), st.integers(1, 10**6)),
     flops=st.floats(0, 1e18),
     dense_flops=st.floats(0, 1e18),
     read_seconds=seconds,
@@ -92,6 +93,8 @@ def test_the_last_values_are_the_reports_however_often_they_were_updated(tmp_pat
         assert total("rejects", reason) == rows
     for number, kept in enumerate(statistics.total.kept_tokens, start=1):
         assert total("kept_tokens", str(number)) == kept
+    for layer, documents in report.get("exit_layers", {"documents": {}})["documents"].items():
+        assert total("exits", layer) == documents
     for stage, busy in report["busy_seconds"].items():
         assert total("stage_seconds", stage) == pytest.approx(busy, abs=1e-3)
     assert (total("flops"), total("dense_flops")) == (report["flops"]["spent"], report["flops"]["dense"])
@@ -108,7 +111,7 @@ def test_the_last_values_are_the_reports_however_often_they_were_updated(tmp_pat
 def test_every_metric_has_a_meaning_a_unit_and_one_prefix(tmp_path):
     path = tmp_path / "trbert.prom"
     run, statistics = RunMetrics("out", str(path)), run_statistics()
-    add(statistics, SplitStats(documents=1, tokens=2, kept_tokens=[1], bad_rows={"null": 1}))
+    add(statistics, SplitStats(documents=1, tokens=2, kept_tokens=[1], bad_rows={"null": 1}, exit_layers={"6": 1}))
     run.add_split(SplitStats(predict_seconds=1.0))
     run.update(statistics, Progress(0.5, 1, 60.0), deadline=time.time() + 60)
     found = {name for name, _ in values(path)}
@@ -222,6 +225,7 @@ def test_no_label_holds_credentials():
 def test_every_count_of_a_split_is_a_metric():
     """A new field of `SplitStats` is either a metric or named here."""
     elsewhere = {"labels", "by_length"}  # without bounds: the report has them
+    elsewhere |= {"exit_layer_sum"}  # from exit_layers, but for the rounding
     statistics = run_statistics()
     before = {metric.name: metric.values(statistics) for metric in metrics.COUNTERS}
     for field in dataclasses.fields(SplitStats):
