@@ -58,12 +58,12 @@ def test_the_dashboard_is_one_that_grafana_imports():
 
 def test_promtool_accepts_the_rules_and_each_alert_fires_when_it_should_and_only_then(tmp_path):
     promtool = binary("promtool")
-    checked = subprocess.run([promtool, "check", "rules", RULES], capture_output=True, text=True, timeout=60)
+    checked = subprocess.run([promtool, "check", "rules", RULES], capture_output=True, text=True, timeout=200)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     unit_tests = UNIT_TESTS.read_text().replace("%RULES%", str(RULES))
     (tmp_path / "tests.yml").write_text(unit_tests)
     tested = subprocess.run(
-        [promtool, "test", "rules", tmp_path / "tests.yml"], capture_output=True, text=True, timeout=60
+        [promtool, "test", "rules", tmp_path / "tests.yml"], capture_output=True, text=True, timeout=200
     )
     assert tested.returncode == 0, tested.stdout + tested.stderr
     alerts = {rule["alert"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]}
