@@ -66,15 +66,16 @@ class TRBertModelOutput(ModelOutput):
     def answered(self, logits: Tensor) -> Tensor:
         """The head's logits with those of the exits: of all sequences, from those of the remaining ones (labels last).
 
-        For heads that classify words, of all tokens, from those of all tokens.
+        For heads that classify words, of all tokens, from those of all tokens. With exits, in fp32 as these compute:
+        rounded to half precision, differences of 1e-7 between batches could become as large as its steps.
         """
         if self.exits is None:
             return logits
-        answers = self.exits.answers.to(logits.dtype)
+        answers = self.exits.answers
         if self.exits.words is not None:
-            return torch.where((self.exits.layers > 0)[:, None], answers, logits)
+            return torch.where((self.exits.layers > 0)[:, None], answers, logits.float())
         assert self.remaining is not None
-        return answers.index_copy(0, self.remaining, logits)
+        return answers.index_copy(0, self.remaining, logits.float())
 
 
 class TRBertEncoder(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,6 +222,7 @@ def test_something_leaves_is_skipped_and_halted(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @settings(max_examples=6, deadline=None)
+@example(lengths=[14, 27], seed=0)  # an exit's logits between two numbers of bfloat16
 @given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=24), seed=st.integers(0, 3))
 def test_neighbours_change_nothing(kind, dtype, lengths, seed):
     model, sequences = model_with(kind, dtype, seed=seed), sequences_of(lengths, seed)
