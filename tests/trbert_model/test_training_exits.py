@@ -1,14 +1,17 @@
 """Training exits: by the recipe of each system, on a finished TR-BERT too."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from tests.conftest import TAGS, TINY, tiny_classifier, tiny_tagger, tiny_tokenizer
-from trbert_model import ConfigurationError, TRBertConfig, TRBertForQuestionAnswering
+from trbert_model import ConfigurationError, TrainingError, TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.checkpoints.conversion import convert_checkpoint
 from trbert_model.checkpoints.loading import load_model
 from trbert_model.engine import Engine, EngineOptions
@@ -72,29 +75,31 @@ def losses_seen(monkeypatch, objective):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["first", "attention"])
-def test_exits_of_a_dense_model_learn_and_nothing_else_does(corpus, kind, monkeypatch):
+def test_exits_of_a_dense_model_learn_and_nothing_else_does(corpus, monkeypatch):
     """DeeBERT's recipe. Its exits begin with the pre-trained pooler."""
     seen = losses_seen(monkeypatch, Exits)
-    config = options(corpus, exits=kind, reduction_layers=(), exits_epochs=12.0)
+    config = options(corpus, reduction_layers=(), exits_epochs=12.0)
     measured = train(config)["stages"]
     assert set(measured) == {"fine_tune", "exits", "exits_at_0.2"}
     assert np.mean(seen[-8:]) < 0.7 * np.mean(seen[:4])
-    if kind == "first":  # an exit with attention is wider than the layers of this model
-        assert measured["exits_at_0.2"]["flops_speedup"] > 1.05
-        assert 0.9 < measured["exits"]["dense_passes_per_document"] < 1.6
+    assert measured["exits_at_0.2"]["flops_speedup"] > 1.05
+    assert 0.9 < measured["exits"]["dense_passes_per_document"] < 1.6
     assert measured["exits_at_0.2"]["accuracy"] > 0.8
     model, _ = load_model(corpus / "model")
     assert model.config.exit_options.layers == (0, 1, 2)
     assert model.config.exit_options.thresholds == (0.0,) * 3
-    before = torch.load(next((corpus / "model/stages/fine_tune").glob("*/optimizer.pt")), weights_only=True)
-    assert before["state"]
+    trained = {
+        path.parent.parent.name: load_file(path) for path in (corpus / "model/stages").rglob("model.safetensors")
+    }
+    changed = {name for name, value in trained["fine_tune"].items() if not torch.equal(value, trained["exits"][name])}
+    assert changed == {f"model.{name}" for name, _ in model.named_parameters() if ".exits." in name}
     again = train(config)  # as after a kill
     assert again["stages"]["exits_at_0.2"] == measured["exits_at_0.2"]
 
 
 def test_exits_are_added_to_a_finished_model_which_answers_as_before(corpus):
-    finished = {"imitation_epochs": 2.0, "selectors_epochs": 0.0, "joint_epochs": 1.0, "speed_range": (1.3, 2.5)}
+    finished = {"imitation_epochs": 2.0, "selectors_epochs": 0.0, "joint_epochs": 1.0, "speedup": 1.6}
+    finished["fine_tune_epochs"] = 3.0
     train(options(corpus, exits=None, output=str(corpus / "finished"), reduction_layers=(0, 2), **finished))
     own = load_model(corpus / "finished")[0]
     changes = NONE | {"fine_tune_epochs": 0.0, "exits_epochs": 4.0, "evaluation": None}
@@ -171,22 +176,24 @@ def test_gates_learn_with_the_layers_and_the_exits_after_them(corpus, monkeypatc
         return measured
 
     monkeypatch.setattr(Gates, "forward", recorded)
+    seen = losses_seen(monkeypatch, Exits)
     config = options(
         corpus,
         exits="attention",
         gates=True,
-        gate_penalty=4.0,
         reduction_layers=(),
         fine_tune_epochs=8.0,
         gates_epochs=10.0,
-        exits_epochs=2.0,
+        exits_epochs=5.0,
         distillation=False,
         joint_learning_rate=1e-3,
     )
     measured = train(config)["stages"]
     assert set(measured) == {"fine_tune", "gates", "exits", "exits_at_0.2"}
     assert len(skipped) == 40
-    assert np.mean(skipped[-5:]) > 0.5, "a high price of layers"
+    assert 0 < np.mean(skipped[-5:]) < 0.3
+    assert np.mean(seen[-4:]) < 0.5 * np.mean(seen[:4])
+    assert measured["gates"]["accuracy"] > 0.8
     model, _ = load_model(corpus / "model")
     assert model.config.gate_options.threshold == 0.5
     fresh = convert_checkpoint(corpus / "model", gates={}).state_dict()
@@ -194,6 +201,9 @@ def test_gates_learn_with_the_layers_and_the_exits_after_them(corpus, monkeypatc
     assert learnt
     assert not any(torch.equal(value, fresh[name]) for name, value in learnt.items())
     assert scored(corpus / "model").exit_layers.tolist() == [4.0, 4.0], "exits have no thresholds yet"
+    costly = dataclasses.replace(config, gate_penalty=9.0, output=str(corpus / "costly"), evaluation=None)
+    with pytest.raises(TrainingError, match="gates: they skip 100% of all layers; lower gate_penalty"):
+        train(dataclasses.replace(costly, fine_tune_epochs=1.0, gates_epochs=4.0))
 
 
 def test_gates_that_are_sure_skip_as_inference_does():
@@ -274,7 +284,7 @@ def test_words_learn_to_be_halted(tagged, monkeypatch):
 
     monkeypatch.setattr(SelfSampling, "forward", recorded)
     settings = {"task": "token-classification", "exits": "words", "exit_unit": "word", "exit_window": 3}
-    config = options(tagged, **settings, reduction_layers=(), fine_tune_epochs=60.0, halting_epochs=2.0)
+    config = options(tagged, **settings, reduction_layers=(), fine_tune_epochs=50.0, halting_epochs=2.0)
     measured = train(config)["stages"]
     assert set(measured) == {"fine_tune", "halting", "halting_at_0.2"}
     assert len(halted) == 6
@@ -282,7 +292,6 @@ def test_words_learn_to_be_halted(tagged, monkeypatch):
     assert measured["halting_at_0.2"]["accuracy"] > 0.9
     assert measured["halting_at_0.2"]["flops_speedup"] > 1.1
     assert " of 4 layers that halts words after layers 0, 1, 2: " in (tagged / "model/README.md").read_text()
-    assert train(config)["stages"]["halting_at_0.2"] == measured["halting_at_0.2"]
 
 
 def test_exits_that_read_words_are_added_to_a_reduced_model(tagged):

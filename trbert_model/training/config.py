@@ -125,9 +125,9 @@ class TrainingConfig(LabelledColumns):
         None, "epochs of everything with halted words (default: 3 with `exit_unit` word)"
     )
     learning_rate: float = option(1e-4, "of the dense fine-tune")
-    joint_learning_rate: float = option(5e-5, "of the layers in the stages joint, gates and halting")
+    joint_learning_rate: float = option(5e-5, "of layers and gates in the stages joint, gates and halting")
     selector_learning_rate: float = option(1e-3, "of the selectors")
-    exit_learning_rate: float = option(5e-4, "of exits and gates")
+    exit_learning_rate: float = option(5e-4, "of the exits")
     warmup: float = option(0.1, "share of a stage's steps in which the learning rate rises")
     attention_dropout: float = option(0.0, "torch's CPU flash attention knows none; more than 0 trains slower")
     teacher_cache: str | None = option(

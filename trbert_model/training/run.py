@@ -68,6 +68,8 @@ logger = get_logger(__name__)
 # Tokens to set thresholds with. Initial cutoffs need fewer, because training adjusts them.
 _CALIBRATION_TOKENS = 60_000
 _STARTING_TOKENS = 15_000
+# A larger share of skipped layers leaves no model.
+_ALL_SKIPPED = 0.99
 # Below this uncertainty documents and words leave when the exits' stage is measured.
 _MEASURED_UNCERTAINTY = 0.2
 
@@ -90,7 +92,8 @@ def train(config: TrainingConfig, selection_policy: SelectionPolicy | None = Non
     Raises:
         ConfigurationError: options that do not fit together, or stages in the output trained with other options.
         InputError: a corpus that cannot be read or has other labels.
-        TrainingError: a stage's selectors keep everything or nothing, or the processes' final parameters differ.
+        TrainingError: a stage's selectors keep everything or nothing, gates skip every layer, or the processes' final
+            parameters differ.
     """
     torch.manual_seed(config.seed)
     if config.batch_size % world_size():
@@ -430,6 +433,9 @@ class _Run:
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.state
+        skipped = [entry["skipped"] for entry in state.log_history if "skipped" in entry]
+        if skipped and skipped[-1] > _ALL_SKIPPED:
+            raise TrainingError(f"gates: they skip {skipped[-1]:.0%} of all layers; lower gate_penalty and train anew")
         self.measurements["replicas"] = replicas(self.model)
         history = [entry["dense_passes"] for entry in state.log_history if "dense_passes" in entry]
         if history:

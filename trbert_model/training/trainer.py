@@ -47,7 +47,7 @@ class StageTrainer(Trainer):
 
     Args:
         title: the stage's name in the log.
-        joint_learning_rate: rate of the parameters outside of selectors, exits and gates. Default: that of all.
+        joint_learning_rate: rate of the parameters outside of selectors and exits. Default: that of all.
         args, kwargs: the arguments of Trainer.
     """
 
@@ -70,7 +70,7 @@ class StageTrainer(Trainer):
             groups: list[list[nn.Parameter]] = [[], []]
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    groups[any(part in name for part in (".selectors.", ".exits.", ".gates."))].append(parameter)
+                    groups[any(part in name for part in (".selectors.", ".exits."))].append(parameter)
             rates = (self.joint_learning_rate, self.args.learning_rate)
             self.optimizer = torch.optim.AdamW(
                 [{"params": group, "lr": rate} for group, rate in zip(groups, rates) if group],
