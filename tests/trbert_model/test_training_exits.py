@@ -18,6 +18,7 @@ from trbert_model.engine import Engine, EngineOptions
 from trbert_model.exits.policies import ExitThresholds, uncertainty
 from trbert_model.exits.training import MixingGates, PlannedExits, planned_exits
 from trbert_model.reduction.policies import keep_all
+from trbert_model.tasks.classification.losses import losses_of
 from trbert_model.training import TrainingConfig, train
 from trbert_model.training.objectives import Exits, Gates, SelfSampling
 from trbert_model.varlen import model_inputs
@@ -258,6 +259,23 @@ def test_words_are_planned_to_leave_where_thresholds_let_them_leave(window):
             assert 0 < int((plan < 3).sum()) < 50
             planned = model(**inputs, selection_policy=keep_all, exit_policy=PlannedExits(plan))
             torch.testing.assert_close(planned.logits, output.logits)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_an_exit_learns_as_the_classifier_from_what_it_judged(distilled):
+    """Of documents whose windows are pooled, from those that it judged in full."""
+    model = tiny_classifier(exits={"head": "first", "layers": [1, 3]}, reduction_layers=[])
+    windows = [[2, 5, 6, 3], [2, 7, 8, 9, 10, 3], [2, 6, 3], [2, 7, 3], [2, 11, 12, 3]]
+    batch = {"labels": torch.tensor([0, 2, 1]), "example": torch.tensor([0, 1, 1, 2, 2]), "teacher": torch.randn(5, 3)}
+    output = model(**model_inputs(windows), output_exits=True)
+    losses = losses_of(model.config)
+    each = losses.distilled if distilled else losses.labelled
+    expected = [each(dataclasses.replace(output, logits=logits), batch) for logits in output.exits.logits]
+    found = losses.of_exits(output.exits, batch, distilled=distilled)
+    torch.testing.assert_close(found, torch.stack(expected).mean(1))
+    output.exits.judged[1][3] = False
+    found = losses.of_exits(output.exits, batch, distilled=distilled)
+    torch.testing.assert_close(found, torch.stack([expected[0].mean(), expected[1][:2].mean()]))
 
 
 @pytest.fixture

@@ -79,12 +79,16 @@ class ClassificationLosses(SaliencyGuided, ABC):
         return loss + self.classifier_input_weight * distance
 
     def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
-        means = []
+        several, means = _examples(batch, 1), []
         for logits, judged in exits.recorded():
+            pooled = _pooled(logits, batch)
             if distilled:
-                losses = self.to_logits(logits, batch["teacher"][:, : self.num_labels])
+                losses = self.to_logits(pooled, _pooled(batch["teacher"][:, : self.num_labels], batch))
             else:
-                losses = self.to_labels(logits, batch["labels"])
+                losses = self.to_labels(pooled, batch["labels"])
+            if several is not None:  # an example counts if all of its windows were judged
+                example, windows = several
+                judged = torch.zeros_like(windows).index_add(0, example, judged.long()) == windows
             means.append(losses[judged].sum() / judged.sum().clamp(min=1))
         return torch.stack(means)
 
