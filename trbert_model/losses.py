@@ -33,16 +33,6 @@ class TaskLosses(Protocol):
     def distilled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         """The loss against the dense model's outputs, `batch["teacher"]`, (repeats · examples,)."""
 
-    def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
-        """The mean loss of each exit over what it judged, (exits,), for tasks with exits (`Task.exit_heads`).
-
-        Without that of an exit that answers for all, which is the model's classifier.
-
-        Args:
-            exits: of a pass that recorded the logits.
-            distilled: against the dense model's outputs, not the labels.
-        """
-
     def signals(self, output: Any) -> Tensor:
         """The part of the dense model's output to use as `batch["teacher"]`, (rows, columns)."""
 
@@ -68,6 +58,20 @@ class TaskLosses(Protocol):
 
     def completed(self, batch: dict[str, Tensor], signals: Tensor) -> dict[str, Tensor]:
         """The batch with missing labels replaced by the dense model's; signals: as from `signals`."""
+
+
+class ExitLosses(TaskLosses, Protocol):
+    """The losses of a task whose models can have exits (`Task.exit_heads`)."""
+
+    def of_exits(self, exits: "ExitPass", batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
+        """The mean loss of each exit over what it judged, (exits,).
+
+        Without that of an exit that answers for all, which is the model's classifier.
+
+        Args:
+            exits: of a pass that recorded the logits.
+            distilled: against the dense model's outputs, not the labels.
+        """
 
 
 class SaliencyGuided:

@@ -5,8 +5,6 @@ import dataclasses
 import json
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +24,7 @@ from transformers import (
 from tests.conftest import tiny_tokenizer
 from tests.trbert_model.test_fused import BOTH
 from tests.trbert_model.test_roberta import TEXT, TOKENIZERS
+from tests.trbert_model.two_words import places_in, rows_of, write_parts
 from trbert_model import (
     ConfigurationError,
     InputError,
@@ -451,24 +450,15 @@ def test_what_the_layers_cannot_do_is_said(tmp_path):
 @pytest.fixture
 def corpus(tmp_path):
     """Documents longer than a window whose label is which of two words they hold, and a random backbone."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(96):
-        label = ["bad", "good"][i % 2]
-        words = rng.choice(["the", "news", "of", "a", "game", "and"], rng.integers(12, 36)).tolist()
-        words[rng.integers(len(words))] = label
-        rows.append({"text": " ".join(words), "label": label})
-    pq.write_table(pa.Table.from_pylist(rows[:64]), tmp_path / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[64:]), tmp_path / "evaluation.parquet")
+    write_parts(tmp_path, rows_of(12, 36))
     source(ModernBertModel, tmp_path / "backbone", initializer_range=0.1, classifier_pooling="mean")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     return tmp_path
 
 
 def training(corpus, **changes):
-    places = {"train": "train.parquet", "evaluation": "evaluation.parquet", "backbone": "backbone", "output": "model"}
     values = {"learning_rate": 2e-3, "samples": 2, "speedup": 1.7, "reduction_layers": (1, 2)}
-    return TrainingConfig(**{name: str(corpus / place) for name, place in places.items()}, **values | changes)
+    return TrainingConfig(**places_in(corpus), **values | changes)
 
 
 def test_trained_from_scratch_scored_and_calibrated(corpus):

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, RobertaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, RobertaForSequenceClassification
 
 import trbert_model
 from jobs.convert import main as convert
 from tests.conftest import LABELS, TINY, WORDS, tiny_classifier, tiny_tokenizer
 from tests.trbert_model.test_roberta import byte_level, source
+from tests.trbert_model.two_words import places_in, save_backbone, write_parts
 from trbert_model import ConfigurationError, InputError, convert_checkpoint
 from trbert_model.calibration.measure import calibrate
 from trbert_model.checkpoints.conversion import apply_adapter
@@ -253,20 +254,14 @@ def corpus(tmp_path):
                 "answer_start": [start],
             }
         )
-    pq.write_table(pa.Table.from_pylist(rows[:64]), tmp_path / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[64:]), tmp_path / "evaluation.parquet")
-    torch.manual_seed(0)
-    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "backbone")
-    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    write_parts(tmp_path, rows)
+    save_backbone(tmp_path / "backbone")
     return tmp_path
 
 
 def options(corpus, **changes) -> TrainingConfig:
     values = {
-        "train": str(corpus / "train.parquet"),
-        "evaluation": str(corpus / "evaluation.parquet"),
-        "backbone": str(corpus / "backbone"),
-        "output": str(corpus / "model"),
+        **places_in(corpus),
         "text_column": "body",
         "question_column": "asked",
         "window_pooling": "log-sum-exp",

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers import DistilBertConfig, DistilBertModel
 
 from tests.conftest import TINY, tiny_tokenizer
+from tests.trbert_model.two_words import places_in, rows_of, save_backbone, write_parts
 from trbert_model import CheckpointError, ConfigurationError, InputError, TrainingError
 from trbert_model.calibration.table import Calibration, OperatingPoint, with_table
 from trbert_model.card import write_card
@@ -61,27 +62,14 @@ def test_an_output_that_cannot_be_written_is_named_before_the_training(corpus):
 @pytest.fixture
 def corpus(tmp_path):
     """Documents whose label is which of two words they hold, and a tiny backbone."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(96):
-        label = ["bad", "good"][i % 2]
-        words = rng.choice(["the", "news", "of", "a", "game", "and"], rng.integers(8, 24)).tolist()
-        words[rng.integers(len(words))] = label
-        rows.append({"text": " ".join(words), "label": label})
-    pq.write_table(pa.Table.from_pylist(rows[:64]), tmp_path / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[64:]), tmp_path / "evaluation.parquet")
-    torch.manual_seed(0)
-    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "backbone")
-    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    write_parts(tmp_path, rows_of(8, 24))
+    save_backbone(tmp_path / "backbone")
     return tmp_path
 
 
 def options(corpus, **changes) -> TrainingConfig:
     values = {
-        "train": str(corpus / "train.parquet"),
-        "evaluation": str(corpus / "evaluation.parquet"),
-        "backbone": str(corpus / "backbone"),
-        "output": str(corpus / "model"),
+        **places_in(corpus),
         "fine_tune_epochs": 30.0,
         "imitation_epochs": 8.0,
         "selectors_epochs": 2.0,

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
 from tests.conftest import TAGS, TINY, tiny_classifier, tiny_tagger, tiny_tokenizer
+from tests.trbert_model.two_words import places_in, rows_of, save_backbone, write_parts
 from trbert_model import ConfigurationError, TrainingError, TRBertConfig, TRBertForQuestionAnswering
 from trbert_model.checkpoints.conversion import convert_checkpoint
 from trbert_model.checkpoints.loading import load_model
@@ -29,27 +29,14 @@ NONE = {"imitation_epochs": 0.0, "selectors_epochs": 0.0, "joint_epochs": 0.0}
 @pytest.fixture
 def corpus(tmp_path):
     """Documents whose label is which of two words they hold, and a tiny backbone."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(96):
-        label = ["bad", "good"][i % 2]
-        words = rng.choice(["the", "news", "of", "a", "game", "and"], rng.integers(8, 24)).tolist()
-        words[rng.integers(len(words))] = label
-        rows.append({"text": " ".join(words), "label": label})
-    pq.write_table(pa.Table.from_pylist(rows[:64]), tmp_path / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[64:]), tmp_path / "evaluation.parquet")
-    torch.manual_seed(0)
-    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "backbone")
-    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    write_parts(tmp_path, rows_of(8, 24))
+    save_backbone(tmp_path / "backbone")
     return tmp_path
 
 
 def options(corpus, **changes) -> TrainingConfig:
     values = {
-        "train": str(corpus / "train.parquet"),
-        "evaluation": str(corpus / "evaluation.parquet"),
-        "backbone": str(corpus / "backbone"),
-        "output": str(corpus / "model"),
+        **places_in(corpus),
         "fine_tune_epochs": 20.0,
         "learning_rate": 2e-3,
         "exit_learning_rate": 5e-3,

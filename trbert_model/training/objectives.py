@@ -8,7 +8,7 @@ counts as two.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..exits.options import NO_SKIPPING
 from ..exits.policies import ExitThresholds
 from ..exits.training import MixingGates, PlannedExits, planned_exits
 from ..flops import dense_flops, first_layers_flops, reduced_flops, spent_flops
-from ..losses import TaskLosses
+from ..losses import ExitLosses, TaskLosses
 from ..modeling import TRBertModel
 from ..reduction.policies import TopTokensPolicy, keep_all
 from ..reduction.sampling import SamplingPolicy
@@ -73,7 +73,8 @@ class FineTune(Objective):
         output = self.model(**inputs_of(batch), reduce=False, output_exits=with_exits)
         loss = self.losses.labelled(output, batch).mean()
         if with_exits:
-            loss = _by_depth(self.model.config, self.losses.of_exits(output.exits, batch, distilled=False), loss)
+            losses = cast(ExitLosses, self.losses).of_exits(output.exits, batch, distilled=False)
+            loss = _by_depth(self.model.config, losses, loss)
         return {"loss": loss, "task_loss": loss.detach(), "dense_passes": torch.tensor(3.0)}
 
 
@@ -342,7 +343,7 @@ class Exits(Objective):
             exit_policy=ExitThresholds(gate=gates.threshold if gates else NO_SKIPPING),
             output_exits=True,
         )
-        losses = self.losses.of_exits(output.exits, batch, distilled=self.distillation)
+        losses = cast(ExitLosses, self.losses).of_exits(output.exits, batch, distilled=self.distillation)
         return {
             "loss": losses.sum(),
             "exit_loss": losses.detach().mean(),

@@ -43,9 +43,6 @@ class AnswerLosses:
             total = total + torch.zeros(examples, device=cross.device).index_add(0, example[scored], cross) / 2
         return torch.as_tensor(total)
 
-    def of_exits(self, exits: Any, batch: dict[str, Tensor], *, distilled: bool) -> Tensor:
-        raise NotImplementedError("models for question answering have no exits")
-
     def signals(self, output: Any) -> Tensor:
         return torch.stack([output.start_logits, output.end_logits], dim=1)
 
