@@ -34,9 +34,12 @@ def main() -> None:
         write_json(RESULTS / "quality" / f"{name}.json", workshop.run(name))
     found = {name: RESULTS / "quality" / f"{name}.json" for name in RUNS}
     results = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    (RESULTS / "quality.md").write_text(table(results) + "\n")
-    draw(results, RESULTS / "quality.png")
-    print(table(results))
+    early = {name: result for name, result in results.items() if RUNS[name].early}
+    reduction = {name: result for name, result in results.items() if name not in early}
+    for name, some in (("quality", reduction), ("quality-early", early)):
+        (RESULTS / f"{name}.md").write_text(table(some) + "\n")
+        print(table(some))
+    draw(reduction, RESULTS / "quality.png")
 
 
 if __name__ == "__main__":
