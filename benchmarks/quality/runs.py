@@ -75,8 +75,9 @@ def _early(corpus: str, title: str, targets: tuple[float, ...], on: str | None =
 
 def _early_documents(corpus: str, **options: Any) -> dict[str, Run]:
     """Whole documents leave, on finished models; options: of the exits' training."""
-    targets, exits = (2.0, 3.0, 4.0), {**NONE, **options}
-    gates = {"gates": True, "gates_epochs": 1.0, "gate_penalty": 0.5}
+    targets = (2.0, 3.0, 4.0)
+    exits: dict[str, Any] = {**NONE, **options}
+    gates: dict[str, Any] = {"gates": True, "gates_epochs": 1.0, "gate_penalty": 0.5}
     return {
         "deebert": _early(corpus, "documents leave (DeeBERT)", targets, exits="first", **exits, **_NO_REDUCTION),
         "smartbert": _early(
@@ -89,9 +90,9 @@ def _early_documents(corpus: str, **options: Any) -> dict[str, Run]:
 def _early_words(corpus: str, epochs: float) -> dict[str, Run]:
     """Words are halted, or leave together with their sentence; epochs: of learning to."""
     targets = (2.0, 3.0)
-    words = {**NONE, "exits": "words"}
-    learnt = {**words, **_NO_REDUCTION, "fine_tune_epochs": epochs}
-    halting = {"exit_unit": "word", "halting_epochs": epochs}
+    words: dict[str, Any] = {**NONE, "exits": "words"}
+    learnt: dict[str, Any] = {**words, **_NO_REDUCTION, "fine_tune_epochs": epochs}
+    halting: dict[str, Any] = {"exit_unit": "word", "halting_epochs": epochs}
     return {
         "reduction": _early(corpus, "reduction", targets),
         "sentee": _early(corpus, "sentences leave (SENTEE)", targets, **learnt, exits_epochs=0.0),

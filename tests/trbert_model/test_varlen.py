@@ -43,6 +43,21 @@ def test_attention_equals_masked_attention_over_the_whole_batch(requires_grad):
         assert all(tensor.grad is not None for tensor in (query, key, value))
 
 
+def test_gradients_of_bfloat16_are_those_of_float32():
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 3, 40, 41], dtype=torch.int32)
+    upstream = torch.randn(1, 41, 4, 8).bfloat16()
+    rounded = [torch.randn(1, 4, 41, 8).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [tensor.detach().float().requires_grad_() for tensor in rounded]
+    for inputs in (rounded, exact):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inputs is rounded):
+            output, _ = varlen_attention(None, *inputs, None, cu_seqlens=cu_seqlens, max_seqlen=37)
+        assert output.dtype == inputs[0].dtype
+        output.backward(upstream.to(output.dtype))
+    for tensor, other in zip(rounded, exact):
+        torch.testing.assert_close(tensor.grad, other.grad.bfloat16(), atol=0, rtol=0)
+
+
 def test_padded_tensors_are_refused():
     query = torch.randn(2, 4, 6, 8)
     with pytest.raises(InputError, match="packed first"):
