@@ -36,6 +36,7 @@ import torch
 
 from benchmarks.common import machine, save
 from benchmarks.measure import measure
+from benchmarks.quality.outcomes import outcome_of, scores_in
 from benchmarks.quality.runs import NONE
 from benchmarks.quality.tables import summary
 from benchmarks.quality.workshop import Workshop, write_json
@@ -345,12 +346,12 @@ def compare(bench: Bench) -> dict[str, Any]:
 
     seconds, parts, _ = measure(systems, list(range(len(rows))), BLOCK, lambda: 0.0)
     results = {name: DocumentResults.concatenate(parts[name]) for name in systems}
-    outcomes = {name: _outcome(corpora[name], results[name]) for name in systems}
+    outcomes = {name: outcome_of(corpora[name], results[name]) for name in systems}
     table: dict[str, Any] = {}
     for name, found in results.items():
         evidence, every = kept[name]
         table[name] = {
-            "metrics": {key: float(np.mean(values)) for key, values in _scores(outcomes[name]).items()},
+            "metrics": {metric: scores_in(outcomes[name], metric).value for metric in outcomes[name]["scores"]},
             "seconds": seconds[name],
             "tokens": int(found.num_tokens.sum()),
             "flops": float(found.flops.sum()),
@@ -400,22 +401,6 @@ def survivors(
         evidence.add(kept, _tokens(context, _places(row)))
         every.add(kept, np.ones(len(kept), bool))
     return evidence.share, every.share
-
-
-def _outcome(corpus: LabelledCorpus, results: DocumentResults) -> dict[str, Any]:
-    """Scores and costs as `quality.tables.summary` takes them."""
-    scores = {name: (100 * values).tolist() for name, values in corpus.all_scores(results).items()}
-    return {
-        "metric": corpus.metric,
-        "scores": scores.pop(corpus.metric),
-        "also": scores,
-        "flops": results.flops.tolist(),
-        "dense_flops": results.dense_flops.tolist(),
-    }
-
-
-def _scores(outcome: dict[str, Any]) -> dict[str, list[float]]:
-    return {outcome["metric"]: outcome["scores"], **outcome["also"]}
 
 
 def macro_f1(corpus: Any, results: DocumentResults) -> float:

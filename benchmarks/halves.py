@@ -20,7 +20,6 @@ import numpy as np
 from benchmarks.common import described, machine, save
 from trbert_model.calibration.exits import exit_schedules, thresholds_for
 from trbert_model.calibration.measure import (
-    bootstrap_interval,
     cutoffs_for,
     keep_logits,
     kept_fractions_for,
@@ -34,6 +33,7 @@ from trbert_model.exits.policies import NO_EXITS
 from trbert_model.exits.recording import ExitRecording
 from trbert_model.options import LabelledColumns
 from trbert_model.reduction.policies import ThresholdPolicy
+from trbert_model.scores import Scores
 
 TARGETS = (2.0, 3.0, 4.0, 5.0)
 TOKENS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)  # speed-ups of the selectors alone
@@ -43,7 +43,7 @@ TRAINING_DOCUMENTS = 200
 class Trial(NamedTuple):
     """Scores, FLOPs and dense FLOPs of all documents with some thresholds, and which kinds of these are at work."""
 
-    scores: np.ndarray
+    scores: Scores
     flops: np.ndarray
     dense_flops: np.ndarray
     tokens: bool
@@ -70,27 +70,31 @@ def trials_of(engine: Engine, corpus: Any, training: Sequence[Any]) -> list[Tria
         layers, depth = config.exit_options.layers, config.num_hidden_layers
         for exits in dict.fromkeys(each for threshold in grid for each in exit_schedules(threshold, layers, depth)):
             results = recording.results(task, config, corpus.documents, exits)
-            scores = 100 * corpus.scores(results)
+            scores = corpus.scores(results) * 100
             trials.append(Trial(scores, results.flops, results.dense_flops, any(tokens), any(exits)))
         print(f"  {number + 1} of {len(chosen)} choices of tokens", flush=True)
     return trials
 
 
-def point(trials: list[Trial], halves: list[np.ndarray], target: float, dense: np.ndarray) -> dict[str, Any] | None:
+def point(trials: list[Trial], halves: list[np.ndarray], target: float, dense: Scores) -> dict[str, Any] | None:
     """The best trial with this speed-up on each half, measured on the other half; None if it is out of reach."""
-    scores, flops, dense_flops = (np.zeros(len(dense)) for _ in range(3))
+    columns = [np.zeros(len(halves[0]) + len(halves[1])) for _ in range(4)]
     for chosen_on, other in (halves, halves[::-1]):
         fast = [each for each in trials if each.dense_flops[chosen_on].sum() >= target * each.flops[chosen_on].sum()]
         if not fast:
             return None
-        best = max(fast, key=lambda each: (each.scores[chosen_on].mean(), -each.flops[chosen_on].sum()))
-        scores[other], flops[other], dense_flops[other] = best.scores[other], best.flops[other], best.dense_flops[other]
+        best = max(fast, key=lambda each: (each.scores[chosen_on].value, -each.flops[chosen_on].sum()))
+        for column, values in zip(
+            columns, (best.scores.numerators, best.scores.denominators, best.flops, best.dense_flops), strict=True
+        ):
+            column[other] = values[other]
+    scores, flops, dense_flops = Scores(*columns[:2]), *columns[2:]
     return {
         "asked": target,
         "flops": float(dense_flops.sum() / flops.sum()),
-        "metric": float(scores.mean()),
-        "difference": float((scores - dense).mean()),
-        "interval": bootstrap_interval(scores - dense),
+        "metric": scores.value,
+        "difference": scores.value - dense.value,
+        "interval": scores.interval(dense),
     }
 
 
@@ -98,7 +102,7 @@ def fastest(trials: list[Trial], halves: list[np.ndarray], least: float) -> floa
     """The FLOPs speed-up at this accuracy or more, chosen on each half and measured on the other."""
     flops = dense_flops = 0.0
     for chosen_on, other in (halves, halves[::-1]):
-        good = [each for each in trials if each.scores[chosen_on].mean() >= least]
+        good = [each for each in trials if each.scores[chosen_on].value >= least]
         best = min(good, key=lambda each: each.flops[chosen_on].sum())
         flops, dense_flops = flops + best.flops[other].sum(), dense_flops + best.dense_flops[other].sum()
     return float(dense_flops / flops)
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="(%(default)s)")
     arguments = parser.parse_args()
     systems: dict[str, list[dict[str, Any]]] = {}
-    dense, halves = np.zeros(0), list[np.ndarray]()
+    dense, halves = Scores(np.zeros(0), np.zeros(0)), list[np.ndarray]()
     for entry in arguments.models:
         name, _, directory = entry.partition("=")
         model, tokenizer = load_model(directory)
@@ -134,9 +138,9 @@ def main() -> None:
         corpus = engine.task.read_corpus(str(arguments.corpus / "evaluation.parquet"), columns)
         training = engine.task.read_corpus(str(arguments.corpus / "train.parquet"), columns).documents
         trials = trials_of(engine, corpus, training[:TRAINING_DOCUMENTS])
-        if not len(dense):
+        if not halves:
             dense = trials[0].scores
-            order = np.random.default_rng(0).permutation(len(dense))
+            order = np.random.default_rng(0).permutation(len(corpus.documents))
             halves = [order[: len(order) // 2], order[len(order) // 2 :]]
         kinds = {
             "tokens are dropped": [each for each in trials if not each.exits],
@@ -147,7 +151,7 @@ def main() -> None:
             points = (point(own, halves, target, dense) for target in TARGETS)
             systems[f"{kind}, {name}"] = [each for each in points if each is not None]
             for loss in (0.0, 0.25, 0.5):
-                speedup = fastest(own, halves, dense.mean() - loss)
+                speedup = fastest(own, halves, dense.value - loss)
                 print(f"{kind}, {name}: {speedup:.2f}x at a loss of at most {loss} where chosen", flush=True)
     result = {"machine": machine(), "dtype": arguments.dtype, "systems": systems}
     save("halves", result, markdown(result))

@@ -20,7 +20,6 @@ from benchmarks.corpora import prepare
 from benchmarks.measure import measure
 from benchmarks.quality.runs import NONE
 from benchmarks.quality.workshop import Workshop
-from trbert_model.calibration.measure import bootstrap_interval
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.options import LabelledColumns
 from trbert_model.tasks.base import DocumentResults
@@ -55,12 +54,12 @@ def compare(engines: dict[int, Engine], questions: Path) -> dict[str, Any]:
     scores = {name: corpus.all_scores(found) for name, found in results.items()}
     rows = {}
     for name, found in results.items():
-        difference = scores[name]["f1"] - scores[str(POSITIONS[0])]["f1"]
+        f1, short = scores[name]["f1"] * 100, scores[str(POSITIONS[0])]["f1"] * 100
         rows[name] = {
-            "f1": 100 * float(scores[name]["f1"].mean()),
-            "exact_match": 100 * float(scores[name]["exact_match"].mean()),
-            "difference": 100 * float(difference.mean()),
-            "interval": [100 * value for value in bootstrap_interval(difference)],
+            "f1": f1.value,
+            "exact_match": 100 * scores[name]["exact_match"].value,
+            "difference": f1.value - short.value,
+            "interval": f1.interval(short),
             "seconds": seconds[name],
             "windows": int(found.num_windows.sum()),
             "tokens": int(found.num_tokens.sum()),

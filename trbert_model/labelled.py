@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from .errors import ConfigurationError, InputError
 from .losses import TaskLosses
 from .options import LabelledColumns
+from .scores import Scores
 from .tasks.base import DocumentResults
 from .varlen import model_inputs
 
@@ -72,19 +72,16 @@ class LabelledCorpus(ABC):
     metric: str
 
     @abstractmethod
-    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
-        """Each document's score by every metric of the task, float64 (documents,).
+    def all_scores(self, results: DocumentResults) -> dict[str, Scores]:
+        """The documents' scores by every metric of the task; the best value is 1."""
 
-        The best score is 1. Documents that a metric does not apply to have NaN.
-        """
-
-    def scores(self, results: DocumentResults) -> np.ndarray:
-        """Each document's score by `metric`."""
+    def scores(self, results: DocumentResults) -> Scores:
+        """The documents' scores by `metric`."""
         return self.all_scores(results)[self.metric]
 
     def measure(self, results: DocumentResults) -> dict[str, float]:
-        """The mean score by every metric, over the documents that it applies to."""
-        return {name: float(np.nanmean(scores)) for name, scores in self.all_scores(results).items()}
+        """The value of every metric."""
+        return {name: scores.value for name, scores in self.all_scores(results).items()}
 
     def with_evidence(self, uri: str, columns: LabelledColumns) -> "LabelledCorpus":
         """The corpus with the pieces of its texts that show the labels; uri: the files that it was read from.

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.outcomes import joined, scores_in
 from benchmarks.quality.runs import RUNS, Run
-from trbert_model.calibration.measure import bootstrap_interval
 
 
 def summary(
@@ -16,19 +16,19 @@ def summary(
     """Compare a metric with the dense model's, with a paired-bootstrap interval, and compute the FLOPs speed-up.
 
     Args:
-        rows: bool (documents,), the documents to include. Default: those that the metric applies to.
+        rows: bool (documents,), the documents to include. Default: all.
         metric: default: the corpus's main metric.
     """
-    before, after = (np.array(each["also"][metric] if metric else each["scores"]) for each in (dense, point))
-    rows = ~np.isnan(before) if rows is None else rows
-    difference = (after - before)[rows]
+    before, after = scores_in(dense, metric), scores_in(point, metric)
+    rows = np.ones(len(before.numerators), bool) if rows is None else rows
+    before, after = before[rows], after[rows]
     return {
         "documents": int(rows.sum()),
         "metric": metric or dense["metric"],
-        "dense": float(before[rows].mean()),
-        "reduced": float(after[rows].mean()),
-        "difference": float(difference.mean()),
-        "interval": bootstrap_interval(difference),
+        "dense": before.value,
+        "reduced": after.value,
+        "difference": after.value - before.value,
+        "interval": after.interval(before),
         "flops_speedup": float(np.array(dense["dense_flops"])[rows].sum() / np.array(point["flops"])[rows].sum()),
     }
 
@@ -38,14 +38,14 @@ def rows_of(run: Run, parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, 
     rows = []
     for part, measured in parts.items():
         title = run.title if len(run.parts) == 1 else f"{run.title}, {part}"
-        dense = _joined([each["dense"] for each in measured])
+        dense = joined([each["dense"] for each in measured])
         reached = min(len(each["points"]) for each in measured)
         for index, target in enumerate(run.targets[:reached]):
             points = [each["points"][index] for each in measured]
-            point = _joined(points)
+            point = joined(points)
             speed = float(np.mean([each["measured_speedup"] for each in points]))
             rows.append({"title": title, "target": target, **summary(dense, point), "measured_speedup": speed})
-            for metric in dense["also"]:
+            for metric in dense["scores"].keys() - {dense["metric"]}:
                 rows.append({"title": title, "target": target, **summary(dense, point, metric=metric)})
             if run.long:  # these are not timed separately
                 long = summary(dense, point, np.array(dense["tokens"]) > 512)
@@ -119,14 +119,6 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     panels[0].legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
-
-
-def _joined(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the outcomes of several corpora into one."""
-    lists = ("scores", "tokens", "flops", "dense_flops")
-    also = {name: [value for each in outcomes for value in each["also"][name]] for name in outcomes[0].get("also", ())}
-    joined = {name: [value for outcome in outcomes for value in outcome[name]] for name in lists}
-    return {**outcomes[0], **joined, "also": also}
 
 
 def _difference(summary: dict[str, Any]) -> str:

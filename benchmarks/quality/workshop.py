@@ -15,6 +15,7 @@ import torch
 from transformers import BertModel
 
 from benchmarks.common import machine
+from benchmarks.quality.outcomes import outcome_of
 from benchmarks.quality.runs import NONE, RUNS, Run
 from benchmarks.quality.tables import rows_of, summary
 from trbert_model.calibration.measure import calibrate, kept_fractions_for
@@ -202,18 +203,13 @@ class Workshop:
 
 
 def _outcome(engine: Engine, corpus: LabelledCorpus, policies: _Policies = ()) -> dict[str, Any]:
-    """Scores of a corpus's documents, in percent, and their costs."""
+    """Scores of a corpus's documents, and their costs one by one and in all."""
     results = engine.score(corpus.documents, *policies)
-    scores = {name: np.round(100 * values, 3).tolist() for name, values in corpus.all_scores(results).items()}
+    kept = (results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist()
     return {
-        "metric": corpus.metric,
-        "scores": scores.pop(corpus.metric),
-        "also": scores,
-        "tokens": results.num_tokens.tolist(),
+        **outcome_of(corpus, results),
         "flops_speedup": float(results.dense_flops.sum() / results.flops.sum()),
-        "kept_fractions": (results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist(),
-        "flops": results.flops.tolist(),
-        "dense_flops": results.dense_flops.tolist(),
+        "kept_fractions": kept,
     }
 
 

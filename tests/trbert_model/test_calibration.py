@@ -10,7 +10,6 @@ import torch
 from tests.conftest import tiny_classifier, tiny_tokenizer
 from trbert_model import CheckpointError, ConfigurationError, TRBertConfig
 from trbert_model.calibration.measure import (
-    bootstrap_interval,
     calibrate,
     cutoffs_for,
     kept_fractions_for,
@@ -104,16 +103,6 @@ def test_a_drop_counts_with_the_confidence_asked_for():
         ConfigurationError, match=r"at 95% confidence, 1\.00 points may be lost even at 2\.00x \(0\.20 "
     ):
         table.pick(max_drop=0.9)
-
-
-def test_the_bootstrap_interval_holds_the_mean_and_shrinks_with_documents():
-    rng = np.random.default_rng(0)
-    few, many = rng.normal(size=100), rng.normal(size=10_000)
-    low, high = bootstrap_interval(few)
-    assert low < few.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 / 10, rel=0.25)
-    low, high = bootstrap_interval(many)
-    assert high - low == pytest.approx(2 * 1.96 / 100, rel=0.25)
 
 
 def test_a_table_is_measured_written_and_read_again(tmp_path):

@@ -17,6 +17,7 @@ from trbert_model.exits.options import NO_SKIPPING
 from trbert_model.exits.policies import ExitThresholds
 from trbert_model.exits.recording import ExitRecording
 from trbert_model.reduction.policies import ThresholdPolicy, keep_all
+from trbert_model.scores import Scores
 from trbert_model.tasks.classification.labelled import LabelledTexts
 
 FIRST = {"exits": {"head": "first", "layers": [0, 2]}}
@@ -109,7 +110,7 @@ def test_a_table_chooses_the_thresholds_of_tokens_exits_and_gates_together(name)
         chosen = Engine(engine.model, tiny_tokenizer(), EngineOptions(device="cpu", thresholds=point.thresholds))
         results = chosen.score(corpus.documents)
         assert point.flops_speedup == pytest.approx(results.dense_flops.sum() / results.flops.sum(), rel=1e-6)
-        assert point.metric == pytest.approx(100 * corpus.scores(results).mean())
+        assert point.metric == pytest.approx(100 * corpus.scores(results).value)
     assert any(any(point.thresholds[exits]) for point in table.points)
     assert table.pick(speedup=1.5).flops_speedup >= AS_FAST * 1.5
 
@@ -123,7 +124,7 @@ def test_words_that_halt_are_run_with_thresholds_that_are_higher_in_the_upper_ha
 
         def all_scores(self, results):
             pairs = zip(results.outputs, self.targets, strict=True)
-            return {"accuracy": np.array([(mine.tags == its.tags).mean() for mine, its in pairs])}
+            return {"accuracy": Scores.mean_of(np.array([(mine.tags == its.tags).mean() for mine, its in pairs]))}
 
     whole = engine.score(documents, keep_all)
     table = calibrate(engine, Same(documents, whole.outputs, engine.task), key="k", name="dev", speedups=(1.2, 1.5))

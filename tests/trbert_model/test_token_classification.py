@@ -180,9 +180,10 @@ def test_other_tag_sets(names, tags, expected, prefixes):
 def test_entity_scores_are_of_summed_counts():
     counts = entity_counts([("X", 0, 1), ("Y", 3, 3)], [("X", 0, 1), ("X", 3, 3), ("Y", 5, 5)])
     assert counts.tolist() == [1, 2, 3]
-    more = counts + entity_counts([("X", 0, 0)], [("X", 0, 0)])
-    assert entity_scores(more) == pytest.approx({"precision": 2 / 3, "recall": 1 / 2, "f1": 4 / 7})
-    assert entity_scores(0 * counts) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    both = np.stack([counts, entity_counts([("X", 0, 0)], [("X", 0, 0)])])
+    found = {name: scores.value for name, scores in entity_scores(both).items()}
+    assert found == pytest.approx({"precision": 2 / 3, "recall": 1 / 2, "f1": 4 / 7})
+    assert all(scores.value == 0.0 for scores in entity_scores(0 * both).values())
 
 
 @pytest.mark.parametrize("tags", [False, True])

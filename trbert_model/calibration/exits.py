@@ -122,7 +122,7 @@ def _trials(
 
     def trial(schedule: tuple[float, ...], results: DocumentResults) -> Trial:
         speedup = float(results.dense_flops.sum() / results.flops.sum())
-        return Trial((*tokens, *schedule, *last), speedup, 100 * float(corpus.scores(results).mean()))
+        return Trial((*tokens, *schedule, *last), speedup, 100 * corpus.scores(results).value)
 
     if exits is not None and not exits.halts:
         recording = ExitRecording()

@@ -157,24 +157,23 @@ def calibrate(
     """
     config, documents = engine.config, corpus.documents
     dense, dense_seconds = _timed(engine, documents, keep_all)
-    best = corpus.scores(dense)
+    best = corpus.scores(dense) * 100
     windows = np.array([len(w.input_ids) for document in documents for w in engine.task.windows(document)])
 
     def measure(thresholds: Sequence[float]) -> OperatingPoint:
         results, seconds = _timed(engine, documents, *engine.policies(thresholds))
-        scores = corpus.scores(results)
+        scores = corpus.scores(results) * 100
         own = results.kept_tokens / results.num_tokens[:, None]
-        drop = 100 * (best - scores)
         return OperatingPoint(
             thresholds=tuple(float(t) for t in thresholds),
             kept_fractions=tuple((results.kept_tokens.sum(0) / results.num_tokens.sum()).tolist()),
             kept_spread=tuple((float(low), float(high)) for low, high in np.percentile(own, [5, 95], axis=0).T),
             flops_speedup=float(results.dense_flops.sum() / results.flops.sum()),
             measured_speedup=dense_seconds / seconds,
-            metric=100 * float(scores.mean()),
-            metric_interval=bootstrap_interval(100 * scores),
-            drop=float(drop.mean()),
-            drop_interval=bootstrap_interval(drop),
+            metric=scores.value,
+            metric_interval=scores.interval(),
+            drop=best.value - scores.value,
+            drop_interval=best.interval(scores),
             other_metrics=_other_metrics(corpus, results),
         )
 
@@ -198,15 +197,15 @@ def calibrate(
         done = len(points)
         logger.info(
             "%d of %d: %.2fx %.2f%% (dense %.2f%%) · ETA %s",
-            *(done, total, points[-1].flops_speedup, points[-1].metric, 100 * best.mean()),
+            *(done, total, points[-1].flops_speedup, points[-1].metric, best.value),
             clock((time.monotonic() - started) * (total - done) / done),
         )
     return Calibration(
         key=key,
         corpus=name,
-        documents=len(best),
+        documents=len(documents),
         metric=corpus.metric,
-        dense_metric=100 * float(best.mean()),
+        dense_metric=best.value,
         default=measure(operating_thresholds(config)),
         points=tuple(pareto_front(points)),
         dense_other_metrics=_other_metrics(corpus, dense),
@@ -223,12 +222,3 @@ def _timed(
     before = engine.statistics.model_seconds
     results = engine.score(documents, policy, exit_policy)
     return results, engine.statistics.model_seconds - before
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """The 95% bootstrap interval of a mean over documents, with a fixed seed."""
-    rng = np.random.default_rng(0)
-    values = np.asarray(values, dtype=np.float64)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import ConfigurationError, InputError
 from ...labelled import LabelledCorpus, WindowDataset, class_names, is_text, read_table, read_texts
 from ...options import LabelledColumns
+from ...scores import Scores
 from ..base import DocumentResults
 from ..question_answering.labelled import read_questions
 from ..question_answering.task import EncodedContext
@@ -260,16 +261,19 @@ class LabelledTexts(LabelledCorpus):
         raw = RawTexts.read(uri, columns, task.labelling.problem_type, pairs=task.asks)
         return cls(_documents(uri, task, raw.rows()), raw.targets(task.labels), task)
 
-    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
-        outputs, right = results.outputs, self.targets
+    def all_scores(self, results: DocumentResults) -> dict[str, Scores]:
+        return {name: Scores.mean_of(scores) for name, scores in self._scores(results.outputs, self.targets).items()}
+
+    def _scores(self, outputs: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
+        """Each document's score by every metric."""
         if self.metric == "accuracy":
-            return {"accuracy": (outputs.argmax(1) == right).astype(np.float64)}
+            return {"accuracy": outputs.argmax(1) == right}
         if self.metric == "f1":
             threshold = self.task.options.label_threshold
             predicted = sigmoid(outputs) >= threshold
             shared, both = (predicted & (right > 0)).sum(1), predicted.sum(1) + (right > 0).sum(1)
             f1 = np.where(both > 0, 2 * shared / np.maximum(both, 1), 1.0)
-            return {"f1": f1, "exact_match": (predicted == (right > 0)).all(1).astype(np.float64)}
+            return {"f1": f1, "exact_match": (predicted == (right > 0)).all(1)}
         errors = np.square(outputs.astype(np.float64) - right)
         return {"r2": (1 - errors / np.maximum(right.astype(np.float64).var(0), 1e-12)).mean(1)}
 

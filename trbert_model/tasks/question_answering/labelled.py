@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...labelled import LabelledCorpus, WindowDataset, open_corpus, read_table, read_texts
 from ...options import LabelledColumns
+from ...scores import Scores
 from ...terminal import get_logger
 from ..base import DocumentResults
 from .losses import AnswerLosses
@@ -72,7 +73,7 @@ class LabelledQuestions(LabelledCorpus):
             for span, document in zip(spans, self.documents)
         ]
 
-    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
+    def all_scores(self, results: DocumentResults) -> dict[str, Scores]:
         found = list(zip(self.predictions(results), self.answers))
         scores = {
             self.metric: np.array([f1(*each) for each in found]),
@@ -81,7 +82,7 @@ class LabelledQuestions(LabelledCorpus):
         unanswerable = np.array([not answers for answers in self.answers])
         if unanswerable.any():
             scores["no_answer_f1"] = np.where(unanswerable, scores[self.metric], np.nan)
-        return scores
+        return {name: Scores.mean_of(values) for name, values in scores.items()}
 
     def dataset(self, classifier_input_weight: float = 0.0) -> "WindowDataset":
         return QuestionWindows(self)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...labelled import LabelledCorpus, WindowDataset, class_names, read_table, read_texts
 from ...options import LabelledColumns
+from ...scores import Scores
 from ...terminal import get_logger
 from ..base import DocumentResults
 from .losses import IGNORED, WordLosses
@@ -275,22 +276,13 @@ class LabelledWords(LabelledCorpus):
             logger.warning("%s: %d spans do not begin and end with words; all words they touch count", uri, inexact)
         return cls(documents, tags, task)
 
-    def all_scores(self, results: DocumentResults) -> dict[str, np.ndarray]:
-        """As in `LabelledCorpus`; a document without entities in which none are found has an F1 of 1."""
+    def all_scores(self, results: DocumentResults) -> dict[str, Scores]:
+        """As in `LabelledCorpus`, over all entities and words of the documents, as seqeval computes them."""
         scores = {}
         if self.task.tag_set.has_prefixes:
-            counts = self._entity_counts(results)
-            scores["f1"] = np.array([entity_scores(each)["f1"] if each.any() else 1.0 for each in counts])
-        words = self._word_counts(results)
-        return scores | {"accuracy": np.where(words[:, 1] > 0, words[:, 0] / np.maximum(words[:, 1], 1), 1.0)}
-
-    def measure(self, results: DocumentResults) -> dict[str, float]:
-        """The metrics over all entities and words of the corpus, as seqeval computes them."""
-        scores = {}
-        if self.task.tag_set.has_prefixes:
-            scores = entity_scores(self._entity_counts(results).sum(0))
-        right, all_words = self._word_counts(results).sum(0).tolist()
-        return scores | {"accuracy": right / max(all_words, 1)}
+            scores = entity_scores(self._entity_counts(results))
+        right, words = self._word_counts(results).T.astype(np.float64)
+        return scores | {"accuracy": Scores(right, words)}
 
     def _pairs(self, results: DocumentResults) -> list[tuple[np.ndarray, np.ndarray]]:
         """Predicted and right tags of each document's words, without those that have no label."""

@@ -4,6 +4,8 @@ from collections.abc import Collection
 
 import numpy as np
 
+from ...scores import Scores
+
 # Type, first and last word.
 Entity = tuple[str, int, int]
 
@@ -13,11 +15,11 @@ def entity_counts(predicted: Collection[Entity], right: Collection[Entity]) -> n
     return np.array([len(set(predicted) & set(right)), len(predicted), len(right)], np.int64)
 
 
-def entity_scores(counts: np.ndarray) -> dict[str, float]:
-    """Precision, recall and F1 from summed `entity_counts`. As in seqeval, each is 0 if it is 0 / 0."""
-    correct, predicted, right = counts.tolist()
+def entity_scores(counts: np.ndarray) -> dict[str, Scores]:
+    """F1, precision and recall of documents from their `entity_counts`, int64 (documents, 3)."""
+    correct, predicted, right = counts.T.astype(np.float64)
     return {
-        "f1": 2 * correct / max(predicted + right, 1),
-        "precision": correct / max(predicted, 1),
-        "recall": correct / max(right, 1),
+        "f1": Scores(2 * correct, predicted + right),
+        "precision": Scores(correct, predicted),
+        "recall": Scores(correct, right),
     }
