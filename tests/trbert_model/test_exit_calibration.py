@@ -115,7 +115,7 @@ def test_a_table_chooses_the_thresholds_of_tokens_exits_and_gates_together(name)
     assert table.pick(speedup=1.5).flops_speedup >= AS_FAST * 1.5
 
 
-def test_words_that_halt_are_run_with_thresholds_that_are_higher_in_the_upper_half():
+def test_words_that_halt_are_run_with_thresholds_that_are_higher_in_the_upper_half(monkeypatch):
     engine = engine_of(tiny_tagger, SINGLY | {"reduction_layers": [3]}, max_tokens_per_batch=4096)
     documents = documents_of(engine)
 
@@ -127,13 +127,21 @@ def test_words_that_halt_are_run_with_thresholds_that_are_higher_in_the_upper_ha
             return {"accuracy": Scores.mean_of(np.array([(mine.tags == its.tags).mean() for mine, its in pairs]))}
 
     whole = engine.score(documents, keep_all)
-    table = calibrate(engine, Same(documents, whole.outputs, engine.task), key="k", name="dev", speedups=(1.2, 1.5))
+    imitating = Same(documents, whole.outputs, engine.task)
+    table = calibrate(engine, imitating, key="k", name="dev", speedups=(1.2, 1.5))
     assert table.dense_metric == 100
     halting = [point.thresholds[1:] for point in table.points if any(point.thresholds[1:])]
     assert halting
     for lower, same, upper in halting:
         assert lower == same
         assert upper == pytest.approx(min(2 * lower, 1.0))
+    monkeypatch.setattr("trbert_model.calibration.exits._NEARER", 0)
+    coarse = calibrate(engine, imitating, key="k", name="dev", speedups=(1.2, 1.5))
+    for speedup in (1.2, 1.5):
+        near, far = (
+            min(p.flops_speedup for p in each.points if p.flops_speedup >= speedup) for each in (table, coarse)
+        )
+        assert near < far
 
 
 def test_thresholds_lie_between_values_and_let_the_shares_through():

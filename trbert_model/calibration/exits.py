@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 _SIMULATED = tuple(np.linspace(0.03, 0.97, 16))
 _HALTED = (0.2, 0.4, 0.6, 0.75, 0.9)
 _SKIPPED = (0.15, 0.3, 0.5)
+_NEARER = 3  # runs to come nearer to a speed-up by halting words
 _STEP = 1.1  # between the speed-ups to find thresholds for
 
 
@@ -94,6 +95,9 @@ def joint_thresholds(
         started = time.monotonic()
         for number, (schedule, gate) in enumerate(pairs, 1):
             run(schedule, number, len(pairs), gate=gate, halting=uncertain)
+        if halts:
+            values = observed.all(observed.uncertainties)
+            trials.extend(_nearer(engine, corpus, tuple(trials), values, uncertain, speedups))
     steps = np.arange(np.ceil(np.log(max(speedups)) / np.log(_STEP)))
     return [trial.thresholds for trial in best_trials(trials, sorted({*speedups, *_STEP**steps}))]
 
@@ -136,6 +140,41 @@ def _trials(
     for threshold in halting or (0.0,):
         schedule = exit_schedules(threshold, layers, config.num_hidden_layers)[-1]
         yield trial(schedule, engine.score(documents, policy, ExitThresholds(schedule, gate)))
+
+
+def _nearer(
+    engine: Engine,
+    corpus: LabelledCorpus,
+    trials: Sequence[Trial],
+    values: np.ndarray,
+    tried: Sequence[float],
+    speedups: Sequence[float],
+) -> Iterator[Trial]:
+    """Run thresholds of halted words that are nearer to these speed-ups than the best that are fast enough.
+
+    Args:
+        values: the uncertainties without halting; a threshold between two others has half of those between them below.
+        tried: thresholds that were run before.
+    """
+    config = engine.config
+    assert config.exit_options is not None
+    reductions, layers = len(config.reduction_layers), config.exit_options.layers
+    schedules = {exit_schedules(each, layers, config.num_hidden_layers)[-1]: each for each in tried}
+    for speedup in sorted(speedups):
+        for best in best_trials(trials, [speedup]):
+            tokens, schedule = best.thresholds[:reductions], best.thresholds[reductions:]
+            if not any(schedule):
+                continue
+            high = schedules[schedule]
+            low = max((each for each in tried if each < high), default=0.0)
+            for _ in range(_NEARER):
+                between = np.sort(values[(values > low) & (values < high)])
+                if len(between) < 2:
+                    break
+                middle = float(between[len(between) // 2])
+                (found,) = _trials(engine, corpus, tokens, halting=(middle,))
+                yield found
+                low, high = (low, middle) if found.speedup >= AS_FAST * speedup else (middle, high)
 
 
 def _every(grid: Sequence[float], layers: Sequence[int], depth: int) -> list[tuple[float, ...]]:
