@@ -27,7 +27,7 @@ from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, SCHEMA, Shard
 from .deaths import DEATHS
 from .errors import PipelineError, StorageError, UsageError
 from .ledger import NO_LEDGER, WHOLE, LedgerClient
-from .manifest import SUCCESS, Marker, complete_markers, named_objects
+from .manifest import SUCCESS, Marker, complete_markers, named_objects, read_copy
 from .plan import deletion_order
 from .report import SplitStats
 from .rows import REJECTED_SCHEMA, ErrorKind, error_table, from_ipc, split_table, to_ipc
@@ -333,19 +333,24 @@ def open_output(uri: str, *, quarantine: bool = False) -> pa.dataset.Dataset:
     """Open the results (or quarantined rows) of an output's complete shards as one pyarrow dataset.
 
     The objects to read come from the markers, so a shard appears, or changes to its new version, as a whole. Reading
-    the prefix's top-level *.parquet files directly also returns splits of shards that are not complete yet.
+    the prefix's top-level *.parquet files directly also returns splits of shards that are not complete yet. Compacted
+    copies can be opened, too.
 
     Raises:
         UsageError: the output has no complete shard.
         StorageError: a marker is damaged or cannot be read.
     """
     output = Storage(uri)
-    markers = complete_markers(output)
-    if not markers:
-        raise UsageError(f"{uri}: no complete shard there")
-    folder = f"{QUARANTINE}/" if quarantine else ""
-    splits = [split for marker in markers for split in marker["splits"]]
-    names = [folder + split["object"] for split in splits if split["quarantined"] or not quarantine]
+    copy, folder = read_copy(output), f"{QUARANTINE}/" if quarantine else ""
+    if copy is not None:
+        objects = [part["object"] for part in copy["parts"]]
+        names = [name for name in objects if name.startswith(f"{QUARANTINE}/") == quarantine]
+    else:
+        markers = complete_markers(output)
+        if not markers:
+            raise UsageError(f"{uri}: no complete shard there")
+        splits = [split for marker in markers for split in marker["splits"]]
+        names = [folder + split["object"] for split in splits if split["quarantined"] or not quarantine]
     if not names:
         return pyarrow.dataset.dataset(REJECTED_SCHEMA.empty_table())
     # Not `output.fs` for remote outputs: its own retries are off, because Storage retries instead.

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .corpus import MARKERS, QUARANTINE, Shard
-from .errors import PipelineError, StorageError
+from .errors import PipelineError, StorageError, UsageError
 from .storage import Storage
 
 SUCCESS = "_SUCCESS"
 
 Marker = dict[str, Any]  # as `commit.write_marker` makes it
 _OF_A_MARKER = {"shard", "version", "size", "written", "rows", "results", "quarantined", "splits"}
+
+_OF_A_COPY = {"parts", "output"}
 
 
 def read_markers(output: Storage, paths: Iterable[str]) -> Iterator[tuple[str, Marker | None]]:
@@ -75,12 +77,25 @@ def read_manifest(output: Storage) -> dict[str, Any] | None:
 
     Raises:
         StorageError: it cannot be read or is damaged.
+        UsageError: the output is a compacted copy.
     """
     data = output.read_if_there(SUCCESS)
     try:
-        return _entries(data, {"shards"}) if data is not None else None
+        manifest = _entries(data, {"shards"}) if data is not None else None
     except ValueError as error:
         raise StorageError(f"{output.uri}/{SUCCESS}: damaged: {error}; run again to write it anew") from error
+    if manifest is not None and manifest.keys() >= _OF_A_COPY:
+        raise UsageError(f"{output.uri}: a compacted copy of {manifest.get('source')}; use that, or another prefix")
+    return manifest
+
+
+def read_copy(output: Storage) -> dict[str, Any] | None:
+    """The manifest of a copy made by `jobs/compact.py`; None if the output is not such a copy."""
+    data = output.read_if_there(SUCCESS)
+    try:
+        return _entries(data, _OF_A_COPY) if data is not None else None
+    except ValueError:
+        return None
 
 
 def complete_markers(output: Storage) -> list[Marker]:

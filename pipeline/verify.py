@@ -18,7 +18,7 @@ from .commit import METADATA, embedded_rejects, holds, output_identity
 from .corpus import IDENTITY, MARKERS, OBJECT_NAME, QUARANTINE, Shard, find_input, read_corpus
 from .deaths import DEATHS
 from .errors import StorageError, UsageError
-from .manifest import SUCCESS, Marker, named_objects, newest, read_manifest, read_markers
+from .manifest import SUCCESS, Marker, named_objects, newest, read_copy, read_manifest, read_markers
 from .schema import Types, common_type, plain, recorded_types, shown
 from .storage import Storage
 
@@ -69,7 +69,7 @@ def verify(config: VerifyConfig) -> Verification:
     """
     output = Storage(config.output)
     recorded = output_identity(output)
-    copy = None if recorded else _copy_manifest(output)
+    copy = None if recorded else read_copy(output)
     if recorded is None and copy is None:
         raise UsageError(f"{config.output}: not the output of a scoring run: no {IDENTITY} there")
     uri = config.input or (recorded or copy["output"])["input"]  # type: ignore[index]
@@ -306,16 +306,6 @@ def _check_manifest(output: Storage, markers: dict[str, Marker], shards: list[Sh
         manifest.get(n) != sum(marker[n] for marker in in_manifest.values()) for n in ("rows", "results", "quarantined")
     ):
         found.problems.append(f"damaged: {SUCCESS}: its counts are not its shards'; {_AGAIN}")
-
-
-def _copy_manifest(output: Storage) -> dict[str, Any] | None:
-    """The manifest of a copy made by `jobs/compact.py`; None if the output is not such a copy."""
-    data = output.read_if_there(SUCCESS)
-    try:
-        copy = json.loads(data) if data is not None else None
-    except ValueError:
-        return None
-    return copy if isinstance(copy, dict) and {"parts", "output"} <= copy.keys() else None
 
 
 def _verify_copy(

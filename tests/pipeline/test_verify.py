@@ -337,6 +337,21 @@ def test_compaction_keeps_every_row_once(output, tmp_path, capsys):
     assert verified(output).holds
 
 
+def test_a_compacted_copy_can_be_opened_and_is_no_output_to_go_on_with(output, tmp_path, model_directory):
+    into = Storage(str(tmp_path / "compacted"))
+    compact(CompactConfig(output=output.uri, into=into.uri, target_bytes=2000))
+    before = {file.path: into.read(file.path) for file in into.files()}
+    for quarantine in (False, True):
+        mine, copied = (open_output(each.uri, quarantine=quarantine).to_table() for each in (output, into))
+        key = ["shard", "row"]
+        assert copied.select(key).to_pylist() == mine.select(key).to_pylist()
+    with pytest.raises(UsageError, match="a compacted copy of"):
+        compact(CompactConfig(output=into.uri, into=str(tmp_path / "again")))
+    with pytest.raises(UsageError, match="a compacted copy of"):
+        score_here(tmp_path / "in", into, model_directory)
+    assert {path: into.read(path) for path in before} == before
+
+
 def test_an_interrupted_compaction_is_finished(output, tmp_path):
     into = Storage(str(tmp_path / "compacted"))
     config = CompactConfig(output=output.uri, into=into.uri, target_bytes=2000)
