@@ -10,6 +10,7 @@ from trbert_model.calibration.table import SPEEDUPS
 from trbert_model.reduction.state import SelectionPolicy
 
 TARGETS = (2.0, 3.0, 4.0, 6.0)
+BACKBONE = "backbone"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Run:
         speedups: speed-ups of the calibration table that thresholds are chosen from. Default: `targets`.
         long: also measure the documents of more than 512 tokens separately.
         against: another run on the same documents to compare with, in addition to the dense model.
-        on: the run whose model it continues with. Default: the dense model.
+        on: the run whose model it continues with, or BACKBONE. Default: the dense model.
         early: is about early exits, which have a table of their own.
     """
 
@@ -88,15 +89,15 @@ def _early_documents(corpus: str, **options: Any) -> dict[str, Run]:
 
 
 def _early_words(corpus: str, epochs: float) -> dict[str, Run]:
-    """Words are halted, or leave together with their sentence; epochs: of learning to."""
+    """Words are halted, or leave together with their sentence; epochs: of the fine-tune with all exits."""
     targets = (2.0, 3.0)
     words: dict[str, Any] = {**NONE, "exits": "words"}
     learnt: dict[str, Any] = {**words, **_NO_REDUCTION, "fine_tune_epochs": epochs}
-    halting: dict[str, Any] = {"exit_unit": "word", "halting_epochs": epochs}
+    halting: dict[str, Any] = {"exit_unit": "word"}
     return {
         "reduction": _early(corpus, "reduction", targets),
-        "sentee": _early(corpus, "sentences leave (SENTEE)", targets, **learnt, exits_epochs=0.0),
-        "tokee": _early(corpus, "words halted (TOKEE)", targets, **learnt, **halting),
+        "sentee": _early(corpus, "sentences leave (SENTEE)", targets, BACKBONE, **learnt),
+        "tokee": _early(corpus, "words halted (TOKEE)", targets, BACKBONE, **learnt, **halting),
         "halting": _early(corpus, "reduction, and words halted", targets, f"{corpus}-reduction", **words, **halting),
     }
 
@@ -109,8 +110,8 @@ _NO_REDUCTION: dict[str, Any] = {"reduction_layers": (), "speedup": None, "speed
 _EARLY = {
     "20news": _early_documents("20news"),
     "imdb": _early_documents("imdb", exits_epochs=1.0),  # with the unlabelled reviews as many as four of the labelled
-    "gum": _early_words("gum", epochs=4.0),
-    "wnut17": _early_words("wnut17", epochs=2.0),
+    "gum": _early_words("gum", epochs=6.0),
+    "wnut17": _early_words("wnut17", epochs=4.0),
 }
 
 RUNS: dict[str, Run] = {
