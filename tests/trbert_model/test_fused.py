@@ -58,9 +58,9 @@ def test_a_layout_holds_every_token_once_and_only_its_own_sequence_beside_it(len
         assert segment.start == end
         end += segment.rows
         row = segment.start
-        for start, count, length, mask, keys in segment.classes:
-            assert keys is None
-            assert start == row
+        assert segment.keys is None
+        for start, count, length, mask, key_start, keys in segment.classes:
+            assert (start, key_start, keys) == (row, row - segment.start, length)
             row += count * length
             inside = torch.ones(count, length, dtype=torch.bool) if mask is None else mask[:, 0, 0] == 0
             for i in range(count):
@@ -76,6 +76,31 @@ def test_a_layout_holds_every_token_once_and_only_its_own_sequence_beside_it(len
             assert segment.rows % PACKED_UNIT == 0
     assert end == len(layout.source)
     assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 200)), min_size=1, max_size=60), st.booleans())
+def test_keys_of_a_layout_are_a_sequences_own_and_its_halted_tokens(lengths, packed):
+    cu_seqlens, halted = (cu_seqlens_of(each) for each in zip(*lengths))
+    layout = arrange(cu_seqlens, torch.float32, packed=packed, halted=halted)
+    number, halted_bounds, seen = torch.arange(sum(own for own, _ in lengths)), halted.tolist(), 0
+    sequence_of = torch.repeat_interleave(torch.arange(len(lengths)), cu_seqlens.diff())
+    for segment in layout.segments:
+        source = layout.source[segment.start : segment.start + segment.rows]
+        names = torch.cat([source, -1 - segment.halted]) if segment.halted is not None else source
+        keys_from = names if segment.keys is None else names[segment.keys]
+        assert not packed or (len(keys_from) % PACKED_UNIT == 0 and len(keys_from) >= PACKED_LEAST)
+        for _, count, _, mask, key_start, keys in segment.classes:
+            mine = keys_from[key_start : key_start + count * keys].unflatten(0, (count, keys))
+            inside = torch.ones(count, keys, dtype=torch.bool) if mask is None else mask[:, 0, 0] == 0
+            for row, real in zip(mine, inside):
+                sequence = int(sequence_of[row[0]])
+                own = number[sequence_of == sequence].tolist()
+                others = [-1 - token for token in range(halted_bounds[sequence], halted_bounds[sequence + 1])]
+                assert row[real].tolist() == own + others
+                assert set(row[~real].tolist()) <= {own[0]}  # padding is its own first row
+                seen += 1
+    assert seen == len(lengths)
 
 
 @needs_bfloat16

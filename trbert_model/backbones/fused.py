@@ -31,28 +31,30 @@ class LengthClass(NamedTuple):
 
     Attributes:
         mask: (sequences, 1, 1, keys), 0 for tokens and -inf for padding; None if there is no padding.
-        keys: int64 (sequences, keys), where halted tokens are attended to, too: the rows of the keys, among the
-            segment's own and then its halted tokens. None: the same rows as the queries.
+        key_start, keys: the rows of the keys in the segment are `key_start` to `key_start + sequences * keys`.
     """
 
     start: int
     sequences: int
     length: int
     mask: Tensor | None
-    keys: Tensor | None = None
+    key_start: int
+    keys: int
 
 
 class Segment(NamedTuple):
     """Rows of the layout that go through a layer together: their sequences, then rows that nobody reads.
 
     Attributes:
-        halted: int64, the halted tokens of these sequences; None if there are none.
+        halted: int64, the halted tokens of these sequences, which are attended to, too; None if there are none.
+        keys: int64, the rows of the keys, among the segment's own and then its halted tokens. None: its own.
     """
 
     start: int
     rows: int
     classes: list[LengthClass]
     halted: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,14 @@ def arrange(cu_seqlens: Tensor, dtype: torch.dtype, *, packed: bool, halted: Ten
         if last < len(order) and size + padded[order[last]] <= SEGMENT_ROWS:
             continue
         starts[members] = end + np.cumsum(padded[members]) - padded[members]
-        count = max(PACKED_LEAST, -(-size // PACKED_UNIT) * PACKED_UNIT) if packed else size
-        among, halted_rows = None, None
+        count = _row_count(size, packed=packed)
+        halted_rows, key_rows = None, None
         if halted is not None and (own := (keys - lengths)[members]).any():
             halted_rows = torch.from_numpy(_ranges(halted_bounds[members], own))
             among = count + np.cumsum(own) - own
-        classes = list(_classes(members, lengths, keys, end, dtype, among))
-        segments.append(Segment(end, count, classes, halted_rows))
+            key_rows = torch.from_numpy(_key_rows(lengths[members], keys[members], among, packed=packed))
+        classes = list(_classes(members, lengths, keys, end, dtype))
+        segments.append(Segment(end, count, classes, halted_rows, key_rows))
         first, end = last, end + count
     rows = _ranges(starts, lengths)
     source = np.zeros(end, dtype=np.int64)
@@ -122,34 +125,40 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
 
 
+def _row_count(rows: int, *, packed: bool) -> int:
+    """The number of rows to compute for this many; packed: see `arrange`."""
+    return max(PACKED_LEAST, -(-rows // PACKED_UNIT) * PACKED_UNIT) if packed else rows
+
+
+def _key_rows(lengths: np.ndarray, keys: np.ndarray, halted: np.ndarray, *, packed: bool) -> np.ndarray:
+    """The rows of the keys of a segment's sequences; halted: the row of each one's first halted token.
+
+    Padding repeats the sequence's own first row: not even infinite neighbours reach it through the mask.
+    """
+    padded, padded_keys = padded_length(lengths), padded_length(keys)
+    starts = np.repeat(np.cumsum(padded) - padded, padded_keys)
+    number = _ranges(np.zeros_like(keys), padded_keys)
+    own, all_keys, of_halted = (np.repeat(each, padded_keys) for each in (lengths, keys, halted - lengths))
+    rows = np.where(number < own, starts + number, np.where(number < all_keys, of_halted + number, starts))
+    return np.concatenate([rows, np.zeros(_row_count(len(rows), packed=packed) - len(rows), np.int64)])
+
+
 def _classes(
-    members: np.ndarray,
-    lengths: np.ndarray,
-    keys: np.ndarray,
-    start: int,
-    dtype: torch.dtype,
-    halted: np.ndarray | None,
+    members: np.ndarray, lengths: np.ndarray, keys: np.ndarray, start: int, dtype: torch.dtype
 ) -> Iterator[LengthClass]:
-    """The classes of a segment's sequences, which are in order; halted: the row of each one's first halted token."""
-    segment = start
-    lengths, keys = lengths[members], keys[members]
+    """The classes of a segment's sequences, which are in order; start: the segment's first row."""
+    lengths, keys, key_start = lengths[members], keys[members], 0
     padded, padded_keys = padded_length(lengths), padded_length(keys)
     kinds = np.stack([padded, padded_keys, keys != padded_keys])
     for part in np.split(np.arange(len(members)), np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0)) + 1):
         length, key_length, has_padding = (int(kind) for kind in kinds[:, part[0]])
-        mask, rows = None, None
+        mask = None
         if has_padding:
             inside = torch.arange(key_length) < torch.from_numpy(keys[part])[:, None]
             mask = torch.zeros(inside.shape, dtype=dtype).masked_fill(~inside, -torch.inf)[:, None, None, :]
-        if halted is not None:
-            first = (start - segment + np.arange(len(part)) * length)[:, None]
-            number, own = np.arange(key_length)[None], lengths[part][:, None]
-            of_halted = halted[part][:, None] + number - own
-            # Padding repeats the sequence's own first row: not even infinite neighbours reach it through the mask.
-            real = np.where(number < own, first + number, of_halted)
-            rows = torch.from_numpy(np.where(number < keys[part][:, None], real, first))
-        yield LengthClass(start, len(part), length, mask, rows)
+        yield LengthClass(start, len(part), length, mask, key_start, key_length)
         start += len(part) * length
+        key_start += len(part) * key_length
 
 
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
@@ -223,8 +232,10 @@ class FusedBertLayer(FusedLayer):
         attention, output = layer.attention.self, layer.attention.output
         self.heads: int = attention.num_attention_heads
         self.scaling: float = attention.scaling
-        self.qkv = FusedLinear(attention.query, attention.key, attention.value, packed=packed)
-        self.key_value = FusedLinear(attention.key, attention.value, packed=packed) if halts else None
+        together = [[attention.query], [attention.key, attention.value]]
+        if not halts:
+            together = [[each for linears in together for each in linears]]
+        self.projections = nn.ModuleList(FusedLinear(*linears, packed=packed) for linears in together)
         self.out = FusedLinear(output.dense, packed=packed)
         self.attention_norm = output.LayerNorm
         intermediate = layer.intermediate
@@ -244,11 +255,10 @@ class FusedBertLayer(FusedLayer):
         return output
 
     def _attention(self, state: "TokenState") -> Tensor:
-        query, key, value = self._split(self.qkv(state.hidden), 3)
+        query, key, value = self._projected(state.hidden)
         keys: dict[str, Any] = {}
         if state.halted is not None:
-            assert self.key_value is not None
-            halted_key, halted_value = self._split(self.key_value(state.halted.hidden), 2)
+            halted_key, halted_value = self._split(self.projections[-1](state.halted.hidden), 2)
             order = torch.cat([state.token_indices, state.halted.token_indices]).argsort()
             key, value = torch.cat([key, halted_key])[order], torch.cat([value, halted_value])[order]
             keys = {"key_cu_seqlens": state.cu_seqlens + state.halted.cu_seqlens, "max_keys": state.max_keys}
@@ -264,35 +274,37 @@ class FusedBertLayer(FusedLayer):
         return context.flatten(2).squeeze(0)
 
     def _segment(self, hidden: Tensor, segment: Segment, halted: Tensor | None) -> Tensor:
-        qkv, context = self.qkv(hidden), torch.zeros_like(hidden)
-        key_value = None
-        if segment.halted is not None:
-            assert self.key_value is not None
+        context, sources = torch.zeros_like(hidden), hidden
+        if segment.keys is not None:
             assert halted is not None
-            key_value = torch.cat([qkv[:, hidden.shape[1] :], self._halted(halted[segment.halted])])
-        for start, count, length, mask, keys in segment.classes:
+            assert segment.halted is not None
+            sources = torch.cat([hidden, halted.index_select(0, segment.halted)]).index_select(0, segment.keys)
+        projected = self._projected(hidden, sources)
+        for start, count, length, mask, key_start, keys in segment.classes:
             rows = slice(start - segment.start, start - segment.start + count * length)
-            query, key, value = (part.unflatten(0, (count, length)).transpose(1, 2) for part in self._split(qkv[rows]))
-            if keys is not None:
-                assert key_value is not None
-                key, value = (
-                    part.unflatten(0, keys.shape).transpose(1, 2) for part in self._split(key_value[keys.flatten()], 2)
-                )
-            mask = mask if mask is None else mask.expand(count, 1, length, key.shape[2])
+            key_rows = slice(key_start, key_start + count * keys)
+            query, key, value = (
+                part[own].unflatten(0, (count, -1)).transpose(1, 2)
+                for part, own in zip(projected, (rows, key_rows, key_rows))
+            )
+            mask = mask if mask is None else mask.expand(count, 1, length, keys)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
             context[rows] = attended.transpose(1, 2).flatten(0, 1).flatten(1)
         return self._feed_forward(context, hidden)
 
-    def _halted(self, hidden: Tensor) -> Tensor:
-        """Keys and values of halted tokens, (rows, 2 * hidden); packed weights get the numbers of rows they need."""
-        assert self.key_value is not None
-        tokens = len(hidden)
-        if self.packed:
-            hidden = F.pad(hidden, (0, 0, 0, max(PACKED_LEAST, -(-tokens // PACKED_UNIT) * PACKED_UNIT) - tokens))
-        return self.key_value(hidden)[:tokens]
+    def _projected(self, hidden: Tensor, sources: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Queries of `hidden`, and keys and values of `sources`: (rows, heads, head size) each.
 
-    def _split(self, projected: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
-        """(rows, parts * hidden) → query, key and value or the last two, (rows, heads, head size) each."""
+        Args:
+            sources: default: `hidden`. Others are only for layers that halt.
+        """
+        if len(self.projections) == 1:
+            return self._split(self.projections[0](hidden), 3)
+        query, key_value = self.projections
+        return *self._split(query(hidden), 1), *self._split(key_value(hidden if sources is None else sources), 2)
+
+    def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(rows, parts * hidden) → (rows, heads, head size) each."""
         return projected.unflatten(-1, (parts, self.heads, -1)).unbind(1)
 
     def _feed_forward(self, context: Tensor, hidden: Tensor) -> Tensor:

@@ -245,12 +245,12 @@ def _segments(layout: Layout, positions: Tensor, reach: int, dtype: torch.dtype)
 
 
 def _global_groups(segment: Segment) -> Iterator[Group]:
-    for _, sequences, length, mask, _ in segment.classes:
+    for _, sequences, length, mask, *_ in segment.classes:
         yield Group(sequences, length, (mask if mask is None else mask.expand(-1, 1, length, length),))
 
 
 def _local_groups(segment: Segment, positions: Tensor, reach: int, dtype: torch.dtype) -> Iterator[Group]:
-    for start, sequences, length, _, _ in segment.classes:
+    for start, sequences, length, *_ in segment.classes:
         parts = positions[start : start + sequences * length].split(length)
         masks = [position_masks(part, reach, dtype) for part in parts]
         if length < 3 * block_size(reach):

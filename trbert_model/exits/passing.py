@@ -166,13 +166,13 @@ class ExitPass:
         words = self.words
         assert words is not None
         chosen = words.first[state.token_indices]
-        tokens, states = state.token_indices[chosen], state.states[chosen]
+        tokens, states = state.token_indices[chosen], state.states_of(chosen.nonzero().squeeze(1))
         sequence = sequence_of(state.cu_seqlens, len(chosen))[chosen]
         present, halted = len(tokens), state.halted
         if halted is not None:
             also = words.first[halted.token_indices]
             tokens = torch.cat([tokens, halted.token_indices[also]])
-            states = torch.cat([states, halted.hidden[also]])
+            states = torch.cat([states, halted.hidden.index_select(0, also.nonzero().squeeze(1))])
             sequence = torch.cat([sequence, sequence_of(halted.cu_seqlens, len(also))[also]])
         logits = self.heads[index](states)
         counts = torch.zeros_like(state.sequences).index_add(0, sequence, torch.ones_like(sequence))

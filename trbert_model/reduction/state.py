@@ -123,12 +123,16 @@ class TokenState:
     def arranged(self, *, packed: bool) -> "TokenState":
         """The state with its tokens in a layout; packed: see `arrange`."""
         layout = arrange(self.cu_seqlens, self.hidden.dtype, packed=packed)
-        return dataclasses.replace(self, hidden=self.hidden[layout.source], layout=layout)
+        return dataclasses.replace(self, hidden=self.hidden.index_select(0, layout.source), layout=layout)
 
     @property
     def states(self) -> Tensor:
         """The tokens' states in batch order, (tokens, hidden)."""
-        return self.hidden if self.layout is None else self.hidden[self.layout.rows]
+        return self.hidden if self.layout is None else self.hidden.index_select(0, self.layout.rows)
+
+    def states_of(self, tokens: Tensor) -> Tensor:
+        """The states of some of the tokens, int64 (some,), in batch order: (some, hidden)."""
+        return self.hidden.index_select(0, tokens if self.layout is None else self.layout.rows[tokens])
 
     @property
     def lengths(self) -> Tensor:
@@ -159,7 +163,8 @@ class TokenState:
         group, dropped = self.halted, self.dropped
         if group is not None and halted is not None:
             if remember:
-                dropped = (*dropped, (group.token_indices[~halted], group.hidden[~halted]))
+                left = (~halted).nonzero().squeeze(1)
+                dropped = (*dropped, (group.token_indices[left], group.hidden.index_select(0, left)))
             group = _part_of(group, halted)
         return dataclasses.replace(self, dropped=dropped)._part(keep, remember=remember, halted=group)
 
@@ -186,9 +191,8 @@ class TokenState:
         moved = halt.nonzero().squeeze(1)
         if not len(moved):
             return self
-        rows = moved if self.layout is None else self.layout.rows[moved]
-        hidden = self.hidden[rows]
-        states = hidden if kept is None else kept[rows]
+        hidden = self.states_of(moved)
+        states = hidden if kept is None else dataclasses.replace(self, hidden=kept).states_of(moved)
         group = Halted(states, hidden, self.token_indices[moved], _counted(halt, self.cu_seqlens))
         if self.halted is not None:
             group = _merged(self.halted, group)
@@ -206,8 +210,7 @@ class TokenState:
         dropped = self.dropped
         if remember:
             leave = torch.nonzero_static(~keep, size=leaving).squeeze(1)
-            left = leave if self.layout is None else self.layout.rows[leave]
-            dropped = (*dropped, (self.token_indices[leave], self.hidden[left]))
+            dropped = (*dropped, (self.token_indices[leave], self.states_of(leave)))
         lengths = [end - start for start, end in zip(bounds, bounds[1:])]
         if 0 in lengths:
             chosen = torch.tensor([i for i, length in enumerate(lengths) if length], device=keep.device).long()
@@ -222,7 +225,7 @@ class TokenState:
             rows = rows[layout.source]
         return dataclasses.replace(
             self,
-            hidden=self.hidden[rows],
+            hidden=self.hidden.index_select(0, rows),
             layout=layout,
             token_indices=self.token_indices[stay],
             positions=self.positions[stay],
@@ -255,8 +258,7 @@ class TokenState:
 
     def first_states(self) -> Tensor:
         """The state of each sequence's first token, (sequences, hidden)."""
-        first = first_tokens(self.cu_seqlens)
-        return self.hidden.index_select(0, first if self.layout is None else self.layout.rows[first])
+        return self.states_of(first_tokens(self.cu_seqlens))
 
     def all_states(self) -> Tensor:
         """The last state of every token, also of those that left, in batch order, (total tokens, hidden)."""
@@ -266,7 +268,7 @@ class TokenState:
         if len(groups) == 1:
             return self.states
         order = torch.cat([token_indices for token_indices, _ in groups])
-        return torch.cat([states for _, states in groups])[order.argsort()]
+        return torch.cat([states for _, states in groups]).index_select(0, order.argsort())
 
 
 def _summed(lengths: Tensor) -> Tensor:
@@ -279,15 +281,17 @@ def _counted(chosen: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _part_of(group: Halted, keep: Tensor) -> Halted:
-    return Halted(group.kept[keep], group.hidden[keep], group.token_indices[keep], _counted(keep, group.cu_seqlens))
+    rows, cu_seqlens = keep.nonzero().squeeze(1), _counted(keep, group.cu_seqlens)
+    kept, hidden = group.kept.index_select(0, rows), group.hidden.index_select(0, rows)
+    return Halted(kept, hidden, group.token_indices[rows], cu_seqlens)
 
 
 def _merged(first: Halted, second: Halted) -> Halted:
     indices = torch.cat([first.token_indices, second.token_indices])
     order = indices.argsort()
     return Halted(
-        kept=torch.cat([first.kept, second.kept])[order],
-        hidden=torch.cat([first.hidden, second.hidden])[order],
+        kept=torch.cat([first.kept, second.kept]).index_select(0, order),
+        hidden=torch.cat([first.hidden, second.hidden]).index_select(0, order),
         token_indices=indices[order],
         cu_seqlens=first.cu_seqlens + second.cu_seqlens,
     )
