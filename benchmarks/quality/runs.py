@@ -98,6 +98,9 @@ def _early_words(corpus: str, epochs: float) -> dict[str, Run]:
         "reduction": _early(corpus, "reduction", targets),
         "sentee": _early(corpus, "sentences leave (SENTEE)", targets, BACKBONE, **learnt),
         "tokee": _early(corpus, "words halted (TOKEE)", targets, BACKBONE, **learnt, **halting),
+        "tokee-dense": _early(
+            corpus, "words halted (TOKEE), from the dense model", targets, **words, **_NO_REDUCTION, **halting
+        ),
         "halting": _early(corpus, "reduction, and words halted", targets, f"{corpus}-reduction", **words, **halting),
     }
 
