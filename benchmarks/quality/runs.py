@@ -78,11 +78,11 @@ def _early_documents(corpus: str, **options: Any) -> dict[str, Run]:
     """Whole documents leave, on finished models; options: of the exits' training."""
     targets = (2.0, 3.0, 4.0)
     exits: dict[str, Any] = {**NONE, **options}
-    gates: dict[str, Any] = {"gates": True, "gates_epochs": 1.0, "gate_penalty": 0.5}
+    gates: dict[str, Any] = {"gates": True, "gates_epochs": 1.0, "gate_penalty": 0.5, "exits_epochs": 1.0}
     return {
         "deebert": _early(corpus, "documents leave (DeeBERT)", targets, exits="first", **exits, **_NO_REDUCTION),
         "smartbert": _early(
-            corpus, "layers skipped (SmartBERT)", targets, exits="attention", **exits, **gates, **_NO_REDUCTION
+            corpus, "layers skipped (SmartBERT)", targets, exits="attention", **exits | gates, **_NO_REDUCTION
         ),
         "exits": _early(corpus, "full recipe, and documents leave", targets, corpus, exits="first", **exits),
     }
