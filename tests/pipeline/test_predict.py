@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import torch
 from ray.data.block import BlockAccessor
 
 from pipeline import TRBertPredictor, UsageError
@@ -23,13 +22,10 @@ from pipeline.predict import SplitPredictor
 from pipeline.report import SplitStats
 from pipeline.rows import from_ipc
 from pipeline.storage import Storage
-from tests.conftest import tiny_classifier, tiny_tokenizer
 from tests.pipeline.stages import encode_options, only_shard, texts, write_shard
 from tests.pipeline.test_choice import point
 from trbert_model.checkpoints.files import model_digest
-from trbert_model.engine import Engine, EngineOptions
 from trbert_model.errors import ModelChangedError
-from trbert_model.exits.recording import ExitRecording
 
 TEXTS = ["the good news", None, "bad " * 100, "  ", "fine"]
 
@@ -234,25 +230,6 @@ def test_a_split_becomes_result_rows_and_statistics(split, model_directory):
     assert 0 < stats.model_seconds <= stats.predict_seconds
     span = json.loads(row["actor"])
     assert span["end"] - span["start"] == pytest.approx(stats.predict_seconds, abs=1e-3)
-
-
-@pytest.fixture(scope="module")
-def leaving_model(tmp_path_factory):
-    """A saved classifier whose documents leave at different layers."""
-    directory = tmp_path_factory.mktemp("leaving")
-
-    def model(**thresholds):
-        made = tiny_classifier(exits={"head": "first", "layers": [0, 1, 2]} | thresholds)
-        for exit in made.bert.encoder.exits:
-            torch.nn.init.normal_(exit.classifier.weight, std=1.0)
-        return made
-
-    engine, recording = Engine(model(), tiny_tokenizer(), EngineOptions(device="cpu", dtype="float32")), ExitRecording()
-    engine.score(engine.task.encode_rows([(text,) for text in texts(40)])[0], exit_recording=recording)
-    windows = [exits.uncertainty for windows in recording.windows.values() for _, exits in windows]
-    model(thresholds=np.median(windows, axis=0).tolist()).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
 
 
 def test_the_results_of_a_model_with_exits_say_after_which_layer_a_document_left(split, leaving_model):

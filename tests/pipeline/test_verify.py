@@ -352,6 +352,18 @@ def test_a_compacted_copy_can_be_opened_and_is_no_output_to_go_on_with(output, t
     assert {path: into.read(path) for path in before} == before
 
 
+def test_outputs_of_a_model_with_exits_are_verified_and_compacted(tmp_path, leaving_model):
+    write_shard(tmp_path / "in/a.parquet", {"id": list(range(30)), "text": texts(30)})
+    output, into = Storage(str(tmp_path / "out")), str(tmp_path / "compacted")
+    score_here(tmp_path / "in", output, leaving_model)
+    compact(CompactConfig(output=output.uri, into=into))
+    for each in (output.uri, into):
+        assert verify(VerifyConfig(output=each)).holds
+    layers = [open_output(each).to_table()["exit_layer"].to_pylist() for each in (output.uri, into)]
+    assert layers[0] == layers[1]
+    assert len(set(layers[0])) > 1
+
+
 def test_an_interrupted_compaction_is_finished(output, tmp_path):
     into = Storage(str(tmp_path / "compacted"))
     config = CompactConfig(output=output.uri, into=into.uri, target_bytes=2000)
