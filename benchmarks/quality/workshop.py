@@ -16,7 +16,7 @@ from transformers import BertModel
 
 from benchmarks.common import machine
 from benchmarks.quality.outcomes import outcome_of
-from benchmarks.quality.runs import BACKBONE, NONE, RUNS, Run
+from benchmarks.quality.runs import NONE, RUNS, Run
 from benchmarks.quality.tables import rows_of, summary
 from trbert_model.calibration.measure import calibrate, kept_fractions_for
 from trbert_model.calibration.table import FILE, Calibration, calibration_key, read_calibration, with_table
@@ -94,8 +94,8 @@ class Workshop:
         for corpus in run.corpora:
             output = self.work / "runs" / corpus.replace(run.corpus, name, 1)
             dense = self.dense(corpus)
-            start: str | Path = self.backbone if run.on == BACKBONE else dense
-            if run.on in RUNS:
+            start = dense
+            if run.on is not None:
                 start = self._train(
                     RUNS[run.on], corpus, dense, output.with_name(corpus.replace(run.corpus, run.on, 1))
                 )
@@ -143,7 +143,7 @@ class Workshop:
             write_json(path, _outcome(engine, corpus))
         return json.loads(path.read_text())
 
-    def _train(self, run: Run, corpus: str, start: str | Path, output: Path) -> Path:
+    def _train(self, run: Run, corpus: str, start: Path, output: Path) -> Path:
         if (output / "training.json").exists():
             return output
         if run.layers is not None:
@@ -157,7 +157,7 @@ class Workshop:
         if run.rule is None:
             train(config)
             return output
-        engine = self._engine(Path(start))
+        engine = self._engine(start)
         engine.config.reduction_layers = list(config.reduction_layers or engine.config.reduction_layers)
         policy = run.rule(self._fractions(corpus, engine, run.targets[0]))
         without: dict[str, Any] = {**NONE, "joint_epochs": config.joint_epochs, "samples": 0, "speed_range": None}
