@@ -118,7 +118,7 @@ def _early_layers(corpus: str, layers: int, speedup: float) -> Run:
 
 _NO_REDUCTION: dict[str, Any] = {"reduction_layers": (), "speedup": None, "speed_range": None}
 _EARLY = {
-    "20news": _early_documents("20news"),
+    "20news": _early_documents("20news", exits_epochs=1.0),
     "imdb": _early_documents("imdb", unlabelled=None),  # a third of the time
     "gum": _early_words("gum", epochs=10.0, learning_rate=2e-4),
     "wnut17": _early_words("wnut17", epochs=3.0),
