@@ -73,11 +73,11 @@ def _early(corpus: str, title: str, targets: tuple[float, ...], on: str | None =
     return Run(corpus, title, options, targets, on=on, early=True)
 
 
-def _early_documents(corpus: str, **options: Any) -> dict[str, Run]:
+def _early_documents(corpus: str, exits_epochs: float, **options: Any) -> dict[str, Run]:
     """Whole documents leave, on finished models; options: of all trainings after the dense model's."""
     targets = (2.0, 3.0, 4.0)
-    exits: dict[str, Any] = {**NONE, **options}
-    gates: dict[str, Any] = {"gates": True, "gates_epochs": 1.0, "gate_penalty": 0.5, "exits_epochs": 1.0}
+    exits: dict[str, Any] = {**NONE, "exits_epochs": exits_epochs, **options}
+    gates: dict[str, Any] = {"gates": True, "gates_epochs": 1.0, "gate_penalty": 0.5}
     return {
         "deebert": _early(corpus, "documents leave (DeeBERT)", targets, exits="first", **exits, **_NO_REDUCTION),
         "smartbert": _early(
@@ -119,7 +119,7 @@ def _early_layers(corpus: str, layers: int, speedup: float) -> Run:
 _NO_REDUCTION: dict[str, Any] = {"reduction_layers": (), "speedup": None, "speed_range": None}
 _EARLY = {
     "20news": _early_documents("20news", exits_epochs=1.0),
-    "imdb": _early_documents("imdb", unlabelled=None),  # a third of the time
+    "imdb": _early_documents("imdb", exits_epochs=2.0, unlabelled=None),  # a third of the time
     "gum": _early_words("gum", epochs=10.0, learning_rate=2e-4),
     "wnut17": _early_words("wnut17", epochs=3.0),
 }
