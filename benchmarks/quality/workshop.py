@@ -31,8 +31,8 @@ from trbert_model.training import TrainingConfig, train
 _Policies = tuple[Any, ...]  # the arguments of `Engine.score` after the documents
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Dense and reduced models are timed on the first documents with this many tokens in total, in this many turns.
-TIMED_TOKENS, TURNS = 120_000, 8
+# Dense and reduced models are timed in turns, each on other documents, as far as they go, of about this many tokens.
+TURN_TOKENS, TURNS = 15_000, 8
 
 
 class Workshop:
@@ -216,11 +216,10 @@ def _outcome(engine: Engine, corpus: LabelledCorpus, policies: _Policies = ()) -
 def _measured_speedup(dense: Engine, reduced: Engine, policies: _Policies, documents: Sequence[Any]) -> float:
     """Ratio of the time in the dense and the reduced model on the same documents: the median over several turns."""
     tokens = np.cumsum([sum(len(w.input_ids) for w in dense.task.windows(document)) for document in documents])
-    timed = documents[: max(TURNS, int(np.searchsorted(tokens, TIMED_TOKENS)))]
-    ratios = [
-        _seconds(dense, (), timed[turn::TURNS]) / _seconds(reduced, policies, timed[turn::TURNS])
-        for turn in range(min(TURNS, len(timed)))
-    ]
+    parts = min(TURNS, max(1, int(tokens[-1]) // TURN_TOKENS))
+    timed = documents[: int(np.searchsorted(tokens, parts * TURN_TOKENS)) + 1]
+    turns = (timed[turn % parts :: parts] for turn in range(TURNS))
+    ratios = [_seconds(dense, (), turn) / _seconds(reduced, policies, turn) for turn in turns]
     return float(np.median(ratios))
 
 
