@@ -35,7 +35,8 @@ def main() -> None:
         write_json(RESULTS / "quality" / f"{name}.json", workshop.run(name))
     found = {name: RESULTS / "quality" / f"{name}.json" for name in RUNS}
     results = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    early = {name: _main_metric(result) for name, result in results.items() if RUNS[name].early}
+    by_corpus = sorted(results, key=lambda name: RUNS[name].corpus)
+    early = {name: _main_metric(results[name]) for name in by_corpus if RUNS[name].early}
     reduction = {name: result for name, result in results.items() if name not in early}
     for name, some in (("quality", reduction), ("quality-early", early)):
         (RESULTS / f"{name}.md").write_text(table(some) + "\n")
