@@ -16,11 +16,12 @@ def summary(
     """Compare a metric with the dense model's, with a paired-bootstrap interval, and compute the FLOPs speed-up.
 
     Args:
-        rows: bool (documents,), the documents to include. Default: all.
+        rows: bool (documents,), the documents to include. Default: all, or those that `metric` applies to.
         metric: default: the corpus's main metric.
     """
     before, after = scores_in(dense, metric), scores_in(point, metric)
-    rows = np.ones(len(before.numerators), bool) if rows is None else rows
+    if rows is None:
+        rows = before.denominators + after.denominators > 0 if metric else np.ones(len(before.numerators), bool)
     before, after = before[rows], after[rows]
     return {
         "documents": int(rows.sum()),
