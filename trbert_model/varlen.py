@@ -223,17 +223,17 @@ def varlen_attention(
     if query.is_cuda and query.dtype in HALF_PRECISION and dropout == 0.0:
         lengths = (cu_seqlens, key_cu_seqlens, max_seqlen, max_keys)
         return flash_varlen(query, key, value, lengths, scaling), None
-    return _attention(query, key, value, cu_seqlens, key_cu_seqlens, scaling, dropout), None
+    return sequence_attention(query, key, value, cu_seqlens, key_cu_seqlens, scaling, dropout), None
 
 
-def _attention(
+def sequence_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
     key_cu_seqlens: Tensor,
     scaling: float | None,
-    dropout: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Run torch's SDPA on one sequence at a time; same shapes as `varlen_attention`."""
     shape = (1, query.shape[2], query.shape[1], query.shape[3])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reduction.state import TokenState
-from ..varlen import first_tokens, sequence_of
+from ..varlen import first_tokens, sequence_attention
 
 if TYPE_CHECKING:
     from ..configuration import TRBertConfig
@@ -49,24 +49,22 @@ class FirstTokenAttention(nn.Module):
     def forward(self, state: TokenState) -> Tensor:
         """(sequences, size)."""
         narrow = torch.tanh(self.narrow(state.states.float()))
-        cu_seqlens = state.cu_seqlens
-        sequence, sequences = sequence_of(cu_seqlens, len(narrow)), len(cu_seqlens) - 1
-        query = self.query(narrow[first_tokens(cu_seqlens)]).unflatten(-1, (self.heads, -1))
-        key, value = (linear(narrow).unflatten(-1, (self.heads, -1)) for linear in (self.key, self.value))
-        scores = (query[sequence] * key).sum(-1) * key.shape[-1] ** -0.5
-        index = sequence[:, None].expand_as(scores)
-        highest = scores.new_full((sequences, self.heads), -torch.inf)
-        highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
-        weights = (scores - highest[sequence]).exp()
-        sums = weights.new_zeros(sequences, self.heads).index_add(0, sequence, weights)
-        context = value.new_zeros(sequences, *value.shape[1:]).index_add(0, sequence, weights.unsqueeze(-1) * value)
-        return (context / sums.unsqueeze(-1)).flatten(1)
+        cu_seqlens, heads, scaling = state.cu_seqlens, self.heads, (self.query.out_features / self.heads) ** -0.5
+        query = self.query(narrow[first_tokens(cu_seqlens)]).unflatten(1, (heads, -1))
+        # With one query a sequence, it and the result are projected instead of every token: q · W x = Wᵀq · x.
+        # The key's bias adds the same to all of a sequence's scores, which changes no weight.
+        query = torch.einsum("shd,hdx->hsx", query, self.key.weight.unflatten(0, (heads, -1)))
+        tokens = narrow.expand(1, heads, -1, -1)
+        one_each = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
+        seen = sequence_attention(query.unsqueeze(0), tokens, tokens, one_each, cu_seqlens, scaling)
+        context = torch.einsum("shx,hdx->shd", seen.squeeze(0), self.value.weight.unflatten(0, (heads, -1)))
+        return context.flatten(1) + self.value.bias
 
     @staticmethod
-    def flops(hidden: int, size: int, tokens: np.ndarray, after: int) -> np.ndarray:
+    def flops(hidden: int, size: int, heads: int, tokens: np.ndarray, after: int) -> np.ndarray:
         """FLOPs of sequences with these numbers of tokens; after: multiply-adds after the attention."""
-        own = 2.0 * tokens * (hidden * size + 2 * size**2 + 2 * size)
-        return own + (tokens > 0) * 2.0 * (size**2 + after)
+        own = 2.0 * tokens * (hidden * size + 2 * heads * size)
+        return own + (tokens > 0) * 2.0 * (3 * size**2 + after)
 
 
 class AttentionExit(nn.Module):
@@ -91,7 +89,7 @@ class AttentionExit(nn.Module):
         options = config.exit_options
         assert options is not None
         after = options.size**2 + options.size * config.num_labels
-        return FirstTokenAttention.flops(config.hidden_size, options.size, rows, after)
+        return FirstTokenAttention.flops(config.hidden_size, options.size, options.heads, rows, after)
 
 
 class WordExit(nn.Module):
@@ -133,7 +131,7 @@ class Gate(nn.Module):
         """FLOPs of sequences with these numbers of tokens."""
         options = config.gate_options
         assert options is not None
-        return FirstTokenAttention.flops(config.hidden_size, options.size, tokens, options.size)
+        return FirstTokenAttention.flops(config.hidden_size, options.size, options.heads, tokens, options.size)
 
 
 ExitHead = type[FirstTokenExit] | type[AttentionExit] | type[WordExit]
