@@ -1,47 +1,144 @@
-"""Where to reduce: predictions of the dense model when it sees only the tokens that its own guide ranks highest.
+"""What a reduction can do: predictions of the dense model when it sees only the tokens that a ranking of its own keeps.
 
     python -m benchmarks.guide --data DIR --work build/quality
 
-It shows, without training, which layers to put selectors before: how often the reduced and the dense model predict the
-same for a window, at each speed. The guide is computed from the gradient of the dense model's own prediction
-(`training.teacher.guide`), which selectors can only approximate. What training the rest of the model gains is not
-included.
+It shows without training, at each speed, how often the reduced and the dense model predict the same for a window:
+
+- with selectors in front of other layers, and other kept fractions (`calibration.measure.schedules`);
+- with tokens ranked by the gradient of the dense model's own prediction (`training.teacher.guide`, which selectors
+  imitate), or by the attention that they get in its last layer: from all tokens (as ToP ranks them: Li et al., KDD
+  2023), or from [CLS];
+- with dropped tokens combined into one that stays: their mean.
+
+Selectors can only approximate a ranking, and what training the rest of the model gains is not included.
 """
 
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.common import machine, save
+from benchmarks.common import described, machine, save
 from benchmarks.corpora import prepare
 from benchmarks.quality.runs import RUNS
 from benchmarks.quality.workshop import Workshop
-from trbert_model.calibration.measure import kept_fractions_for
+from trbert_model.calibration.measure import kept_fractions_for, schedules
 from trbert_model.checkpoints.conversion import convert_checkpoint
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.engine.precision import computes_bfloat16
 from trbert_model.flops import dense_flops, reduced_flops
 from trbert_model.labelled import WindowDataset
 from trbert_model.reduction.policies import TopTokensPolicy
+from trbert_model.reduction.state import Candidates, SelectionPolicy
 from trbert_model.tasks.classification.losses import UNLABELLED
 from trbert_model.training.teacher import guide, inputs_of
+from trbert_model.varlen import sequence_sums
 
-LAYERS = ((1, 2, 4), (0, 1, 3))
-SPEEDUPS = (2.0, 3.0, 4.0)
+EARLY, PAPER = (0, 1, 3), (1, 2, 4)
+SPEEDUPS = (2.0, 3.0, 4.0, 5.0)
 BATCH = 8  # windows
 
 
+class Reduction(NamedTuple):
+    """A way to reduce.
+
+    Attributes:
+        layers: with a selector in front.
+        schedule: index in `schedules`.
+        ranking: "gradient", "attention" (from all tokens) or "[CLS] attention".
+        combined: dropped tokens leave their mean behind.
+    """
+
+    layers: tuple[int, ...] = EARLY
+    schedule: int = 0
+    ranking: str = "gradient"
+    combined: bool = False
+
+
+REDUCTIONS = {
+    "layers 0, 1, 3; fractions fall evenly; ranked by the gradient": Reduction(),
+    "layers 1, 2, 4": Reduction(layers=PAPER),
+    "fractions fall later": Reduction(schedule=1),
+    "fractions fall later still": Reduction(schedule=2),
+    "ranked by the last layer's attention (ToP)": Reduction(ranking="attention"),
+    "ranked by the last layer's attention from [CLS]": Reduction(ranking="[CLS] attention"),
+    "dropped tokens are combined into one": Reduction(combined=True),
+}
+
+
+class CombiningPolicy:
+    """Keeps tokens like another policy, and one more of each sequence, which becomes the mean of those that leave.
+
+    Works on states that no gradient passes through, since it changes them in place.
+    """
+
+    def __init__(self, policy: SelectionPolicy):
+        self.policy = policy
+        # By token index in the batch: the tokens that combined ones stand for.
+        self.stands_for: Tensor | None = None
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        indices, cu_seqlens = candidates.token_indices, candidates.cu_seqlens
+        if self.stands_for is None:
+            self.stands_for = torch.ones(len(indices))
+        weights = self.stands_for[indices]
+        combined = weights > 1
+        keep = self.policy(candidates) & ~combined
+        leaving = torch.where(keep, 0.0, weights)
+        sums = sequence_sums(candidates.hidden.float() * leaving[:, None], cu_seqlens)
+        count = sequence_sums(leaving, cu_seqlens)
+        bounds = cu_seqlens.tolist()
+        for sequence, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            out = (~keep[start:end]).nonzero()
+            if len(out):
+                row = start + int(out[int(combined[start:end][out[:, 0]].long().argmax())])
+                candidates.hidden[row] = (sums[sequence] / count[sequence]).to(candidates.hidden.dtype)
+                self.stands_for[indices[row]] = count[sequence]
+                keep[row] = True
+        return keep
+
+
+def attention_received(model: Any, states: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention that each token gets in the last layer, mean over heads, from all of its window and from [CLS].
+
+    Args:
+        states: (total tokens, hidden), the last layer's input.
+
+    Returns:
+        Both fp32 (total tokens,).
+    """
+    own = model.bert.encoder.layer[-1].attention.self
+    everyone, first = [], []
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:]):
+        window = states[start:end]
+        query, key = (
+            part(window).view(end - start, -1, own.attention_head_size).transpose(0, 1) for part in (own.query, own.key)
+        )
+        weights = (query @ key.transpose(1, 2) / own.attention_head_size**0.5).float().softmax(-1).mean(0)
+        everyone.append(weights.mean(0))
+        first.append(weights[0])
+    return torch.cat(everyone), torch.cat(first)
+
+
 def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[dict[str, Any]]:
-    """The percentage of windows with the dense model's label, one row for each choice of layers and speed-up."""
-    models = {layers: convert_checkpoint(dense, reduction_layers=list(layers)).eval() for layers in LAYERS}
+    """The percentage of windows with the dense model's label, one row for each reduction and speed-up."""
+    models: dict[tuple[int, ...], Any] = {
+        layers: convert_checkpoint(dense, reduction_layers=list(layers)).eval() for layers in (EARLY, PAPER)
+    }
     lengths = np.array([len(dataset.windows[index].input_ids) for index in indices])
+
+    def fractions(reduction: Reduction, speedup: float) -> Tensor:
+        config = models[reduction.layers].config
+        return torch.tensor(kept_fractions_for(speedup, config, lengths, schedules(3)[reduction.schedule]))
+
     settings = [
-        (layers, speedup, torch.tensor(kept_fractions_for(speedup, models[layers].config, lengths)))
-        for layers in LAYERS
+        (name, reduction, speedup, fractions(reduction, speedup))
+        for name, reduction in REDUCTIONS.items()
         for speedup in SPEEDUPS
     ]
     agreed, flops = np.zeros(len(settings)), np.zeros(len(settings))
@@ -50,26 +147,35 @@ def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[
         batch["labels"].fill_(UNLABELLED)  # the guide must not depend on the correct labels
         tokens = batch["cu_seqlens"].diff().long()
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16()):
-            signals, scores = guide(models[LAYERS[0]], batch, dataset.losses)
-            for i, (layers, _, fractions) in enumerate(settings):
-                model = models[layers]
-                counts = (tokens[:, None] * fractions).round().long().clamp(min=1)
-                with torch.no_grad():
-                    output = model(**inputs_of(batch), selection_policy=TopTokensPolicy(counts, scores[list(layers)]))
-                labels = signals[:, : model.config.num_labels].argmax(-1)
-                agreed[i] += int((output.logits.argmax(-1) == labels).sum())
-                flops[i] += reduced_flops(
-                    model.config, tokens.numpy(), torch.stack(output.kept_tokens, 1).numpy()
-                ).sum()
-    whole = dense_flops(models[LAYERS[0]].config, lengths).sum()
+            signals, saliency = guide(models[EARLY], batch, dataset.losses)
+            labels = signals[:, : models[EARLY].config.num_labels].argmax(-1)
+            with torch.no_grad():
+                whole = models[EARLY](**inputs_of(batch), reduce=False, output_hidden_states=True)
+                received = attention_received(models[EARLY], whole.hidden_states[-2], batch["cu_seqlens"])
+                for i, (_, reduction, _, kept) in enumerate(settings):
+                    model = models[reduction.layers]
+                    counts = ((tokens[:, None] * kept).round().long() - int(reduction.combined)).clamp(min=1)
+                    scores = {
+                        "gradient": saliency[list(reduction.layers)],
+                        "attention": received[0].expand(3, -1),
+                        "[CLS] attention": received[1].expand(3, -1),
+                    }[reduction.ranking]
+                    policy: SelectionPolicy = TopTokensPolicy(counts, scores)
+                    if reduction.combined:
+                        policy = CombiningPolicy(policy)
+                    output = model(**inputs_of(batch), selection_policy=policy)
+                    agreed[i] += int((output.logits.argmax(-1) == labels).sum())
+                    kept_tokens = torch.stack(output.kept_tokens, 1).numpy()
+                    flops[i] += reduced_flops(model.config, tokens.numpy(), kept_tokens).sum()
+    dense_cost = dense_flops(models[EARLY].config, lengths).sum()
     return [
         {
-            "layers": layers,
+            "reduction": name,
             "speedup": speedup,
             "agreement": 100 * float(agreed[i] / len(indices)),
-            "flops_speedup": float(whole / flops[i]),
+            "flops_speedup": float(dense_cost / flops[i]),
         }
-        for i, (layers, speedup, _) in enumerate(settings)
+        for i, (name, _, speedup, _) in enumerate(settings)
     ]
 
 
@@ -98,17 +204,16 @@ def measured(workshop: Workshop, name: str, limit: int) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    speeds = " | ".join(f"agree at {speedup:g}×" for speedup in SPEEDUPS)
-    lines = [
-        f"| corpus | windows | selectors in front of layers | {speeds} |",
-        "|---|---:|---|" + "---:|" * len(SPEEDUPS),
-    ]
-    for name, found in result["corpora"].items():
-        for layers in LAYERS:
-            cells = [f"{row['agreement']:.1f}%" for row in found["rows"] if tuple(row["layers"]) == layers]
-            lines.append(f"| {name} | {found['windows']:,} | {', '.join(map(str, layers))} | {' | '.join(cells)} |")
+    lines = []
+    for corpus, found in result["corpora"].items():
+        speeds = " | ".join(f"agree at {speedup:g}×" for speedup in SPEEDUPS)
+        lines += [f"| {corpus}, {found['windows']:,} windows | {speeds} |", "|---|" + "---:|" * len(SPEEDUPS)]
+        for name in dict.fromkeys(row["reduction"] for row in found["rows"]):
+            cells = [f"{row['agreement']:.1f}%" for row in found["rows"] if row["reduction"] == name]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
     where = result["machine"]
-    lines += ["", f"{result['dtype']}, torch {where['torch']}, {where['cpu']}, {where['date']}."]
+    lines.append(f"{result['dtype']}, torch {where['torch']}, {described(where)}, {where['date']}.")
     return "\n".join(lines)
 
 

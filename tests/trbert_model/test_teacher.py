@@ -1,13 +1,22 @@
 """The guide, its targets, and the teacher's signals by window."""
 
 import numpy as np
+import pytest
 import torch
+from transformers import AttentionInterface, BertConfig, BertModel
 
 from tests.conftest import classification_task, tiny_classifier
 from trbert_model.tasks.classification.labelled import LabelledTexts
 from trbert_model.tasks.classification.losses import UNLABELLED, SingleLabelLosses
-from trbert_model.training.teacher import TeacherSignals, guide, signals_digest, teacher_signals
-from trbert_model.varlen import model_inputs, top_tokens
+from trbert_model.training.teacher import (
+    TeacherSignals,
+    attention_guide,
+    deep_layer,
+    guide,
+    signals_digest,
+    teacher_signals,
+)
+from trbert_model.varlen import ATTENTION_NAME, model_inputs, top_tokens, varlen_attention
 
 
 def as_dataset(windows, labels):
@@ -40,6 +49,23 @@ def test_the_guide_is_the_originals_saliency():
             torch.testing.assert_close(together[index][layer], expected, atol=1e-5, rtol=1e-3)
         signals = torch.cat([output.logits, output.pooler_output], 1)
         torch.testing.assert_close(found[index : index + 1], signals, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_attention_guide_is_what_the_last_layer_attends_to(pooling):
+    """As transformers' own attention weights say, of one document at a time."""
+    model = tiny_classifier(num_hidden_layers=3, reduction_layers=[1], classifier_pooling=pooling)
+    theirs = BertModel(BertConfig(**model.config.to_dict() | {"attn_implementation": "eager"})).eval()
+    theirs.load_state_dict(model.bert.state_dict(), strict=False)
+    documents, labels = [np.arange(5, 14), np.arange(6, 20)], torch.tensor([0, 2])
+    _, scores = attention_guide(model, {**model_inputs(documents), "labels": labels}, SingleLabelLosses(3))
+    assert scores.shape == (deep_layer(model.config), 23)
+    for document, found in zip(documents, scores.split([9, 14], dim=1)):
+        weights = theirs(torch.tensor(document)[None], output_attentions=True).attentions[-1][0].mean(0)
+        expected = weights[0] if pooling == "cls" else weights.mean(0)
+        for layer in found:
+            torch.testing.assert_close(layer, expected.detach(), atol=1e-6, rtol=1e-4)
+    assert AttentionInterface()[ATTENTION_NAME] is varlen_attention
 
 
 def test_signals_belong_to_windows_whatever_batch_they_were_computed_in(tmp_path):

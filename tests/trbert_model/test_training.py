@@ -35,6 +35,8 @@ def test_options_out_of_range_are_refused():
         ({"speed_range": (2.0,)}, "speed_range"),
         ({"speed_range": (3.0, 2.0)}, "two rising numbers"),
         ({"dtype": "int8"}, "dtype"),
+        ({"guide": "saliency"}, "guide 'saliency' is none of gradient, attention"),
+        ({"guide": "attention", "task": "question-answering"}, "guide attention: only for classification"),
         ({"train": ""}, "train is"),
         ({"samples": 1}, "compares at least 2"),
         ({"length_penalty": float("nan")}, "length_penalty nan"),
@@ -81,9 +83,10 @@ def options(corpus, **changes) -> TrainingConfig:
     return TrainingConfig(**values | changes)
 
 
-@pytest.mark.parametrize("adapter_rank", [None, 4])
-def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, caplog):
-    config = options(corpus, adapter_rank=adapter_rank, fine_tune_epochs=30.0 if adapter_rank is None else 2.0)
+@pytest.mark.parametrize(("adapter_rank", "guide"), [(None, "gradient"), (4, "attention")])
+def test_a_run_trains_saves_and_resumes(corpus, adapter_rank, guide, caplog):
+    epochs = 30.0 if adapter_rank is None else 2.0
+    config = options(corpus, adapter_rank=adapter_rank, fine_tune_epochs=epochs, guide=guide)
     with caplog.at_level(logging.INFO, "trbert_model"):
         trained = train(config)
     measured = trained["stages"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 STAGES = ("fine_tune", "imitation", "selectors", "joint", "gates", "exits", "halting")
 REDUCTION_STAGES = STAGES[1:4]  # those that train selectors
+GRADIENT, ATTENTION = GUIDES = ("gradient", "attention")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class TrainingConfig(LabelledColumns):
     length_penalty: float = option(0.5, "λ of the selectors' stage: the price of keeping every token")
     joint_length_penalty: float = option(0.5, "λ of the joint stage")
     samples: int = option(4, "random selections of a document in a step of reinforcement")
+    guide: str = option(
+        GRADIENT,
+        "what the selectors of classifiers imitate: gradient, the tokens that the gradient of the dense model's loss "
+        "points at, as in the paper, or attention, those that its last layer attends to",
+    )
     guide_rate: float = option(0.5, "share of the selectors' steps in which a sample follows the guide")
     distillation: bool = option(True, "in the joint stage, learn the dense model's probabilities, not the labels")
     feature_distillation: float = option(
@@ -164,6 +170,10 @@ class TrainingConfig(LabelledColumns):
             raise ConfigurationError("evidence: only for classification of pairs, which need question_column")
         if self.crops and self.joint_imitation:
             raise ConfigurationError(f"joint_imitation {self.joint_imitation}: not with crops, which have no guide")
+        if self.guide not in GUIDES:
+            raise ConfigurationError(f"guide {self.guide!r} is none of {', '.join(GUIDES)}")
+        if self.guide == ATTENTION and (not task.labels_whole_documents or self.evidence):
+            raise ConfigurationError("guide attention: only for classification without evidence")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigurationError(f"dtype {self.dtype!r} is none of auto, float32, bfloat16")
         least = {

@@ -47,7 +47,7 @@ from ..tasks.classification.task import LOG_SUM_EXP
 from ..tasks.registry import task_named
 from ..terminal import get_logger
 from .adapters import AnyModel, merged_copy, with_adapter
-from .config import REDUCTION_STAGES, STAGES, TrainingConfig
+from .config import ATTENTION, REDUCTION_STAGES, STAGES, TrainingConfig
 from .objectives import (
     Exits,
     FineTune,
@@ -60,7 +60,17 @@ from .objectives import (
     SelfSampling,
 )
 from .processes import is_main_process, replicas, world_size
-from .teacher import Compute, TeacherSignals, deep_layer, exit_signals, outputs, signals_digest, teacher_signals
+from .teacher import (
+    Compute,
+    TeacherSignals,
+    attention_guide,
+    deep_layer,
+    exit_signals,
+    guide,
+    outputs,
+    signals_digest,
+    teacher_signals,
+)
 from .trainer import StageTrainer
 
 logger = get_logger(__name__)
@@ -357,9 +367,13 @@ class _Run:
 
     def teacher(self, *, guided: bool) -> TeacherSignals:
         """The dense model's signals; guided: also the guide, if the task has one, which takes a backward pass."""
-        if guided or not self.dataset.losses.guided_by_saliency:
+        if not self.dataset.losses.guided_by_saliency:
             return self.signals("teacher", None)
-        return self.signals("outputs", outputs)
+        if not guided:
+            return self.signals("outputs", outputs)
+        if self.config.guide == ATTENTION:
+            return self.signals("attention", attention_guide)
+        return self.signals("teacher", guide)
 
     def signals(self, name: str, compute: Compute | None) -> TeacherSignals:
         """Signals of the model, computed once per model and corpus and then read from a file; name: its first part."""

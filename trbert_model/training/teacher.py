@@ -4,9 +4,10 @@ They are computed once per window of a corpus, independently of the order of tra
 runs with the same dense model can reuse them.
 """
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AttentionInterface
 
 from ..configuration import TRBertConfig
 from ..exits.policies import uncertainty
@@ -22,9 +24,11 @@ from ..labelled import EXTRA_INPUT
 from ..losses import TaskLosses
 from ..tasks.token_classification.losses import word_losses
 from ..terminal import get_logger
+from ..varlen import ATTENTION_NAME, varlen_attention
 
 logger = get_logger(__name__)
 
+_QUERIES = 512  # so many at once, since each has a weight for every token of its window
 Compute = Callable[[Any, dict[str, Tensor], TaskLosses], tuple[Tensor, Tensor]]
 
 
@@ -73,8 +77,8 @@ def teacher_signals(
 
     Args:
         model: a task's model, or peft's wrapper.
-        compute: computes signals and guide of a batch: `guide`, `outputs` or `exit_signals`. Default: `guide` for tasks
-            that use saliency, otherwise `outputs`.
+        compute: computes signals and guide of a batch: `guide`, `attention_guide`, `outputs` or `exit_signals`.
+            Default: `guide` for tasks that use saliency, otherwise `outputs`.
     """
     was_training, losses = model.training, dataset.losses
     if compute is None:
@@ -148,6 +152,45 @@ def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Ten
     states = output.hidden_states
     scores = [(gradient * (states[deep] - states[layer])).sum(-1).abs().float().detach() for layer in range(deep)]
     return losses.signals(output).detach(), torch.stack(scores)
+
+
+def attention_guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+    """The dense model's outputs, and the attention that each token gets in the last layer, mean over heads.
+
+    From [CLS], or from all tokens in models that pool their mean. ToP (Li et al., KDD 2023) ranks by the attention from
+    all tokens; in models that read [CLS] the two rank alike (docs/results.md, where to reduce).
+
+    Returns:
+        Signals as `guide`'s, and fp32 (layers below `deep_layer`, tokens), the same for all layers.
+    """
+    with torch.no_grad(), _observed_attention() as calls:
+        output = model(**inputs_of(batch), reduce=False)
+        query, key, scaling = calls[-1]
+        bounds = batch["cu_seqlens"].tolist()
+        received = []
+        for start, end in zip(bounds, bounds[1:]):
+            asking = query[0, :, start : end if model.config.classifier_pooling == "mean" else start + 1]
+            seen = key[0, :, start:end].transpose(1, 2) * scaling
+            parts = [(part @ seen).float().softmax(-1).sum((0, 1)) for part in asking.split(_QUERIES, dim=1)]
+            received.append(torch.stack(parts).sum(0) / asking[..., 0].numel())
+    return losses.signals(output), torch.cat(received).expand(deep_layer(model.config), -1)
+
+
+@contextlib.contextmanager
+def _observed_attention() -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+    """Queries, keys and scaling of the layers that attend to whole sequences, as they are computed."""
+    calls: list[tuple[Tensor, Tensor, float]] = []
+
+    def observe(module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
+        if options.get("local") is None:
+            calls.append((query, key, options["scaling"]))
+        return varlen_attention(module, query, key, *rest, **options)
+
+    AttentionInterface.register(ATTENTION_NAME, observe)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(ATTENTION_NAME, varlen_attention)
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
