@@ -41,7 +41,9 @@ from trbert_model.checkpoints.conversion import apply_adapter
 from trbert_model.engine import Engine, EngineOptions
 from trbert_model.flops import dense_flops, reduced_flops
 from trbert_model.modeling import fuse_for_inference
+from trbert_model.tasks.classification.losses import SingleLabelLosses
 from trbert_model.training import TrainingConfig, train
+from trbert_model.training.teacher import attention_guide
 from trbert_model.varlen import model_inputs, varlen_attention
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 5}
@@ -528,3 +530,16 @@ def test_single_words_cannot_be_halted(tmp_path):
     source(ModernBertForTokenClassification, tmp_path, num_labels=3)
     with pytest.raises(ConfigurationError, match="ModernBERT's layers cannot halt single words"):
         convert_checkpoint(tmp_path, exits={"head": "words", "layers": (1,), "unit": "word"})
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_attention_guide_is_of_the_last_layer_that_attends_to_all(tmp_path, pooling):
+    theirs = source(ModernBertForSequenceClassification, tmp_path, num_labels=3, classifier_pooling=pooling)
+    theirs.set_attn_implementation("eager")
+    documents = texts([40, 7])
+    batch = {**model_inputs(documents), "labels": torch.tensor([0, 2])}
+    _, scores = attention_guide(convert_checkpoint(tmp_path), batch, SingleLabelLosses(3))
+    for document, found in zip(documents, scores.split([40, 7], dim=1)):
+        weights = theirs(document[None], output_attentions=True).attentions[3][0].mean(0)
+        expected = weights[0] if pooling == "cls" else weights.mean(0)
+        torch.testing.assert_close(found[0], expected.detach(), atol=1e-6, rtol=1e-3)
