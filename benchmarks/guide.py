@@ -7,7 +7,7 @@ It shows without training, at each speed, how often the reduced and the dense mo
 - with selectors in front of other layers, and other kept fractions (`calibration.measure.schedules`);
 - with tokens ranked by the gradient of the dense model's own prediction (`training.teacher.guide`, which selectors
   imitate), or by the attention that they get in its last layer: from all tokens (as ToP ranks them: Li et al., KDD
-  2023), or from [CLS];
+  2023), or from [CLS]; or by the sum of its ranks by gradient and by attention;
 - with dropped tokens combined into one that stays: their mean.
 
 Selectors can only approximate a ranking, and what training the rest of the model gains is not included.
@@ -49,7 +49,7 @@ class Reduction(NamedTuple):
     Attributes:
         layers: with a selector in front.
         schedule: index in `schedules`.
-        ranking: "gradient", "attention" (from all tokens) or "[CLS] attention".
+        ranking: "gradient", "attention" (from all tokens), "[CLS] attention", or "both" (gradient and that from [CLS]).
         combined: dropped tokens leave their mean behind.
     """
 
@@ -66,6 +66,7 @@ REDUCTIONS = {
     "fractions fall later still": Reduction(schedule=2),
     "ranked by the last layer's attention (ToP)": Reduction(ranking="attention"),
     "ranked by the last layer's attention from [CLS]": Reduction(ranking="[CLS] attention"),
+    "ranked by the sum of both ranks, by the gradient and from [CLS]": Reduction(ranking="both"),
     "dropped tokens are combined into one": Reduction(combined=True),
 }
 
@@ -125,6 +126,12 @@ def attention_received(model: Any, states: Tensor, cu_seqlens: Tensor) -> tuple[
     return torch.cat(everyone), torch.cat(first)
 
 
+def ranks(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Each token's rank in its window, from 0 for the lowest score, (..., total tokens)."""
+    parts = scores.split(cu_seqlens.diff().tolist(), dim=-1)
+    return torch.cat([part.argsort(-1).argsort(-1) for part in parts], -1).float()
+
+
 def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[dict[str, Any]]:
     """The percentage of windows with the dense model's label, one row for each reduction and speed-up."""
     models: dict[tuple[int, ...], Any] = {
@@ -152,6 +159,7 @@ def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[
             with torch.no_grad():
                 whole = models[EARLY](**inputs_of(batch), reduce=False, output_hidden_states=True)
                 received = attention_received(models[EARLY], whole.hidden_states[-2], batch["cu_seqlens"])
+                both = ranks(saliency, batch["cu_seqlens"]) + ranks(received[1], batch["cu_seqlens"])
                 for i, (_, reduction, _, kept) in enumerate(settings):
                     model = models[reduction.layers]
                     counts = ((tokens[:, None] * kept).round().long() - int(reduction.combined)).clamp(min=1)
@@ -159,6 +167,7 @@ def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[
                         "gradient": saliency[list(reduction.layers)],
                         "attention": received[0].expand(3, -1),
                         "[CLS] attention": received[1].expand(3, -1),
+                        "both": both[list(reduction.layers)],
                     }[reduction.ranking]
                     policy: SelectionPolicy = TopTokensPolicy(counts, scores)
                     if reduction.combined:
