@@ -25,7 +25,7 @@ class TaskLosses(Protocol):
 
     @property
     def guided_by_saliency(self) -> bool:
-        """Whether the guide is the dense model's saliency (`teacher.guide`), in `batch["guide"]`."""
+        """Whether the guide is of the dense model (`teacher.guide` or `attention_guide`), in `batch["guide"]`."""
 
     def labelled(self, output: Any, batch: dict[str, Tensor], repeats: int = 1) -> Tensor:
         """The loss against the labels, (repeats · examples,)."""
