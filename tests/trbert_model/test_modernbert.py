@@ -340,7 +340,7 @@ def test_the_cuda_path_has_the_right_shapes_and_dtypes(dtype, complete, monkeypa
         TRBertModel, "begin", lambda *args, **kwargs: dataclasses.replace(begin(*args, **kwargs), complete=complete)
     )
     if dtype == torch.float32:  # torch's SDPA of global layers asks for the lengths, which fake tensors do not have
-        monkeypatch.setattr("trbert_model.varlen._attention", global_attention)
+        monkeypatch.setattr("trbert_model.varlen.sequence_attention", global_attention)
     with FakeTensorMode() as mode, torch.no_grad():
         state = {
             name: FakeTensor(mode, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), torch.device("cuda"))
