@@ -186,6 +186,7 @@ def test_gates_learn_with_the_layers_and_the_exits_after_them(corpus, monkeypatc
     assert model.config.gate_options.threshold == 0.5
     fresh = convert_checkpoint(corpus / "model", gates={}).state_dict()
     learnt = {name: value for name, value in model.state_dict().items() if ".gates." in name}
+    learnt = {name: value for name, value in learnt.items() if "key.bias" not in name}  # changes no attention
     assert learnt
     assert not any(torch.equal(value, fresh[name]) for name, value in learnt.items())
     assert scored(corpus / "model").exit_layers.tolist() == [4.0, 4.0], "exits have no thresholds yet"

@@ -52,13 +52,14 @@ class FirstTokenAttention(nn.Module):
         cu_seqlens, heads, scaling = state.cu_seqlens, self.heads, (self.query.out_features / self.heads) ** -0.5
         query = self.query(narrow[first_tokens(cu_seqlens)]).unflatten(1, (heads, -1))
         # With one query a sequence, it and the result are projected instead of every token: q · W x = Wᵀq · x.
-        # The key's bias adds the same to all of a sequence's scores, which changes no weight.
+        # The key's bias adds the same to all of a sequence's scores, which changes no weight. It is read at the end since
+        # data-parallel training expects a gradient of every parameter.
         query = torch.einsum("shd,hdx->hsx", query, self.key.weight.unflatten(0, (heads, -1)))
         tokens = narrow.expand(1, heads, -1, -1)
         one_each = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
         seen = sequence_attention(query.unsqueeze(0), tokens, tokens, one_each, cu_seqlens, scaling)
         context = torch.einsum("shx,hdx->shd", seen.squeeze(0), self.value.weight.unflatten(0, (heads, -1)))
-        return context.flatten(1) + self.value.bias
+        return context.flatten(1) + self.value.bias + 0.0 * self.key.bias
 
     @staticmethod
     def flops(hidden: int, size: int, heads: int, tokens: np.ndarray, after: int) -> np.ndarray:
