@@ -52,8 +52,8 @@ class FirstTokenAttention(nn.Module):
         cu_seqlens, heads, scaling = state.cu_seqlens, self.heads, (self.query.out_features / self.heads) ** -0.5
         query = self.query(narrow[first_tokens(cu_seqlens)]).unflatten(1, (heads, -1))
         # With one query a sequence, it and the result are projected instead of every token: q · W x = Wᵀq · x.
-        # The key's bias adds the same to all of a sequence's scores, which changes no weight. It is read at the end since
-        # data-parallel training expects a gradient of every parameter.
+        # The key's bias adds the same to all of a sequence's scores, which changes no weight. It is read at the end
+        # since data-parallel training expects a gradient of every parameter.
         query = torch.einsum("shd,hdx->hsx", query, self.key.weight.unflatten(0, (heads, -1)))
         tokens = narrow.expand(1, heads, -1, -1)
         one_each = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
