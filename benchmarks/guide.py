@@ -35,7 +35,7 @@ from trbert_model.labelled import WindowDataset
 from trbert_model.reduction.policies import TopTokensPolicy
 from trbert_model.reduction.state import Candidates, SelectionPolicy
 from trbert_model.tasks.classification.losses import UNLABELLED
-from trbert_model.training.teacher import guide, inputs_of
+from trbert_model.training.teacher import attention_guide, guide, inputs_of
 from trbert_model.varlen import sequence_sums
 
 EARLY, PAPER = (0, 1, 3), (1, 2, 4)
@@ -103,29 +103,6 @@ class CombiningPolicy:
         return keep
 
 
-def attention_received(model: Any, states: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention that each token gets in the last layer, mean over heads, from all of its window and from [CLS].
-
-    Args:
-        states: (total tokens, hidden), the last layer's input.
-
-    Returns:
-        Both fp32 (total tokens,).
-    """
-    own = model.bert.encoder.layer[-1].attention.self
-    everyone, first = [], []
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:]):
-        window = states[start:end]
-        query, key = (
-            part(window).view(end - start, -1, own.attention_head_size).transpose(0, 1) for part in (own.query, own.key)
-        )
-        weights = (query @ key.transpose(1, 2) / own.attention_head_size**0.5).float().softmax(-1).mean(0)
-        everyone.append(weights.mean(0))
-        first.append(weights[0])
-    return torch.cat(everyone), torch.cat(first)
-
-
 def ranks(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Each token's rank in its window, from 0 for the lowest score, (..., total tokens)."""
     parts = scores.split(cu_seqlens.diff().tolist(), dim=-1)
@@ -156,20 +133,21 @@ def agreement(dense: Path, dataset: WindowDataset, indices: np.ndarray) -> list[
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16()):
             signals, saliency = guide(models[EARLY], batch, dataset.losses)
             labels = signals[:, : models[EARLY].config.num_labels].argmax(-1)
+            _, from_all = attention_guide(models[EARLY], batch, dataset.losses, from_all=True)
+            _, from_cls = attention_guide(models[EARLY], batch, dataset.losses, from_all=False)
+            rankings = {
+                "gradient": saliency,
+                "attention": from_all,
+                "[CLS] attention": from_cls,
+                "both": ranks(saliency, batch["cu_seqlens"]) + ranks(from_cls, batch["cu_seqlens"]),
+            }
             with torch.no_grad():
-                whole = models[EARLY](**inputs_of(batch), reduce=False, output_hidden_states=True)
-                received = attention_received(models[EARLY], whole.hidden_states[-2], batch["cu_seqlens"])
-                both = ranks(saliency, batch["cu_seqlens"]) + ranks(received[1], batch["cu_seqlens"])
                 for i, (_, reduction, _, kept) in enumerate(settings):
                     model = models[reduction.layers]
                     counts = ((tokens[:, None] * kept).round().long() - int(reduction.combined)).clamp(min=1)
-                    scores = {
-                        "gradient": saliency[list(reduction.layers)],
-                        "attention": received[0].expand(3, -1),
-                        "[CLS] attention": received[1].expand(3, -1),
-                        "both": both[list(reduction.layers)],
-                    }[reduction.ranking]
-                    policy: SelectionPolicy = TopTokensPolicy(counts, scores)
+                    policy: SelectionPolicy = TopTokensPolicy(
+                        counts, rankings[reduction.ranking][list(reduction.layers)]
+                    )
                     if reduction.combined:
                         policy = CombiningPolicy(policy)
                     output = model(**inputs_of(batch), selection_policy=policy)

@@ -2,11 +2,9 @@
 
 import torch
 
-from benchmarks.guide import CombiningPolicy, attention_received
+from benchmarks.guide import CombiningPolicy
 from tests.conftest import tiny_classifier
 from trbert_model.reduction.policies import TopTokensPolicy
-from trbert_model.tasks.classification.losses import SingleLabelLosses
-from trbert_model.training.teacher import attention_guide
 from trbert_model.varlen import model_inputs
 
 
@@ -25,13 +23,3 @@ def test_a_combined_token_is_the_mean_of_all_that_left():
     torch.testing.assert_close(output.hidden_states[0][1], embedded[1:5].mean(0))
     assert second.keep[:5].tolist() == [True, True, False, False, True]
     assert policy.stands_for[:5].tolist() == [1, 6, 1, 1, 1]
-
-
-def test_the_attention_from_cls_is_that_of_the_guide():
-    model = tiny_classifier(num_hidden_layers=2, reduction_layers=[1])
-    batch = {**model_inputs([range(5, 13), range(5, 10)]), "labels": torch.tensor([0, 1])}
-    _, expected = attention_guide(model, batch, SingleLabelLosses(3))
-    with torch.no_grad():
-        states = model(**batch, reduce=False, output_hidden_states=True).hidden_states[-2]
-        _, found = attention_received(model, states, batch["cu_seqlens"])
-    torch.testing.assert_close(found, expected[0])

@@ -366,7 +366,7 @@ class _Run:
             logger.info("%s: %s", name, measured)
 
     def teacher(self, *, guided: bool) -> TeacherSignals:
-        """The dense model's signals; guided: also the guide, if the task has one, which takes a backward pass."""
+        """The dense model's signals; guided: also the guide, if the task has one."""
         if not self.dataset.losses.guided_by_saliency:
             return self.signals("teacher", None)
         if not guided:

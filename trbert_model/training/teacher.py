@@ -154,22 +154,26 @@ def guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Ten
     return losses.signals(output).detach(), torch.stack(scores)
 
 
-def attention_guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) -> tuple[Tensor, Tensor]:
+def attention_guide(
+    model: Any, batch: dict[str, Tensor], losses: TaskLosses, *, from_all: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """The dense model's outputs, and the attention that each token gets in the last layer, mean over heads.
 
-    From [CLS], or from all tokens in models that pool their mean. ToP (Li et al., KDD 2023) ranks by the attention from
-    all tokens; in models that read [CLS] the two rank alike (docs/results.md, where to reduce).
+    Args:
+        from_all: from all tokens, as ToP ranks them (Li et al., KDD 2023), not from [CLS] alone. Default: in models
+            that pool the mean of all tokens. In others the two rank alike (docs/results.md, where to reduce).
 
     Returns:
         Signals as `guide`'s, and fp32 (layers below `deep_layer`, tokens), the same for all layers.
     """
-    with torch.no_grad(), _observed_attention() as calls:
+    from_all = model.config.classifier_pooling == "mean" if from_all is None else from_all
+    with torch.no_grad(), _observed_attention() as last:
         output = model(**inputs_of(batch), reduce=False)
-        query, key, scaling = calls[-1]
+        ((query, key, scaling),) = last
         bounds = batch["cu_seqlens"].tolist()
         received = []
         for start, end in zip(bounds, bounds[1:]):
-            asking = query[0, :, start : end if model.config.classifier_pooling == "mean" else start + 1]
+            asking = query[0, :, start : end if from_all else start + 1]
             seen = key[0, :, start:end].transpose(1, 2) * scaling
             parts = [(part @ seen).float().softmax(-1).sum((0, 1)) for part in asking.split(_QUERIES, dim=1)]
             received.append(torch.stack(parts).sum(0) / asking[..., 0].numel())
@@ -178,17 +182,17 @@ def attention_guide(model: Any, batch: dict[str, Tensor], losses: TaskLosses) ->
 
 @contextlib.contextmanager
 def _observed_attention() -> Iterator[list[tuple[Tensor, Tensor, float]]]:
-    """Queries, keys and scaling of the layers that attend to whole sequences, as they are computed."""
-    calls: list[tuple[Tensor, Tensor, float]] = []
+    """Query, key and scaling of the last layer that attends to whole sequences, once it is computed."""
+    last: list[tuple[Tensor, Tensor, float]] = []
 
     def observe(module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
         if options.get("local") is None:
-            calls.append((query, key, options["scaling"]))
+            last[:] = [(query, key, options["scaling"])]
         return varlen_attention(module, query, key, *rest, **options)
 
     AttentionInterface.register(ATTENTION_NAME, observe)
     try:
-        yield calls
+        yield last
     finally:
         AttentionInterface.register(ATTENTION_NAME, varlen_attention)
 
