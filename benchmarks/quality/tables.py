@@ -117,7 +117,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("points against dense, on test documents")
-    panels[0].legend(loc="lower left", fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
